@@ -1,0 +1,37 @@
+"""Djinn: stop a transformer between two layers, look, edit, go on.
+
+import djinn_zmq as djinn
+
+with djinn.connect() as server:
+    model = server.model("tiny")
+    run = model.run("the capital of france is", stop_at=2)
+    done = run.checkpoint.resume(edits=[djinn.Scale(0.0, at=(0, -2))])
+    print(done.top(5))
+"""
+
+from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Zero
+from djinn_zmq.client.local import local
+from djinn_zmq.client.model import Model
+from djinn_zmq.client.run import Checkpoint, Run, Top
+from djinn_zmq.client.server import Server, connect
+from djinn_zmq.errors import DjinnError
+from djinn_zmq.version import __version__
+
+__all__ = [
+    "Add",
+    "Checkpoint",
+    "DjinnError",
+    "Lerp",
+    "Model",
+    "Patch",
+    "Project",
+    "Run",
+    "Scale",
+    "Server",
+    "Set",
+    "Top",
+    "Zero",
+    "__version__",
+    "connect",
+    "local",
+]

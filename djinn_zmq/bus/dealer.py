@@ -1,0 +1,99 @@
+"""The client's end of the bus: one DEALER, messages out, messages in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.bus.router import (
+    HANDSHAKE_MS,
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    KERNEL_BUFFER,
+)
+from djinn_zmq.errors import Busy, ProtocolError, RequestError, Unreachable
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.codec import BUFFERS_LIMIT
+from djinn_zmq.wire.tensors import SLOT_FROM
+
+Frames = tuple[bytes, list[memoryview]]
+
+
+class Dealer:
+    """A connected DEALER. Belongs to one thread."""
+
+    def __init__(self, endpoint: str, settings: Settings, keys: ClientKeys | None) -> None:
+        """endpoint: "ipc://PATH" or "tcp://HOST:PORT".
+
+        Raises RequestError for another kind of endpoint, Unreachable where no socket file stands.
+        """
+        scheme, _, rest = endpoint.partition("://")
+        if scheme not in ("ipc", "tcp") or not rest:
+            raise RequestError(
+                f'endpoint "{endpoint}" is not understood: use ipc://PATH or tcp://HOST:PORT'
+            )
+        if scheme == "ipc" and not Path(rest).exists():
+            raise Unreachable(f"no server at {endpoint}: start one with 'djinn serve'")
+        # A context of its own: closing this client cannot wait for another's messages.
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.MAXMSGSIZE, settings.frame_limit),
+            (zmq.SNDHWM, settings.high_water),
+            (zmq.RCVHWM, settings.high_water),
+            (zmq.SNDBUF, KERNEL_BUFFER),
+            (zmq.RCVBUF, KERNEL_BUFFER),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+        ):
+            self.socket.setsockopt(option, value)
+        if keys is not None:
+            keys.secure(self.socket)
+        try:
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as exc:
+            self.close()
+            raise RequestError(f"cannot connect to {endpoint}: {exc.strerror}") from exc
+        self._receive = self.socket.recv
+        self._send = self.socket.send
+
+    def send(self, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
+        """Queue a message; never waits. Raises Busy where the queue is full."""
+        try:
+            if not buffers:
+                self._send(frame, zmq.DONTWAIT)
+                return
+            self._send(frame, zmq.SNDMORE | zmq.DONTWAIT)
+        except zmq.Again as exc:
+            raise Busy("the queue to the server is full: no server takes from it") from exc
+        last = len(buffers) - 1
+        for place, buffer in enumerate(buffers):
+            more = zmq.SNDMORE if place < last else 0
+            self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
+
+    def receive(self) -> Frames | None:
+        """The next message, or None when there is none now."""
+        return self._take(zmq.DONTWAIT)
+
+    def receive_waiting(self) -> Frames | None:
+        """The next message; waits as long as the socket's receive timeout, then None."""
+        return self._take(0)
+
+    def _take(self, flags: int) -> Frames | None:
+        try:
+            frame = self._receive(flags)
+        except zmq.Again:
+            return None
+        buffers = []
+        while self.socket.getsockopt(zmq.RCVMORE):
+            buffers.append(self._receive(copy=False).buffer)
+        if len(buffers) > BUFFERS_LIMIT:
+            raise ProtocolError(f"a message of {len(buffers)} buffers: at most {BUFFERS_LIMIT}")
+        return frame, buffers
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        self.context.term()

@@ -1,0 +1,123 @@
+"""The lease socket: AF_UNIX packets with descriptors beside them, between processes of one user.
+
+It hands over arenas, and its end of file is the notice that the other process is gone: the kernel
+sends it also for a process that was killed. Clients connect to a path; an engine inherits one end
+of a pair. Both speak the same packets.
+"""
+
+import os
+import socket
+import struct
+from pathlib import Path
+
+from djinn_zmq.errors import AccessDenied, Lost, ProtocolError, Unreachable, from_wire
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.codec import decode_lease, encode_lease
+
+PACKET_LIMIT = 4096
+CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED gives them
+
+
+class LeaseSocket:
+    """One end. Sends and receives single packets; at most one descriptor beside each."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._late: list[messages.Lease] = []
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
+        """Connect to a server's lease socket as the peer that *token* shows.
+
+        Raises Unreachable where nobody listens, AccessDenied where the server is another user's.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(os.fspath(path))
+            lease = cls(sock)
+            if lease.peer_uid() != os.getuid():
+                raise AccessDenied(f"{path} belongs to uid {lease.peer_uid()}")
+            lease.ask(messages.Join(token))
+        except OSError as exc:
+            sock.close()
+            raise Unreachable(f"no lease socket at {path}: {exc.strerror}") from exc
+        except BaseException:
+            sock.close()
+            raise
+        return lease
+
+    def peer_uid(self) -> int:
+        data = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        return int(CREDENTIALS.unpack(data)[1])
+
+    def send(self, packet: messages.Lease, fd: int | None = None) -> None:
+        """Raises Lost where the other end is gone, BlockingIOError where its queue is full."""
+        try:
+            socket.send_fds(self.socket, [encode_lease(packet)], [] if fd is None else [fd])
+        except (BrokenPipeError, ConnectionResetError) as exc:
+            raise Lost("the other end of the lease socket is gone") from exc
+
+    def receive(self) -> tuple[messages.Lease, int | None]:
+        """The next packet and its descriptor, which is the receiver's to close.
+
+        Raises Lost at the end of file, BlockingIOError where nothing has come.
+        """
+        try:
+            # A peer may send more than it should: all are taken, so that none stays open here.
+            data, fds, _, _ = socket.recv_fds(self.socket, PACKET_LIMIT, 16)
+        except ConnectionResetError as exc:
+            raise Lost("the other end of the lease socket is gone") from exc
+        if not data:
+            raise Lost("the other end of the lease socket is gone")
+        for spare in fds[1:]:
+            os.close(spare)
+        fd = fds[0] if fds else None
+        try:
+            return decode_lease(data), fd
+        except ProtocolError:
+            if fd is not None:
+                os.close(fd)
+            raise
+
+    def ask(self, packet: messages.Lease, fd: int | None = None) -> tuple[int, int | None]:
+        """Send, wait for the answer; (arena number, descriptor). Needs a blocking socket.
+
+        Raises what the other end refused with.
+        """
+        self.send(packet, fd)
+        while True:
+            answer, answer_fd = self.receive()
+            if isinstance(answer, messages.Refused):
+                raise from_wire(answer.code, answer.text)
+            if isinstance(answer, messages.Granted):
+                return answer.arena, answer_fd
+            self._late.append(answer)  # news that crossed the question
+
+    def late(self) -> list[messages.Lease]:
+        """Packets that came while `ask` waited for its answer."""
+        late, self._late = self._late, []
+        return late
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening lease socket at *path*, for this user alone. The caller holds the path's lock."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    finally:
+        os.umask(mask)
+    sock.listen(128)
+    sock.setblocking(False)
+    return sock
+
+
+def pair() -> tuple[LeaseSocket, socket.socket]:
+    """The server's end (not blocking) and the end an engine inherits."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return LeaseSocket(ours), theirs

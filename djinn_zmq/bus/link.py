@@ -1,0 +1,80 @@
+"""The link between the server and one engine: messages with the peer's route in front.
+
+    [envelope][header + meta][buffer]...        envelope: whose request it is, b"" for our own
+
+A PAIR over ipc. What uses it sees `send`, `receive` and a socket to poll, and nothing of ZeroMQ.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from djinn_zmq.errors import Busy
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.tensors import SLOT_FROM
+
+
+class Parcel(NamedTuple):
+    envelope: bytes
+    frame: bytes
+    buffers: list[memoryview]
+
+
+class Link:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], path: Path, settings: Settings, *, bind: bool
+    ) -> None:
+        """The server binds *path*, in a directory nobody else can enter; the engine connects."""
+        self.socket = context.socket(zmq.PAIR)
+        self._path = path if bind else None
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.MAXMSGSIZE, settings.frame_limit),
+            (zmq.SNDHWM, settings.high_water),
+            (zmq.RCVHWM, settings.high_water),
+        ):
+            self.socket.setsockopt(option, value)
+        endpoint = f"ipc://{path}"
+        if bind:
+            self.socket.bind(endpoint)
+        else:
+            self.socket.connect(endpoint)
+        self._receive = self.socket.recv
+        self._send = self.socket.send
+
+    def send(
+        self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()
+    ) -> None:
+        """Queue a message; never waits. Raises Busy where the queue is full."""
+        try:
+            self._send(envelope, zmq.DONTWAIT | zmq.SNDMORE)
+        except zmq.Again as exc:
+            raise Busy("the engine's queue is full") from exc
+        if not buffers:
+            self._send(frame)
+            return
+        self._send(frame, zmq.SNDMORE)
+        last = len(buffers) - 1
+        for place, buffer in enumerate(buffers):
+            more = zmq.SNDMORE if place < last else 0
+            self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
+
+    def receive(self) -> Parcel | None:
+        """The next message, or None when there is none now."""
+        try:
+            envelope = self._receive(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        frame = self._receive()
+        buffers = []
+        while self.socket.getsockopt(zmq.RCVMORE):
+            buffers.append(self._receive(copy=False).buffer)
+        return Parcel(envelope, frame, buffers)
+
+    def close(self, *, linger_ms: int = 0) -> None:
+        """linger_ms: how long messages already queued may still leave."""
+        self.socket.close(linger=linger_ms)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""The server's end of the bus: a ROUTER with every limit set before it is bound."""
+
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from djinn_zmq.bus.keys import ServerKeys
+from djinn_zmq.errors import AddressInUse, Busy, Lost, StartError
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.codec import BUFFERS_LIMIT
+from djinn_zmq.wire.tensors import SLOT_FROM
+
+KERNEL_BUFFER = 8 * 1024 * 1024  # bytes; with 1 MiB messages this is raw TCP's speed
+HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose machine went away
+HEARTBEAT_TIMEOUT_MS = 30_000
+HANDSHAKE_MS = 5_000
+
+
+class Incoming(NamedTuple):
+    """One message off the bus. `buffers` is None where it had more frames than any message has."""
+
+    route: bytes
+    frame: bytes
+    buffers: list[memoryview] | None
+
+
+class Router:
+    """A bound ROUTER socket. Belongs to one thread, like every ZeroMQ socket."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], settings: Settings, keys: ServerKeys | None
+    ) -> None:
+        """keys: with them only clients whose public key is allowed get through the handshake."""
+        self.socket = context.socket(zmq.ROUTER)
+        self.endpoints: list[str] = []
+        self._fresh: dict[bytes, tuple[str, str]] = {}
+        self._known: set[bytes] = set()
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.MAXMSGSIZE, settings.frame_limit),
+            (zmq.SNDHWM, settings.high_water),
+            (zmq.RCVHWM, settings.high_water),
+            (zmq.SNDBUF, KERNEL_BUFFER),
+            (zmq.RCVBUF, KERNEL_BUFFER),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+        ):
+            self.socket.setsockopt(option, value)
+        if keys is not None:
+            keys.secure(self.socket)
+        self._receive = self.socket.recv
+        self._send = self.socket.send
+
+    def bind(self, endpoint: str) -> str:
+        """Bind and return the endpoint as bound (a wildcard port filled in).
+
+        Raises AddressInUse for a port that is taken, StartError for an address that is not ours.
+        """
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{endpoint} is in use by another process") from exc
+            raise StartError(f"cannot bind {endpoint}: {exc.strerror}") from exc
+        bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoints.append(bound)
+        return bound
+
+    def receive(self) -> Incoming | None:
+        """The next message, or None when there is none now."""
+        try:
+            route = self._receive(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        if route in self._known:
+            frame = self._receive()
+        else:
+            # Who is at the other end stands in the metadata of its frames. Asked for once a route.
+            first = self._receive(copy=False)
+            self._fresh[route] = (_property(first, "Peer-Address"), _property(first, "User-Id"))
+            self._known.add(route)
+            frame = first.bytes
+        buffers: list[memoryview] | None = []
+        while self.socket.getsockopt(zmq.RCVMORE):
+            buffer = self._receive(copy=False).buffer
+            if buffers is not None:
+                buffers.append(buffer)
+                if len(buffers) > BUFFERS_LIMIT:
+                    buffers = None
+        return Incoming(route, frame, buffers)
+
+    def identity(self, route: bytes) -> tuple[str, str] | None:
+        """(address, user id) of a route met for the first time since the last call; else None."""
+        return self._fresh.pop(route, None)
+
+    def forget(self, route: bytes) -> None:
+        self._known.discard(route)
+        self._fresh.pop(route, None)
+
+    def send(self, route: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
+        """Queue a message for *route*; never waits.
+
+        Raises Lost where the peer is gone, Busy where its queue is full.
+        """
+        try:
+            self._send(route, zmq.DONTWAIT | zmq.SNDMORE)
+        except zmq.Again as exc:
+            raise Busy("the peer's queue is full") from exc
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EHOSTUNREACH:
+                raise Lost("the peer is gone") from exc
+            raise
+        if not buffers:
+            self._send(frame)
+            return
+        self._send(frame, zmq.SNDMORE)
+        last = len(buffers) - 1
+        for place, buffer in enumerate(buffers):
+            more = zmq.SNDMORE if place < last else 0
+            self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        for endpoint in self.endpoints:
+            if endpoint.startswith("ipc://"):
+                _unlink_socket(Path(endpoint.removeprefix("ipc://")))
+
+
+def _property(frame: zmq.Frame, name: str) -> str:
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:
+        return ""
+
+
+def _unlink_socket(path: Path) -> None:
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    except FileNotFoundError:
+        pass  # libzmq removes it itself where it can

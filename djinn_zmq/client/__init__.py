@@ -1,0 +1,1 @@
+"""The library a user imports: numpy, pyzmq, msgspec. Without torch."""

@@ -1,0 +1,365 @@
+"""One client's connection: requests out, replies in, shared memory where there is any.
+
+What a client does is written once, as generators that yield `Call`s and are sent the replies.
+`Connection.drive` runs them while the caller waits; `aio` has one that awaits instead.
+"""
+
+import os
+import secrets
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import zmq
+
+from djinn_zmq.bus.dealer import Dealer
+from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.errors import ArenaFull, Closed, DjinnError, Lost, ProtocolError, Unreachable
+from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
+from djinn_zmq.settings import MIB, Settings
+from djinn_zmq.version import __version__
+from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Slot, Tensor, inline
+
+T = TypeVar("T")
+Progress = Callable[[messages.Progress], None]
+
+PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this size
+WINDOW = 8  # pieces asked for at once
+LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
+PROGRESS_CREDIT = 1000
+
+
+@dataclass(slots=True)
+class Call:
+    """One request. data: what an UPLOAD sends behind it, in pieces."""
+
+    op: Op
+    meta: msgspec.Struct
+    session: int = 0
+    buffers: Sequence[bytes | memoryview] = ()
+    timeout_s: float | None = None
+    progress: Progress | None = None
+    data: memoryview | None = None
+
+
+Operation = Generator[Call | list[Call], Any, T]
+
+
+class Connection:
+    def __init__(
+        self, endpoint: str, keys: ClientKeys | None, settings: Settings, *, shared: bool = True
+    ) -> None:
+        """Connect the socket; `hello` finds out whether anybody answers.
+
+        shared: use shared memory where the server offers it.
+        """
+        self.endpoint = endpoint
+        self.settings = settings
+        self.lease: LeaseSocket | None = None
+        self._want_shared = shared
+        self._dealer = Dealer(endpoint, settings, keys)
+        self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
+        self._monitor = self._dealer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # Random, so that a client that comes back never asks under a number of its past life.
+        self._last_request = secrets.randbits(40) << 20
+        self._waiting: dict[int, Message | DjinnError | None] = {}
+        self._asked_in: dict[int, int] = {}  # request → session, while it waits
+        self._progress: dict[int, Progress] = {}
+        self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
+        self._arenas: dict[int, Arena] = {}
+        self._pool: Pool | None = None
+        self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
+        self._closed = False
+
+    # ---- driving operations
+
+    def drive(self, operation: Operation[T]) -> T:
+        """Run *operation* to its end, waiting for each reply."""
+        with self._lock:
+            try:
+                step = next(operation)
+                while True:
+                    try:
+                        reply = self._exchange(step)
+                    except DjinnError as exc:
+                        step = operation.throw(exc)
+                    else:
+                        step = operation.send(reply)
+            except StopIteration as end:
+                return end.value
+            except KeyboardInterrupt:
+                self._cancel_all()
+                raise
+
+    def _exchange(self, step: Call | list[Call]) -> Message | list[Message]:
+        if isinstance(step, Call):
+            return self._wait(self.send(step), step)
+        replies: list[Message] = []
+        sent: deque[tuple[int, Call]] = deque()
+        for call in step:
+            if len(sent) == WINDOW:
+                replies.append(self._wait(*sent.popleft()))
+            sent.append((self.send(call), call))
+        while sent:
+            replies.append(self._wait(*sent.popleft()))
+        return replies
+
+    def _wait(self, request: int, call: Call) -> Message:
+        limit = None if call.timeout_s is None else time.monotonic() + call.timeout_s + 2 * LOOK_S
+        while (reply := self._waiting[request]) is None:
+            frames = self._dealer.receive_waiting()
+            if frames is not None:
+                self._take(*frames)
+            elif not self.alive():
+                self._fail_all(Lost(f"the server at {self.endpoint} is gone"))
+            elif limit is not None and time.monotonic() > limit:
+                self._give_up(request)
+                raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+        return self._settle(request, reply)
+
+    def _settle(self, request: int, reply: Message | DjinnError) -> Message:
+        self._give_up(request)
+        if isinstance(reply, DjinnError):
+            raise reply
+        return reply
+
+    def _give_up(self, request: int) -> None:
+        del self._waiting[request], self._asked_in[request]
+        self._progress.pop(request, None)
+
+    def _cancel_all(self) -> None:
+        """The user gave up waiting: so should the engine."""
+        for request, session in self._asked_in.items():
+            frame = codec.encode(
+                Op.CANCEL,
+                messages.Cancel(request),
+                request=self._next_request(),
+                session=session,
+            )
+            if session:
+                self._dealer.send(frame)
+        self._waiting.clear()
+        self._asked_in.clear()
+        self._progress.clear()
+
+    # ---- sending
+
+    def _next_request(self) -> int:
+        self._last_request += 1
+        return self._last_request
+
+    def send(self, call: Call) -> int:
+        """Send *call* and return its request number; the reply is still to be waited for."""
+        if self._closed:
+            raise Closed("the connection is closed")
+        if self._garbage:
+            self._release_garbage()
+        request = self._next_request()
+        flags = Flag.SHARED if self.lease is not None else 0
+        if call.progress is not None:
+            self._progress[request] = call.progress
+        frame = codec.encode(
+            call.op,
+            call.meta,
+            flags=flags,
+            request=request,
+            session=call.session,
+            buffers=len(call.buffers),
+            deadline_ms=0 if call.timeout_s is None else max(1, int(call.timeout_s * 1000)),
+            credit=PROGRESS_CREDIT if call.progress is not None else 0,
+        )
+        self._dealer.send(frame, call.buffers)
+        if call.data is not None:
+            self._send_pieces(request, call.session, call.data)
+        self._waiting[request] = None
+        self._asked_in[request] = call.session
+        return request
+
+    def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
+        for offset in range(0, len(data), PIECE):
+            frame = codec.encode(
+                Op.CHUNK,
+                messages.Chunk(offset),
+                flags=Flag.ONE_WAY,
+                request=request,
+                session=session,
+                buffers=1,
+            )
+            self._dealer.send(frame, [data[offset : offset + PIECE]])
+
+    # ---- receiving
+
+    def _take(self, frame: bytes, buffers: list[memoryview]) -> None:
+        header = codec.peek(frame)
+        if header.request not in self._waiting:
+            return  # given up, or the server's knock
+        self._waiting[header.request] = self._decoded(header, frame, buffers)
+
+    def _decoded(
+        self, header: Header, frame: bytes, buffers: list[memoryview]
+    ) -> Message | DjinnError | None:
+        try:
+            message = codec.decode(frame, buffers, header)
+        except ProtocolError as exc:
+            return exc
+        if header.flags & Flag.PROGRESS:
+            tell = self._progress.get(header.request)
+            if tell is not None:
+                tell(message.meta)
+            return None
+        return codec.error_of(message) if header.flags & Flag.ERROR else message
+
+    def _fail_all(self, error: DjinnError) -> None:
+        for request, reply in self._waiting.items():
+            if reply is None:
+                self._waiting[request] = error
+
+    def alive(self) -> bool:
+        """Is the other end still there, as far as this machine can tell?"""
+        if self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            return False
+        if self.lease is not None:
+            poll = select.poll()
+            poll.register(self.lease.socket, select.POLLIN)
+            return not poll.poll(0)  # nothing is ever sent unasked: readable means its end
+        return True
+
+    # ---- the first exchange
+
+    def hello(self, timeout_s: float) -> Operation[messages.Welcome]:
+        """Meet the server, and share memory with it where it is the same user's.
+
+        Raises Unreachable where nobody answers within *timeout_s*.
+        """
+        try:
+            reply = yield Call(
+                Op.HELLO, messages.Hello(__version__, os.getpid()), timeout_s=timeout_s
+            )
+        except Lost as exc:
+            raise Unreachable(
+                f"no server answers at {self.endpoint} within {timeout_s:g} s: start one with "
+                "'djinn serve', or check the endpoint and the key"
+            ) from exc
+        welcome: messages.Welcome = reply.meta
+        if welcome.lease_path and self._want_shared:
+            try:
+                self.lease = LeaseSocket.connect(welcome.lease_path, welcome.token)
+            except (Unreachable, Lost):
+                pass  # a container, or another mount: the bus serves as well, only slower
+        return welcome
+
+    # ---- tensors out
+
+    def place(self, array: np.ndarray, parcel: "Parcel") -> Operation[Tensor]:
+        """Decide how *array* travels with the request *parcel* belongs to, and bring it there."""
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        if array.nbytes <= INLINE_LIMIT:
+            return inline(array)
+        raw = memoryview(array.reshape(-1).view(np.uint8))
+        if self.lease is not None and array.nbytes >= SLOT_FROM:
+            lease = self.stage(array.nbytes)
+            parcel.leases.append(lease)
+            np.frombuffer(lease.view, np.uint8)[:] = np.frombuffer(raw, np.uint8)
+            return Tensor(array.dtype.name, array.shape, lease.slot)
+        if array.nbytes <= PIECE:
+            parcel.buffers.append(raw)
+            return Tensor(array.dtype.name, array.shape, Frame(len(parcel.buffers) - 1))
+        uploaded = yield Call(
+            Op.UPLOAD, messages.Upload(array.nbytes), session=parcel.session, data=raw
+        )
+        parcel.uploads.append(uploaded.meta.id)
+        return Tensor(array.dtype.name, array.shape, uploaded.meta.tensor.where)
+
+    def stage(self, nbytes: int) -> Lease:
+        """A slot of this client's own shared memory. Raises ArenaFull beyond its limit."""
+        if self._pool is None:
+            self._pool = Pool(
+                self.settings.client_arenas, self.settings.arena, self._share, "client"
+            )
+        return self._pool.lease(nbytes, 0)
+
+    def _share(self, arena: OwnArena) -> int:
+        assert self.lease is not None
+        number, _ = self.lease.ask(messages.Share(), arena.fd)
+        return number
+
+    def settle(self, parcel: "Parcel") -> None:
+        """The request is answered: what travelled with it comes back."""
+        for lease in parcel.leases:
+            assert self._pool is not None
+            self._pool.give_back(lease.slot)
+        self._garbage.extend((parcel.session, number) for number in parcel.uploads)
+
+    # ---- tensors in
+
+    def arena(self, number: int) -> Arena:
+        """A shared arena, mapped on first use."""
+        arena = self._arenas.get(number)
+        if arena is None:
+            if self.lease is None:
+                raise ArenaFull("this connection shares no memory with the server")
+            _, fd = self.lease.ask(messages.Want(number))
+            if fd is None:
+                raise Lost(f"arena {number} came without a descriptor")
+            arena = self._arenas[number] = Arena(number, fd)
+        return arena
+
+    def can_map(self, tensor: Tensor) -> bool:
+        return self.lease is not None and isinstance(tensor.where, Slot)
+
+    # ---- ends
+
+    def forget(self, session: int, number: int) -> None:
+        """Nobody refers to a kept tensor any more. Safe to call from a finalizer."""
+        self._garbage.append((session, number))
+
+    def _release_garbage(self) -> None:
+        by_session: dict[int, list[int]] = {}
+        while self._garbage:
+            session, number = self._garbage.popleft()
+            by_session.setdefault(session, []).append(number)
+        for session, numbers in by_session.items():
+            frame = codec.encode(
+                Op.RELEASE,
+                messages.Release(tuple(numbers)),
+                flags=Flag.ONE_WAY,
+                request=self._next_request(),
+                session=session,
+            )
+            self._dealer.send(frame)
+
+    def close(self) -> None:
+        """Close sockets and maps. Everything the server holds for this client ends with it."""
+        if self._closed:
+            return
+        self._closed = True
+        for arena in self._arenas.values():
+            arena.close()
+        if self._pool is not None:
+            self._pool.close()
+        if self.lease is not None:
+            self.lease.close()
+        self._dealer.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._dealer.close()
+
+
+class Parcel:
+    """What travels beside one request, and comes back when it is answered."""
+
+    def __init__(self, session: int) -> None:
+        self.session = session
+        self.buffers: list[bytes | memoryview] = []
+        self.leases: list[Lease] = []
+        self.uploads: list[int] = []

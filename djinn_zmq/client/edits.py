@@ -1,0 +1,173 @@
+"""The edits a resume can make. Each says what, with which values, and `at` which part of hidden.
+
+`at` is numpy's own index notation over (batch, position, channel), e.g. `at=(0, -1)` for the last
+position of the first prompt; by default all of hidden. Values are checked here, before anything
+travels: float16, bfloat16, float32, float64 or whole numbers, finite, and of a shape that numpy
+would broadcast to the part chosen. Edits are made in the order given, on the engine, in float32 and
+rounded once; only their own values travel.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from djinn_zmq.client.indexing import index_of
+from djinn_zmq.errors import EditError
+from djinn_zmq.wire import edits as wire
+from djinn_zmq.wire.tensors import Tensor, dtype_name
+
+if TYPE_CHECKING:
+    from djinn_zmq.client.run import Checkpoint
+
+
+class Edit(Protocol):
+    """What every edit offers to the client's own code."""
+
+    @property
+    def array(self) -> np.ndarray | None:
+        """The values that must travel, if any."""
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        """The edit as data, with *tensor* saying where `array` went."""
+
+
+class _Valued:
+    """An edit with an array of values."""
+
+    __slots__ = ("array", "at")
+
+    def __init__(self, value: Any, at: Any = ...) -> None:
+        self.array = _values(type(self).__name__, value)
+        self.at = index_of(at)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.array.dtype} {self.array.shape})"
+
+
+class Add(_Valued):
+    """hidden[at] += value. Where the value is 0, no bit changes."""
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        assert tensor is not None
+        return wire.Add(tensor, self.at)
+
+
+class Set(_Valued):
+    """hidden[at] = value, rounded to the checkpoint's dtype."""
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        assert tensor is not None
+        return wire.Set(tensor, self.at)
+
+
+class Lerp(_Valued):
+    """hidden[at] += weight * (value - hidden[at])"""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, value: Any, weight: float, at: Any = ...) -> None:
+        super().__init__(value, at)
+        self.weight = _number("Lerp", "weight", weight)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        assert tensor is not None
+        return wire.Lerp(tensor, self.weight, self.at)
+
+
+class Project(_Valued):
+    """Remove a direction: hidden[at] -= (hidden[at] · d) d, with d = direction / |direction|.
+
+    direction: shape (n,), n the last extent of the part chosen (hidden_size, mostly).
+    """
+
+    def __init__(self, direction: Any, at: Any = ...) -> None:
+        super().__init__(direction, at)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        assert tensor is not None
+        return wire.Project(tensor, self.at)
+
+
+class Scale:
+    """hidden[at] *= factor"""
+
+    __slots__ = ("at", "factor")
+    array = None
+
+    def __init__(self, factor: float, at: Any = ...) -> None:
+        self.factor = _number("Scale", "factor", factor)
+        self.at = index_of(at)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        return wire.Scale(self.factor, self.at)
+
+    def __repr__(self) -> str:
+        return f"Scale({self.factor})"
+
+
+class Zero:
+    """hidden[at] = 0"""
+
+    __slots__ = ("at",)
+    array = None
+
+    def __init__(self, at: Any = ...) -> None:
+        self.at = index_of(at)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        return wire.Zero(self.at)
+
+    def __repr__(self) -> str:
+        return "Zero()"
+
+
+class Patch:
+    """hidden[at] = source.hidden[source_at], from another checkpoint; nothing travels.
+
+    source_at: by default the same as *at*. Both parts must have the same shape.
+    """
+
+    __slots__ = ("at", "source", "source_at")
+    array = None
+
+    def __init__(self, source: "Checkpoint", at: Any = ..., source_at: Any = None) -> None:
+        number = getattr(source, "id", None)
+        if not isinstance(number, int):
+            raise EditError(f"Patch: the source is {type(source).__name__}: give a checkpoint")
+        self.source = source  # held, so that it is not released while the edit may be made
+        self.at = index_of(at)
+        self.source_at = self.at if source_at is None else index_of(source_at)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        return wire.Patch(self.source.id, self.at, self.source_at)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.source!r})"
+
+
+def _values(name: str, value: Any) -> np.ndarray:
+    """*value* as a C-contiguous array of a float dtype. Raises EditError."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.float32)
+    named = dtype_name(array.dtype)
+    if named is None or array.dtype.kind == "b":
+        raise EditError(
+            f"{name}: values of dtype {array.dtype}; allowed are float16, bfloat16, float32, "
+            "float64 and whole numbers"
+        )
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = tuple(np.argwhere(~finite)[0].tolist())
+        raise EditError(f"{name}: the value at {list(place)} is {array[place]}: must be finite")
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _number(name: str, what: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as exc:
+        raise EditError(f"{name}: {what} is {value!r}: must be a number") from exc
+    if not np.isfinite(number):
+        raise EditError(f"{name}: {what} is {number}: must be finite")
+    return number

@@ -1,0 +1,94 @@
+"""A private server for one program: started with a `with` block, gone with it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from djinn_zmq.client.model import Model
+from djinn_zmq.client.server import connect
+from djinn_zmq.errors import StartError, Unreachable
+from djinn_zmq.settings import runtime_dir
+from djinn_zmq.wire.messages import Progress
+
+START_S = 30.0
+STOP_S = 10.0
+
+
+@contextmanager
+def local(
+    model: str | os.PathLike[str],
+    device: str = "cpu",
+    *,
+    dtype: str = "auto",
+    progress: Callable[[Progress], None] | None | bool = True,
+) -> Iterator[Model]:
+    """Serve *model* in a private server and give it, as `Server.model` does.
+
+    device: "cpu" or "cuda:N". The server is this program's own (its socket has a random name in
+    your runtime directory) and ends with the block, whatever happens in it; `model.server` is it.
+    Raises StartError with the server's last words where it does not come up.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
+    try:
+        with (
+            private_server(folder, device, dtype) as endpoint,
+            connect(endpoint, progress=progress) as server,
+        ):
+            yield server.model(os.fspath(model))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def private_server(folder: Path, device: str, dtype: str = "auto", *more: str) -> Iterator[str]:
+    """A server process with its socket in *folder*; yields its endpoint. more: its options."""
+    path = folder / "djinn.sock"
+    place = ["--device=cpu"] if device == "cpu" else [f"--gpu={device.removeprefix('cuda:')}"]
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "djinn_zmq.server",
+                "--port=0",
+                f"--ipc={path}",
+                f"--dtype={dtype}",
+                *place,
+                *more,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            start_new_session=True,  # Ctrl-C is this program's; the block's end stops the server
+        )
+        try:
+            _wait_for(path, process, words.fileno())
+            yield f"ipc://{path}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes], words: int) -> None:
+    limit = time.monotonic() + START_S
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            os.lseek(words, 0, os.SEEK_SET)
+            said = os.read(words, 1 << 16).decode(errors="replace").strip()
+            raise StartError(f"the server ended with status {process.returncode}: {said[-2000:]}")
+        try:
+            connect(f"ipc://{path}", timeout_s=1.0).close()
+            return
+        except Unreachable:
+            time.sleep(0.02)
+    raise StartError(f"the server did not answer within {START_S:g} s")

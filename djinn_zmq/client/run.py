@@ -1,0 +1,244 @@
+"""Runs and their checkpoints."""
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.connection import Call, Operation, Parcel
+from djinn_zmq.client.edits import Edit
+from djinn_zmq.errors import LayerError, RequestError
+from djinn_zmq.spans import Spans
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.codec import Message
+from djinn_zmq.wire.messages import Kept, Op, RunReply
+from djinn_zmq.wire.tensors import DTYPES, Slot, view
+
+if TYPE_CHECKING:
+    from djinn_zmq.client.model import Model
+
+Logits = str | int
+
+
+class Top(NamedTuple):
+    """One candidate for the next token."""
+
+    token: str  # its text; "" where the model has no tokenizer
+    id: int
+    probability: float
+    logit: float
+
+
+class Checkpoint:
+    """What was saved at a stop: immutable, resumable any number of times.
+
+    id: its number on the server. layer: layers executed before it (0: the embedding's output).
+    shape: (batch, positions, hidden_size). dtype, nbytes: of the hidden state. tier: where it is.
+    It is kept on the server until `release`, or until nothing refers to this object any more.
+    """
+
+    def __init__(self, model: "Model", kept: Kept) -> None:
+        self._model = model
+        self._kept = kept
+        self.id: int = kept.id
+        self.layer: int = kept.layer
+        self.shape: tuple[int, ...] = kept.tensor.shape
+        self.dtype: np.dtype = DTYPES[kept.tensor.dtype]
+        self.nbytes: int = kept.tensor.nbytes
+        self._released = weakref.finalize(self, model.connection.forget, kept.session, kept.id)
+        self._released.atexit = False
+
+    @property
+    def tier(self) -> str:
+        return "host" if isinstance(self._kept.tensor.where, Slot) else "device"
+
+    @property
+    def hidden(self) -> RemoteArray:
+        """The hidden state, read when indexed: (batch, positions, hidden_size)."""
+        return RemoteArray(self._model.connection, self._model.drive, self._kept, self)
+
+    def resume(
+        self,
+        edits: Sequence[Edit] = (),
+        *,
+        hidden: Any = None,
+        stop_at: int | None = None,
+        save_at: Sequence[int] = (),
+        logits: Logits = "last",
+        timeout_s: float | None = None,
+    ) -> "Run":
+        """Go on from here: a new branch; this checkpoint stays as it is.
+
+        edits: made in order before the next layer runs. hidden: an array of this checkpoint's shape
+        and dtype in its place, before the edits. The rest as in `Model.run`, layers counted from
+        the model's start.
+        Raises UnknownCheckpoint, LayerError, EditError; Lost where the engine died meanwhile (a
+        checkpoint with a host copy outlives that: resume again).
+        """
+        edits = list(edits) if isinstance(edits, (list, tuple)) else [edits]
+        return self._model.drive(
+            self._resume(edits, hidden, wanted_of(stop_at, save_at, logits), timeout_s)
+        )
+
+    def _resume(
+        self,
+        edits: Sequence[Edit],
+        hidden: Any,
+        wanted: messages.Wanted,
+        timeout_s: float | None,
+    ) -> Operation["Run"]:
+        connection = self._model.connection
+        parcel = Parcel(self._kept.session)
+        try:
+            on_wire = []
+            for edit in edits:
+                if not hasattr(edit, "on_wire"):
+                    raise RequestError(f"{edit!r} is no edit: use djinn_zmq.Add, Set, Patch …")
+                tensor = None
+                if edit.array is not None:
+                    tensor = yield from connection.place(edit.array, parcel)
+                on_wire.append(edit.on_wire(tensor))
+            placed = None
+            if hidden is not None:
+                placed = yield from connection.place(self._model.as_hidden(hidden), parcel)
+            meta = messages.Resume(self.id, placed, tuple(on_wire), wanted)
+            return (yield from self._model.ask(Op.RESUME, meta, parcel, timeout_s))
+        finally:
+            connection.settle(parcel)
+
+    def release(self) -> Any:
+        """Give its memory back now. Resuming it afterwards raises UnknownCheckpoint."""
+        return self._model.drive(self._release())
+
+    def _release(self) -> Operation[None]:
+        self._released.detach()
+        meta = messages.Release((self.id,))
+        yield Call(Op.RELEASE, meta, session=self._kept.session)
+
+    def __repr__(self) -> str:
+        return f"<checkpoint after layer {self.layer}: {self.dtype} {self.shape}, {self.tier}>"
+
+
+class Run:
+    """What a run came to: finished with logits, or stopped at a layer with a checkpoint.
+
+    state: "finished" or "stopped". layer: layers executed. ids: the prompt, int64
+    (batch, positions). checkpoints: by layer, those of `save_at` and the stop's own.
+    spans: where the time went; print it.
+    """
+
+    def __init__(self, model: "Model", message: Message, spans: Spans) -> None:
+        reply: RunReply = message.meta
+        self._model = model
+        self._message = message
+        self._logits: np.ndarray | None = None
+        self.id: int = reply.run
+        self.state: str = reply.state
+        self.layer: int = reply.layer
+        self.spans = spans
+        self.ids = np.array(view(reply.ids, message.buffers))
+        self.checkpoints = {kept.layer: Checkpoint(model, kept) for kept in reply.checkpoints}
+        if reply.logits_id:
+            release = weakref.finalize(
+                self, model.connection.forget, model.session, reply.logits_id
+            )
+            release.atexit = False
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of the stop; of a finished run, the deepest that was saved."""
+        if not self.checkpoints:
+            raise LayerError("the run kept no checkpoint: use stop_at= or save_at=")
+        return self.checkpoints[max(self.checkpoints)]
+
+    @property
+    def stopped(self) -> bool:
+        return self.state == "stopped"
+
+    @property
+    def logits(self) -> Any:
+        """The logits asked for, a numpy array in the model's dtype.
+
+        "last": (batch, vocab); "all": (batch, positions, vocab). Raises RequestError where the run
+        has none: it is stopped, or only the top few were asked for.
+        """
+        return self._model.drive(self._fetch_logits())
+
+    def _fetch_logits(self) -> Operation[np.ndarray]:
+        if self._logits is None:
+            reply: RunReply = self._message.meta
+            if reply.logits is None:
+                raise RequestError(self._why_no_logits())
+            if reply.logits_id:
+                kept = Kept(reply.logits_id, self._model.session, self.id, -1, reply.logits)
+                remote = RemoteArray(self._model.connection, self._model.drive, kept, self)
+                self._logits = yield from remote._read(())
+            else:
+                self._logits = np.array(view(reply.logits, self._message.buffers))
+        return self._logits
+
+    def _why_no_logits(self) -> str:
+        if self.stopped:
+            return f"the run is stopped after layer {self.layer}: resume its checkpoint for logits"
+        return 'the run was asked for no logits: use logits="last" or "all"'
+
+    def top(self, k: int = 5, *, batch: int = 0) -> Any:
+        """The *k* likeliest next tokens of one prompt, likeliest first: a list of `Top`."""
+        return self._model.drive(self._top(k, batch))
+
+    def _top(self, k: int, batch: int) -> Operation[list[Top]]:
+        reply: RunReply = self._message.meta
+        if not 0 <= batch < len(self.ids):
+            raise RequestError(f"prompt {batch} of a batch of {len(self.ids)}")
+        if reply.top_ids is not None:
+            values, ids, log_norm = self._sent_top(batch)
+            if not 1 <= k <= len(ids):
+                raise RequestError(f"the top {k}: the run was asked for {len(ids)}")
+            values, ids = values[:k], ids[:k]
+        else:
+            logits = yield from self._fetch_logits()
+            row = logits[batch] if logits.ndim == 2 else logits[batch, -1]
+            row = row.astype(np.float64)
+            if not 1 <= k <= row.size:
+                raise RequestError(f"the top {k} of {row.size} tokens")
+            ids = np.argsort(-row, kind="stable")[:k]
+            values = row[ids]
+            peak = row.max()
+            log_norm = peak + np.log(np.exp(row - peak).sum())
+        pieces = yield from self._model.pieces_of(ids)
+        return [
+            Top(piece, int(number), float(np.exp(value - log_norm)), float(value))
+            for piece, number, value in zip(pieces, ids, values, strict=True)
+        ]
+
+    def _sent_top(self, batch: int) -> tuple[np.ndarray, np.ndarray, float]:
+        reply, buffers = self._message.meta, self._message.buffers
+        values = view(reply.top_values, buffers)[batch].astype(np.float64)
+        ids = view(reply.top_ids, buffers)[batch]
+        return values, ids, float(view(reply.top_log_norm, buffers)[batch])
+
+    def __repr__(self) -> str:
+        kept = ", ".join(map(str, self.checkpoints)) or "none"
+        return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
+
+
+def wanted_of(stop_at: Any, save_at: Sequence[int], logits: Logits) -> messages.Wanted:
+    """The caller's words as data. Raises RequestError for what is none."""
+    stop = None if stop_at is None else _layer("stop_at", stop_at)
+    saves = (save_at,) if isinstance(save_at, (int, np.integer)) else save_at
+    save = tuple(sorted({_layer("save_at", one) for one in saves}))
+    if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
+        if logits < 1:
+            raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
+        return messages.Wanted(stop, save, "top", int(logits))
+    if logits not in ("last", "all", "none"):
+        raise RequestError(f'logits={logits!r}: "last", "all", "none" or how many')
+    return messages.Wanted(stop, save, str(logits), 0)
+
+
+def _layer(what: str, value: Any) -> int:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    raise LayerError(f"{what}={value!r}: a layer is a whole number")

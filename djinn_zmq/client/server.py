@@ -1,0 +1,166 @@
+"""A connection to a server, as a user sees it."""
+
+import os
+import sys
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import Any, Self
+
+from djinn_zmq.bus.keys import client_keys
+from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.model import Model
+from djinn_zmq.errors import DjinnError
+from djinn_zmq.settings import Settings, default_endpoint
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.messages import Op, SessionInfo, StatusReply
+
+CONNECT_S = 5.0
+CLOSE_S = 1.0
+
+Path = str | os.PathLike[str]
+
+
+class Server:
+    """A server that answers. Made by `connect`; use it in a `with` block."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        progress: Callable[[messages.Progress], None] | None,
+    ) -> None:
+        self.connection = connection
+        self.progress = progress
+        self.welcome: messages.Welcome | None = None
+        self._models: dict[str, Model] = {}
+
+    def drive(self, operation: Operation[Any]) -> Any:
+        """Run an operation of this client. In asyncio code: an awaitable of it."""
+        return self.connection.drive(operation)
+
+    def hello(self, timeout_s: float) -> Operation[Self]:
+        self.welcome = yield from self.connection.hello(timeout_s)
+        return self
+
+    def model(self, name: str) -> Model:
+        """A served name, a directory with a model, or a hub id; loaded if it is not yet.
+
+        Opens a session, which ends with this connection or `Model.close`. The same name gives the
+        same session. Raises UnknownModel, ModelRefused (with the reason), Lost.
+        """
+        return self.drive(self._model(os.fspath(name)))
+
+    def _model(self, name: str) -> Operation[Model]:
+        model = self._models.get(name)
+        if model is None:
+            reply = yield Call(Op.OPEN, messages.Open(name), progress=self.progress)
+            model = self._models[name] = Model(self, reply.meta)
+        return model
+
+    def forget(self, model: Model) -> None:
+        self._models = {name: one for name, one in self._models.items() if one is not model}
+
+    def ping(self) -> Any:
+        """To the server and back: "serving"."""
+        return self.drive(self._ping())
+
+    def _ping(self) -> Operation[str]:
+        reply = yield Call(Op.PING, messages.Ping())
+        return reply.meta.state
+
+    def status(self) -> StatusReply:
+        """Models, engines, sessions and memory, as `djinn ps` shows them."""
+        return self.drive(self._status())
+
+    def _status(self) -> Operation[StatusReply]:
+        reply = yield Call(Op.STATUS, messages.Status())
+        return reply.meta
+
+    def sessions(self) -> list[SessionInfo]:
+        """All sessions of the server; `.yours` tells your own."""
+        return self.drive(self._sessions())
+
+    def _sessions(self) -> Operation[list[SessionInfo]]:
+        status = yield from self._status()
+        return list(status.sessions)
+
+    def stop(self) -> Any:
+        """End the server. Only for the user who runs it, over its ipc socket."""
+        return self.drive(self._stop())
+
+    def _stop(self) -> Operation[None]:
+        yield Call(Op.STOP, messages.Stop())
+
+    def close(self) -> Any:
+        """End this client's sessions and close the connection."""
+        return self.drive(self._close())
+
+    def _close(self) -> Generator[Any, Any, None]:
+        try:
+            if self.connection.lease is None:  # else its end of file says it
+                for model in list(self._models.values()):
+                    yield Call(Op.CLOSE, messages.Close(), session=model.session, timeout_s=CLOSE_S)
+        except DjinnError:
+            pass  # the server is gone or busy; it finds out by itself
+        finally:
+            self._models.clear()
+            self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<server at {self.connection.endpoint}>"
+
+
+def connect(
+    endpoint: str | None = None,
+    *,
+    key: Path | None = None,
+    server_key: Path | None = None,
+    timeout_s: float = CONNECT_S,
+    shared: bool = True,
+    progress: Callable[[messages.Progress], None] | None | bool = True,
+) -> Server:
+    """Connect to a server.
+
+    endpoint: "ipc://PATH" or "tcp://HOST:PORT"; by default $DJINN_ENDPOINT, else your own server's
+    ipc socket.
+    key: your key file for a remote server (`djinn keys new NAME`); server_key: the server's .pub
+    file, by default server.pub beside *key*.
+    shared: use shared memory where the server is on this machine and yours.
+    progress: called while a model loads; True: a line on stderr if that is a terminal.
+    Raises Unreachable where no server answers within *timeout_s* seconds.
+    """
+    keys = client_keys(key, server_key) if key is not None else None
+    connection = Connection(endpoint or default_endpoint(), keys, Settings(), shared=shared)
+    server = Server(connection, reporter(progress))
+    try:
+        return server.drive(server.hello(timeout_s))
+    except BaseException:
+        connection.close()
+        raise
+
+
+def reporter(
+    progress: Callable[[messages.Progress], None] | None | bool,
+) -> Callable[[messages.Progress], None] | None:
+    """What is called with progress: the caller's own, a line on a terminal, or nothing."""
+    if callable(progress):
+        return progress
+    return _line_on_stderr if progress and sys.stderr.isatty() else None
+
+
+def _line_on_stderr(progress: messages.Progress) -> None:
+    step = f" ({progress.done + 1}/{progress.total})" if progress.total else ""
+    sys.stderr.write(f"\r\x1b[Kdjinn: {progress.stage}{step}")
+    if progress.total and progress.done + 1 >= progress.total:
+        sys.stderr.write("\r\x1b[K")
+    sys.stderr.flush()

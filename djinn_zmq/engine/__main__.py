@@ -1,0 +1,59 @@
+"""`python -m djinn_zmq.engine`: started by a server, never by hand.
+
+Ends with the server: by the end of file on the lease socket, and by the kernel (PDEATHSIG) where
+the server was killed while this process was deep in a layer.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from djinn_zmq.settings import Settings
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--link", type=click.Path(path_type=Path), required=True)
+@click.option("--lease-fd", type=int, required=True)
+@click.option("--device", required=True)
+@click.option("--index", type=int, required=True)
+@click.option("--settings", required=True)
+def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> None:
+    """One engine. Its options are the server's to give."""
+    _end_with(os.getppid())
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s engine-{index} %(message)s", stream=sys.stderr
+    )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Here, not above: torch takes seconds, and the server's death is watched for from the start.
+    import torch
+
+    from djinn_zmq.engine.loop import EngineLoop, connect
+    from djinn_zmq.errors import Lost
+
+    limits = Settings(**json.loads(settings))
+    loop = EngineLoop(*connect(link, lease_fd, limits), torch.device(device), limits, index)
+    try:
+        loop.serve()
+    except Lost:
+        pass  # the server is gone, and so is the reason to be here
+    finally:
+        loop.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Carrying out edits on a hidden state, in place, in the order given.
+
+Arithmetic in float32 (float64 for float64), one rounding at the end. Where an edit adds nothing the
+old bits stay: -0.0 + 0.0 would be +0.0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from djinn_zmq.errors import EditError, SelectionError
+from djinn_zmq.wire.edits import Add, Edit, Lerp, Patch, Project, Scale, Set, Zero, selection
+from djinn_zmq.wire.tensors import Tensor
+
+Values = Callable[[Tensor], torch.Tensor]  # a wire tensor's values, on the hidden state's device
+Source = Callable[[int], torch.Tensor]  # a checkpoint's hidden state, read only
+
+
+def apply(
+    hidden: torch.Tensor, edits: tuple[Edit, ...], values: Values, source: Source
+) -> torch.Tensor:
+    """Apply *edits* to *hidden* (batch, positions, hidden_size) and return it.
+
+    Every edit is checked before the first is done. Raises EditError naming the edit's place.
+    """
+    ready = []
+    for place, edit in enumerate(edits):
+        name = f"edit {place} ({type(edit).__name__})"
+        try:
+            chosen = selection(edit.at, tuple(hidden.shape))
+            ready.append((chosen, _prepare(edit, hidden, chosen, values, source)))
+        except (EditError, SelectionError) as exc:
+            raise EditError(f"{name}: {exc}") from exc
+    for chosen, change in ready:
+        hidden[chosen] = change(hidden[chosen])
+    return hidden
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _prepare(
+    edit: Edit, hidden: torch.Tensor, chosen: Any, values: Values, source: Source
+) -> Change:
+    """The change an edit makes to its part of hidden."""
+    part = hidden[chosen]
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(edit, Zero):
+        return torch.zeros_like
+    if isinstance(edit, Scale):
+        factor = edit.factor
+        return lambda old: old if factor == 1.0 else (old.to(wide) * factor).to(old.dtype)
+    if isinstance(edit, Patch):
+        return _patch(edit, part, source)
+    if isinstance(edit, Project):
+        return _project(values(edit.direction).to(wide), part, wide)
+    value = _fitting(values(edit.value), part)
+    if isinstance(edit, Add):
+        addend = value.to(wide)
+        return lambda old: torch.where(addend == 0, old, (old.to(wide) + addend).to(old.dtype))
+    if isinstance(edit, Set):
+        return lambda old: value.to(old.dtype).expand(old.shape)
+    assert isinstance(edit, Lerp)
+    weight, target = edit.weight, value.to(wide)
+    if weight == 0.0:
+        return lambda old: old
+    return lambda old: torch.lerp(old.to(wide), target.expand(old.shape), weight).to(old.dtype)
+
+
+def _fitting(value: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    try:
+        torch.broadcast_to(value, part.shape)
+    except RuntimeError as exc:
+        raise EditError(
+            f"a value of shape {tuple(value.shape)} does not fit the part of shape "
+            f"{tuple(part.shape)} that `at` chooses"
+        ) from exc
+    return value
+
+
+def _patch(edit: Patch, part: torch.Tensor, source: Source) -> Change:
+    whole = source(edit.source)
+    if whole.dtype != part.dtype:
+        raise EditError(f"the source is {whole.dtype}, the checkpoint {part.dtype}")
+    taken = whole[selection(edit.source_at, tuple(whole.shape), "the source")]
+    if taken.shape != part.shape:
+        raise EditError(
+            f"the source's part has shape {tuple(taken.shape)}, the part to patch "
+            f"{tuple(part.shape)}"
+        )
+    kept = taken.clone()  # the source may be evicted or released before the change is made
+    return lambda old: kept
+
+
+def _project(direction: torch.Tensor, part: torch.Tensor, wide: torch.dtype) -> Change:
+    width = part.shape[-1] if part.ndim else 1
+    if direction.ndim != 1 or direction.shape[0] != width:
+        raise EditError(
+            f"a direction of shape {tuple(direction.shape)}: the part that `at` chooses needs "
+            f"({width},)"
+        )
+    norm = torch.linalg.vector_norm(direction)
+    if not norm:
+        raise EditError("a direction of length zero")
+    unit = direction / norm
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        widened = old.to(wide)
+        return (widened - (widened @ unit).unsqueeze(-1) * unit).to(old.dtype)
+
+    return change

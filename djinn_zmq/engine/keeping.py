@@ -1,0 +1,159 @@
+"""What an engine keeps: checkpoints and large logits, in slots of arenas it shares with the server.
+
+The engine leases the slots of its own arenas; the server numbers them and keeps their descriptors,
+so everything here outlives this process. A successor adopts what the server hands it.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.errors import Lost, ProtocolError, StaleSlot, UnknownCheckpoint
+from djinn_zmq.memory.arena import Arena, OwnArena, Pool
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
+from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, view
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def new_id() -> int:
+    """A number no run or kept tensor of this engine or its predecessors has."""
+    return secrets.randbits(62) | 1
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    kept: Kept
+    ids: np.ndarray  # int64 (batch, positions)
+    owner: str
+
+
+class Keeping:
+    def __init__(self, settings: Settings, lease: LeaseSocket, index: int) -> None:
+        self.pool = Pool(settings.host_memory, settings.arena, self._share, f"engine-{index}")
+        self.entries: dict[int, Entry] = {}
+        self._lease = lease
+        self._foreign: dict[int, Arena] = {}  # clients' and the server's staging arenas
+        self.pool.grow(
+            1
+        )  # the first arena now, while nobody waits: its pages take a tenth of a second
+
+    # ---- arenas
+
+    def _share(self, arena: OwnArena) -> int:
+        number, _ = self._lease.ask(Share(), arena.fd)
+        return number
+
+    def _arena(self, number: int) -> Arena:
+        arena: Arena | None = self.pool.arenas.get(number) or self._foreign.get(number)
+        if arena is None:
+            _, fd = self._lease.ask(Want(number))
+            if fd is None:
+                raise Lost(f"arena {number} came without a descriptor")
+            arena = self._foreign[number] = Arena(number, fd)
+        return arena
+
+    def on_packet(self, packet: object) -> None:
+        """News from the server on the lease socket."""
+        if isinstance(packet, Retire) and packet.arena in self._foreign:
+            self._foreign.pop(packet.arena).close()
+        elif not isinstance(packet, (Retire, Granted)):
+            raise ProtocolError(f"{type(packet).__name__} is not for an engine")
+
+    def prepare(self) -> None:
+        """Make the first arena while nobody waits for it: its pages take a tenth of a second."""
+        if not self.pool.arenas:
+            self.pool.grow(1)
+
+    # ---- tensors in and out
+
+    def keep(
+        self, data: torch.Tensor, *, session: int, owner: str, run: int, layer: int, ids: np.ndarray
+    ) -> Kept:
+        """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed."""
+        flat = data.detach().contiguous().view(torch.uint8).reshape(-1)
+        lease = self.pool.lease(flat.numel(), session)
+        torch.frombuffer(lease.view, dtype=torch.uint8).copy_(flat)
+        tensor = Tensor(NAMES[data.dtype], tuple(data.shape), lease.slot)
+        kept = Kept(new_id(), session, run, layer, tensor)
+        self.entries[kept.id] = Entry(kept, ids, owner)
+        return kept
+
+    def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:
+        """A torch copy of a wire tensor, wherever its bytes are; one copy, checked after it."""
+        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        into = out.view(torch.uint8).reshape(-1).numpy() if tensor.shape else None
+        if isinstance(tensor.where, Slot):
+            arena = self._arena(tensor.where.arena)
+            data = arena.view(tensor.where, tensor.nbytes)
+        else:
+            data = memoryview(view(tensor, buffers).reshape(-1).view(np.uint8).data)
+        if into is None:
+            out = torch.frombuffer(bytearray(data), dtype=out.dtype).reshape(())
+        elif into.size:
+            into[:] = np.frombuffer(data, np.uint8)
+        if isinstance(tensor.where, Slot):
+            arena.check(tensor.where)
+        return out
+
+    def find(self, number: int, owner: str) -> Entry:
+        """The kept tensor *number*, if *owner* may see it."""
+        entry = self.entries.get(number)
+        if entry is None or entry.owner != owner:
+            raise UnknownCheckpoint(
+                f"checkpoint {number:x} does not exist or is not yours: it may have been released"
+            )
+        return entry
+
+    # ---- ends
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            entry = self.entries.pop(number, None)
+            if entry is not None and isinstance(entry.kept.tensor.where, Slot):
+                self.pool.give_back(entry.kept.tensor.where)
+
+    def drop_session(self, session: int) -> None:
+        """All that *session* has, whether anybody was told of it or not."""
+        self.entries = {n: e for n, e in self.entries.items() if e.kept.session != session}
+        self.pool.reclaim(session)
+
+    def adopt(self, kepts: Sequence[Kept], ids: np.ndarray, owner: str) -> list[int]:
+        """Take over a predecessor's tensors. Returns the numbers of those that are lost."""
+        lost = []
+        for kept in kepts:
+            where = kept.tensor.where
+            try:
+                if not isinstance(where, Slot):
+                    raise Lost("it was on a device")
+                self._own(where.arena).adopt(where, kept.tensor.nbytes, kept.session)
+            except (Lost, StaleSlot, ProtocolError):
+                lost.append(kept.id)
+                continue
+            self.entries[kept.id] = Entry(kept, ids, owner)
+        return lost
+
+    def _own(self, number: int) -> OwnArena:
+        """A predecessor's arena, ours to lease from now on."""
+        if number not in self.pool.arenas:
+            _, fd = self._lease.ask(Want(number))
+            if fd is None:
+                raise Lost(f"arena {number} came without a descriptor")
+            self.pool.arenas[number] = OwnArena(number, fd)
+        return self.pool.arenas[number]
+
+    def finish_adopting(self) -> None:
+        """Slots of adopted arenas that nobody claimed were in the dead engine's hands: free them."""
+        for arena in self.pool.arenas.values():
+            arena.sweep_unleased()
+
+    def close(self) -> None:
+        self.pool.close()
+        for arena in self._foreign.values():
+            arena.close()

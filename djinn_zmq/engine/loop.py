@@ -1,0 +1,346 @@
+"""The engine's loop: take what has come, give every run one layer, again.
+
+One thread owns the device. Between two layers the loop looks at its inputs, so a ping or another
+session's run waits for one layer, never for a whole prompt.
+"""
+
+import logging
+import os
+import select
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.bus.link import Link, Parcel
+from djinn_zmq.engine import models
+from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.replies import Replies
+from djinn_zmq.engine.runs import EngineSession, Job, Runner
+from djinn_zmq.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DjinnError,
+    Lost,
+    RunError,
+    UnknownSession,
+)
+from djinn_zmq.settings import Settings
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.messages import Flag, Op
+
+_log = logging.getLogger(__name__)
+
+ANSWERS_LIMIT = 16  # of each session, for a retry
+ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs again
+
+Key = tuple[int, int]  # (session, request)
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A job that gets its turns, and whom to answer."""
+
+    job: Job
+    turns: Iterator[None]
+    envelope: bytes
+    header: Header
+
+    @property
+    def overdue(self) -> bool:
+        limit_ms = self.header.deadline_ms
+        return bool(limit_ms) and self.job.watch.elapsed_ns() > limit_ms * 1_000_000
+
+
+class EngineLoop:
+    def __init__(
+        self, link: Link, lease: LeaseSocket, device: torch.device, settings: Settings, index: int
+    ) -> None:
+        self._link = link
+        self._lease = lease
+        self._device = device
+        self._keeping = Keeping(settings, lease, index)
+        self._runner = Runner(self._keeping)
+        self._replies = Replies(self._runner)
+        self._models: dict[str, ServedModel] = {}
+        self._sessions: dict[int, EngineSession] = {}
+        self._active: deque[Active] = deque()
+        self._answers: dict[int, OrderedDict[int, tuple[bytes, list[bytes | memoryview]]]] = {}
+        self._adopting = False
+        self._news = select.poll()
+        self._news.register(lease.socket, select.POLLIN)
+        self._poller = zmq.Poller()
+        self._poller.register(link.socket, zmq.POLLIN)
+        self._poller.register(lease.socket, zmq.POLLIN)
+        self._notices = {
+            Op.LOAD: self._load,
+            Op.ENTER: self._enter,
+            Op.LEAVE: self._leave,
+            Op.DROP: self._drop,
+            Op.ADOPT: self._adopt,
+        }
+        self._requests = {
+            Op.PING: self._ping,
+            Op.RUN: self._run,
+            Op.RESUME: self._run,
+            Op.CANCEL: self._cancel,
+            Op.TOKENS: self._tokens,
+        }
+
+    def serve(self) -> None:
+        """Until the server is gone, which raises Lost."""
+        self._tell(Op.READY, messages.Ready(str(self._device), os.getpid()))
+        with torch.inference_mode():  # thread-local: entered where the work is done
+            while True:
+                self._receive(wait=not self._active)
+                self._step()
+
+    def close(self) -> None:
+        self._keeping.close()
+        self._link.close()
+        self._lease.close()
+
+    # ---- taking
+
+    def _receive(self, *, wait: bool) -> None:
+        if wait:
+            self._poller.poll()
+        if self._news.poll(0):
+            packet, fd = self._lease.receive()
+            if fd is not None:
+                os.close(fd)
+            self._keeping.on_packet(packet)
+        for packet in self._lease.late():
+            self._keeping.on_packet(packet)
+        while (parcel := self._link.receive()) is not None:
+            self._take(parcel)
+
+    def _take(self, parcel: Parcel) -> None:
+        watch = Stopwatch()
+        header = codec.peek(parcel.frame)
+        try:
+            message = codec.decode(parcel.frame, parcel.buffers, header)
+            if not parcel.envelope:
+                self._finish_adopting(header)
+                self._notices[Op(header.op)](message)
+            else:
+                self._finish_adopting(header)
+                self._request(parcel.envelope, message, watch)
+        except DjinnError as exc:
+            if parcel.envelope:
+                self._refuse(parcel.envelope, header, exc)
+            else:
+                _log.error("the server's %s failed: %s", Op(header.op).name, exc)
+
+    def _request(self, envelope: bytes, message: Message, watch: Stopwatch) -> None:
+        header = message.header
+        session = self._sessions.get(header.session)
+        if session is None:
+            raise UnknownSession(f"session {header.session:016x} is not on this engine")
+        self._requests[Op(header.op)](envelope, message, session, watch)
+
+    # ---- the server's notices
+
+    def _load(self, message: Message) -> None:
+        asked: messages.Load = message.meta
+
+        def report(stage: str, done: int, total: int) -> None:
+            progress = messages.Progress(stage, done, total)
+            self._link.send(b"", codec.encode(Op.LOAD, progress, flags=Flag.PROGRESS))
+
+        try:
+            model = models.load(asked, self._device, report)
+        except DjinnError as exc:
+            named = type(exc)(f"{asked.name}: {exc}")
+            self._link.send(b"", codec.failure(message.header, named))
+            return
+        except Exception as exc:  # noqa: BLE001  a model's own code may raise anything
+            _log.exception("loading %s failed", asked.name)
+            named = models.ModelRefused(f"{asked.name}: {type(exc).__name__}: {exc}")
+            self._link.send(b"", codec.failure(message.header, named))
+            return
+        self._models[asked.name] = model
+        self._keeping.prepare()
+        reply = messages.Loaded(model.info)
+        self._link.send(b"", codec.encode(Op.LOAD, reply, flags=Flag.REPLY))
+
+    def _enter(self, message: Message) -> None:
+        number, meta = message.header.session, message.meta
+        self._sessions[number] = EngineSession(number, meta.owner, meta.model)
+
+    def _leave(self, message: Message) -> None:
+        number = message.header.session
+        for active in [one for one in self._active if one.job.session.id == number]:
+            self._end(active, Cancelled("its session was closed"))
+        self._sessions.pop(number, None)
+        self._answers.pop(number, None)
+        self._keeping.drop_session(number)
+
+    def _drop(self, message: Message) -> None:
+        self._keeping.drop(message.meta.ids)
+
+    def _adopt(self, message: Message) -> None:
+        self._adopting = True
+        session = self._sessions[message.header.session]
+        ids = self._keeping.load(message.meta.ids).numpy()
+        lost = self._keeping.adopt(message.meta.kept, ids, session.owner)
+        if lost:
+            self._tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
+
+    def _finish_adopting(self, header: Header) -> None:
+        if self._adopting and header.op not in (Op.ADOPT, Op.ENTER):
+            self._adopting = False
+            self._keeping.finish_adopting()
+
+    # ---- clients' requests
+
+    def _ping(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        state = "running" if self._active else "idle"
+        self._answer(envelope, message.header, messages.Pong(state), [])
+
+    def _run(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        header = message.header
+        key = (session.id, header.request)
+        stored = self._answers.get(session.id, {}).get(header.request)
+        if stored is not None:
+            self._link.send(envelope, *stored)
+            return
+        for active in self._active:
+            if (active.job.session.id, active.header.request) == key:
+                active.envelope = envelope  # asked again while it runs: answer the newer asker
+                return
+        model = self._models.get(session.model)
+        if model is None:
+            raise Lost(f'"{session.model}" could not be loaded again after the engine\'s restart')
+        begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
+        job, turns = begin(message.meta, message.buffers, session, model, watch)
+        self._active.append(Active(job, turns, envelope, header))
+
+    def _cancel(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        found = [
+            one
+            for one in self._active
+            if one.job.session is session and one.header.request == message.meta.request
+        ]
+        for active in found:
+            self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
+        self._answer(envelope, message.header, messages.Cancelled(bool(found)), [])
+
+    def _tokens(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        model = self._models[session.model]
+        asked: messages.Tokens = message.meta
+        if asked.ids is None:
+            ids = model.encode((asked.text,))[0]
+        else:
+            ids = self._keeping.load(asked.ids, message.buffers).numpy().reshape(-1)
+            if ids.size:
+                model.check_ids(ids.reshape(-1, 1))
+        meta, buffers = self._replies.tokens(ids, model.pieces(ids))
+        self._answer(envelope, message.header, meta, buffers)
+
+    # ---- working
+
+    def _step(self) -> None:
+        """One layer of each active run, in turn."""
+        for _ in range(len(self._active)):
+            active = self._active.popleft()
+            if active.overdue:
+                self._active.append(active)
+                limit = active.header.deadline_ms
+                self._end(active, DeadlineExceeded(f"not done within {limit} ms"))
+                continue
+            try:
+                next(active.turns)
+            except StopIteration:
+                self._finish(active)
+            except DjinnError as exc:
+                self._fail(active, exc)
+            except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
+                _log.exception("a run of %s failed", active.job.model.info.name)
+                self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
+            else:
+                self._active.append(active)
+
+    def _finish(self, active: Active) -> None:
+        job, header = active.job, active.header
+        try:
+            shared = bool(header.flags & Flag.SHARED)
+            meta, buffers = self._replies.run(job, shared=shared)
+        except DjinnError as exc:
+            self._runner.discard(job)
+            self._refuse(active.envelope, header, exc)
+            return
+        if job.kept:
+            keep = messages.Keep(self._replies.ids_inline(job), tuple(job.kept))
+            self._tell(Op.KEEP, keep, job.session.id)
+        self._answer(active.envelope, header, meta, buffers, store=True)
+
+    def _fail(self, active: Active, error: DjinnError) -> None:
+        if active.job.state not in ("finished", "stopped"):
+            active.job.advance("fail")
+        self._runner.discard(active.job)
+        self._refuse(active.envelope, active.header, error)
+
+    def _end(self, active: Active, error: DjinnError) -> None:
+        """Stop an active run at the layer it has come to."""
+        self._active.remove(active)
+        active.turns.close()  # type: ignore[attr-defined]
+        active.job.advance("cancel")
+        self._runner.discard(active.job)
+        self._refuse(active.envelope, active.header, error)
+
+    # ---- answering
+
+    def _answer(
+        self,
+        envelope: bytes,
+        header: Header,
+        meta: Any,
+        buffers: Sequence[bytes | memoryview],
+        *,
+        store: bool = False,
+    ) -> None:
+        frame = codec.encode(
+            header.op,
+            meta,
+            flags=Flag.REPLY,
+            request=header.request,
+            session=header.session,
+            buffers=len(buffers),
+        )
+        self._link.send(envelope, frame, buffers)
+        if store and len(frame) + sum(len(buffer) for buffer in buffers) <= ANSWER_NBYTES:
+            answers = self._answers.setdefault(header.session, OrderedDict())
+            answers[header.request] = (frame, list(buffers))
+            if len(answers) > ANSWERS_LIMIT:
+                answers.popitem(last=False)
+
+    def _refuse(self, envelope: bytes, header: Header, error: DjinnError) -> None:
+        self._link.send(envelope, codec.failure(header, error))
+
+    def _tell(self, op: Op, meta: Any, session: int = 0) -> None:
+        self._link.send(b"", codec.encode(op, meta, session=session))
+
+
+def connect(path: Path, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:
+    """The two ends an engine is born with."""
+    lease = LeaseSocket(socket.socket(fileno=lease_fd))
+    lease.socket.setblocking(True)
+    return Link(zmq.Context(), path, settings, bind=False), lease

@@ -1,0 +1,87 @@
+"""What a run's reply carries, and how its tensors travel."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine.keeping import NAMES
+from djinn_zmq.engine.runs import Job, Runner
+from djinn_zmq.settings import MIB
+from djinn_zmq.wire.messages import RunReply, TokensReply
+from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Inline, Tensor, inline
+
+FRAME_LIMIT = 1 * MIB  # a larger tensor is kept in a slot and read from there piece by piece
+
+Buffers = list[bytes | memoryview]
+
+
+class Replies:
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def run(self, job: Job, *, shared: bool) -> tuple[RunReply, Buffers]:
+        """The reply to a RUN or RESUME. shared: the client reads slots itself.
+
+        Large logits are kept like a checkpoint; raises ArenaFull where there is no room for them.
+        """
+        buffers: Buffers = []
+        logits = top_values = top_ids = top_log_norm = None
+        logits_id = 0
+        with job.watch.span("encode"):
+            checkpoints = tuple(job.kept)
+            ids = _place(job.ids, buffers)
+            if job.logits is not None and job.wanted.logits == "top":
+                last = job.logits[:, -1]
+                values, indices = last.topk(job.wanted.top)
+                norm = last.double().logsumexp(-1)
+                top_values = _place_torch(values, buffers)
+                top_ids = _place_torch(indices, buffers)
+                top_log_norm = _place_torch(norm, buffers)
+            elif job.logits is not None:
+                chosen = job.logits if job.wanted.logits == "all" else job.logits[:, -1]
+                if chosen.nbytes > (SLOT_FROM if shared else FRAME_LIMIT):
+                    kept = self._runner.keep(job, chosen, -1)
+                    job.kept.append(kept)
+                    logits, logits_id = kept.tensor, kept.id
+                else:
+                    logits = _place_torch(chosen, buffers)
+        reply = RunReply(
+            run=job.id,
+            state=str(job.state),
+            layer=job.layer,
+            ids=ids,
+            checkpoints=checkpoints,
+            logits=logits,
+            logits_id=logits_id,
+            top_values=top_values,
+            top_ids=top_ids,
+            top_log_norm=top_log_norm,
+            spans=job.watch.with_rest("queue", first=True),
+        )
+        return reply, buffers
+
+    def tokens(self, ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:
+        buffers: Buffers = []
+        return TokensReply(_place(ids, buffers), tuple(pieces)), buffers
+
+    def ids_inline(self, job: Job) -> Tensor:
+        """The job's token ids inside the meta: they outlive this process in the server's books."""
+        return inline(job.ids)
+
+
+def _place(array: np.ndarray, buffers: Buffers) -> Tensor:
+    """*array* inside the meta if it is small, else as one more buffer."""
+    if array.nbytes <= INLINE_LIMIT:
+        return inline(array)
+    buffers.append(array.tobytes())
+    return Tensor(array.dtype.name, array.shape, Frame(len(buffers) - 1))
+
+
+def _place_torch(data: torch.Tensor, buffers: Buffers) -> Tensor:
+    raw = data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    name, shape = NAMES[data.dtype], tuple(data.shape)
+    if len(raw) <= INLINE_LIMIT:
+        return Tensor(name, shape, Inline(raw))
+    buffers.append(raw)
+    return Tensor(name, shape, Frame(len(buffers) - 1))

@@ -1,0 +1,217 @@
+"""A run: a generator that does one layer each time it is asked, so that others get their turn.
+
+What it stops with is data (a checkpoint in a slot, the token ids), not the generator: that ends
+with its reply, and a resume is a new run that starts further up.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine import editing
+from djinn_zmq.engine.keeping import Keeping, new_id
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.stepping import Recording
+from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire import states
+from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
+from djinn_zmq.wire.tensors import Tensor
+
+RECORDINGS_LIMIT = 64  # of past prompts, so that a resume need not record again
+
+
+@dataclass(slots=True, eq=False)
+class EngineSession:
+    """A session as the engine knows it."""
+
+    id: int
+    owner: str
+    model: str
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One run on its way: what was asked, and what has come of it."""
+
+    session: EngineSession
+    model: ServedModel
+    ids: np.ndarray  # int64 (batch, positions)
+    layer: int  # layers executed so far
+    wanted: Wanted
+    watch: Stopwatch
+    id: int = field(default_factory=new_id)
+    kept: list[Kept] = field(default_factory=list)
+    state: states.Run = states.Run.QUEUED
+    logits: torch.Tensor | None = None  # (batch, positions, vocab)
+
+    def advance(self, event: str) -> None:
+        self.state = states.advance(states.RUN, self.state, event)
+
+
+class Runner:
+    """Makes jobs of requests and works on them."""
+
+    def __init__(self, keeping: Keeping) -> None:
+        self._keeping = keeping
+        self._recordings: OrderedDict[bytes, Recording] = OrderedDict()
+
+    # ---- from a request to a job
+
+    def begin(
+        self,
+        asked: Run,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+    ) -> tuple[Job, Iterator[None]]:
+        """A job for a fresh run. Raises RequestError for what cannot be run; nothing is done yet."""
+        with watch.span("decode"):
+            if asked.ids is not None:
+                if asked.ids.dtype != "int64":
+                    raise ProtocolError(f"token ids of dtype {asked.ids.dtype}: int64")
+                ids = self._keeping.load(asked.ids, buffers).numpy()
+            else:
+                ids = model.encode(asked.text)
+            model.check_ids(ids)
+            _check_wanted(asked.wanted, 0, model)
+        job = Job(session, model, ids, 0, asked.wanted, watch)
+        return job, self._work(job, None)
+
+    def resume(
+        self,
+        asked: Resume,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+    ) -> tuple[Job, Iterator[None]]:
+        """A job that goes on from a checkpoint: a branch, with its edits made.
+
+        Raises UnknownCheckpoint, LayerError, EditError; the checkpoint is as before in any case.
+        """
+        with watch.span("decode"):
+            entry = self._keeping.find(asked.checkpoint, session.owner)
+            layer = entry.kept.layer
+            if layer < 0 or entry.kept.session != session.id:
+                raise RequestError("only a checkpoint of this session's own model can be resumed")
+            _check_wanted(asked.wanted, layer, model)
+            if asked.hidden is not None:
+                _check_hidden(asked.hidden, entry.kept.tensor)
+        with watch.span("restore"):
+            hidden = self._keeping.load(asked.hidden or entry.kept.tensor, buffers)
+            hidden = hidden.to(model.device)
+        if asked.edits:
+            with watch.span("edit"):
+                hidden = editing.apply(
+                    hidden,
+                    asked.edits,
+                    lambda tensor: self._keeping.load(tensor, buffers).to(model.device),
+                    lambda number: self._source(number, session, model),
+                )
+        job = Job(session, model, entry.ids, layer, asked.wanted, watch)
+        return job, self._work(job, hidden)
+
+    def _source(self, number: int, session: EngineSession, model: ServedModel) -> torch.Tensor:
+        entry = self._keeping.find(number, session.owner)
+        if entry.kept.layer < 0:
+            raise EditError(f"{number:x} is not a checkpoint")
+        return self._keeping.load(entry.kept.tensor).to(model.device)
+
+    # ---- the work
+
+    def _work(self, job: Job, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Layer by layer from `job.layer` to the stop or the end; yields after each layer.
+
+        hidden: (batch, positions, hidden_size), this job's own; None: start at the embedding.
+        """
+        job.advance("start")
+        stepper, watch, wanted = job.model.stepper, job.watch, job.wanted
+        with watch.span("record"):
+            ids = torch.from_numpy(job.ids).to(job.model.device)
+            recording = self._recording(job, ids)
+        if hidden is None:
+            # Some models' first layer writes into what it is given, and the recording is kept.
+            hidden = recording.embedded.clone()
+        self._keep_if_wanted(job, hidden)
+        while job.layer != (stepper.num_layers if wanted.stop_at is None else wanted.stop_at):
+            yield
+            with watch.span("compute"):
+                hidden = stepper.step(job.layer, hidden, recording)
+                job.layer += 1
+            self._keep_if_wanted(job, hidden)
+        if wanted.stop_at is not None:
+            job.advance("stop")
+            return
+        if wanted.logits != "none":
+            yield
+            with watch.span("compute"):
+                job.logits = stepper.tail(ids, hidden)
+        job.advance("finish")
+
+    def _keep_if_wanted(self, job: Job, hidden: torch.Tensor) -> None:
+        if job.layer == job.wanted.stop_at or job.layer in job.wanted.save_at:
+            with job.watch.span("copy"):
+                job.kept.append(self.keep(job, hidden, job.layer))
+
+    def keep(self, job: Job, data: torch.Tensor, layer: int) -> Kept:
+        """Keep *data* for the job's session. layer: -1 where it is no checkpoint."""
+        session = job.session
+        return self._keeping.keep(
+            data, session=session.id, owner=session.owner, run=job.id, layer=layer, ids=job.ids
+        )
+
+    def discard(self, job: Job) -> None:
+        """The job came to nothing: give back what it kept."""
+        self._keeping.drop([kept.id for kept in job.kept])
+        job.kept.clear()
+
+    def _recording(self, job: Job, ids: torch.Tensor) -> Recording:
+        """What the model hands its layers for this prompt: the last few prompts' are at hand."""
+        key = b"\0".join(
+            (job.model.info.name.encode(), repr(job.ids.shape).encode(), job.ids.tobytes())
+        )
+        recording = self._recordings.get(key)
+        if recording is None:
+            recording = self._recordings[key] = job.model.stepper.record(ids)
+            if len(self._recordings) > RECORDINGS_LIMIT:
+                self._recordings.popitem(last=False)
+        else:
+            self._recordings.move_to_end(key)
+        return recording
+
+
+def _check_wanted(wanted: Wanted, layer: int, model: ServedModel) -> None:
+    """Raises LayerError for a layer the model has not, or one that lies behind the start."""
+    last = model.info.num_layers
+    stop = last if wanted.stop_at is None else wanted.stop_at
+    for what, asked in (("stop_at", stop), *(("save_at", save) for save in wanted.save_at)):
+        if not 0 <= asked <= last:
+            raise LayerError(
+                f'layer {asked} does not exist: "{model.info.name}" has {last} layers (0-{last})'
+            )
+        if asked < layer:
+            raise LayerError(f"{what} {asked} lies behind the checkpoint at layer {layer}")
+        if asked > stop:
+            raise LayerError(f"save_at {asked} lies behind stop_at {stop}: it is never reached")
+    if wanted.logits not in ("last", "all", "none", "top"):
+        raise RequestError(f'logits "{wanted.logits}": "last", "all", "none" or a number')
+    if wanted.logits == "top" and not 1 <= wanted.top <= model.info.vocab_size:
+        raise RequestError(
+            f"the top {wanted.top} logits: 1 to {model.info.vocab_size} can be asked for"
+        )
+
+
+def _check_hidden(given: Tensor, kept: Tensor) -> None:
+    """Raises EditError unless *given* can stand in *kept*'s place."""
+    if given.shape != kept.shape:
+        raise EditError(f"hidden has shape {given.shape}, the checkpoint {kept.shape}")
+    if given.dtype != kept.dtype:
+        raise EditError(
+            f"hidden is {given.dtype}, the checkpoint {kept.dtype}: convert it with "
+            ".astype(checkpoint.dtype)"
+        )

@@ -1,0 +1,174 @@
+"""Taking a decoder apart at its layers, exactly, without knowing its code.
+
+    record   call the model; every layer's `forward` is a stub that notes its arguments and hands
+             its input on. That is each layer's exact rotary tables, masks, positions, for free.
+    step     call one layer's own `forward` with what was noted for it.
+    tail     call the model again; the last stub returns the final hidden state, so norm, head,
+             scaling and soft-capping are the model's own.
+
+Hidden states are positional argument 0 of every layer; the rest is carried opaquely. The stubs stay
+in place (replacing `forward` on the instance is the one hook that can skip a layer), and outside a
+record or a tail they pass straight through.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from djinn_zmq.errors import ModelRefused
+
+CHECK_SHAPES = ((1, 7), (2, 5))  # (batch, positions) of the self-check's prompts
+CHECK_SEED = 20
+
+
+class _Noted(Exception):
+    """Ends a record's forward at the last layer: the head need not run."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """What the model hands to its layers for one prompt."""
+
+    embedded: torch.Tensor  # (batch, positions, hidden_size): the input of layer 0
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, without hidden
+
+
+class Stepper:
+    def __init__(self, model: nn.Module) -> None:
+        """Put stubs into *model*'s layers. Raises ModelRefused where they cannot be found."""
+        self.model = model
+        self.layers = find_layers(model)
+        self.num_layers = len(self.layers)
+        self._own = [layer.forward for layer in self.layers]
+        self._tuples = [0] * self.num_layers  # length of the tuple a layer returns; 0: a tensor
+        self._at_layer: Callable[..., Any] = self._pass_through
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._stub(index)
+
+    def _stub(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._at_layer(index, *args, **kwargs)
+
+        return forward
+
+    def _pass_through(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        out = self._own[index](*args, **kwargs)
+        self._tuples[index] = len(out) if isinstance(out, tuple) else 0
+        return out
+
+    def _as_layer_output(self, index: int, hidden: torch.Tensor) -> Any:
+        length = self._tuples[index]
+        return (hidden,) + (None,) * (length - 1) if length else hidden
+
+    def plain(self, ids: torch.Tensor) -> torch.Tensor:
+        """The uninterrupted model: ids int64 (batch, positions) → logits (batch, positions, vocab).
+
+        Passes through every layer's own forward. This is what all else is compared with.
+        """
+        return self.model(input_ids=ids, use_cache=False).logits
+
+    def record(self, ids: torch.Tensor) -> Recording:
+        """ids: int64 (batch, positions), on the model's device. Runs no layer."""
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        embedded: list[torch.Tensor] = []
+
+        def note(index: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index == 0:
+                embedded.append(hidden)
+            arguments.append((args, kwargs))
+            if index == self.num_layers - 1:
+                raise _Noted
+            return self._as_layer_output(index, hidden)
+
+        self._at_layer = note
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except _Noted:
+            pass
+        finally:
+            self._at_layer = self._pass_through
+        if len(arguments) != self.num_layers or not embedded:
+            raise ModelRefused(
+                f"its forward called {len(arguments)} of {self.num_layers} layers in order"
+            )
+        return Recording(embedded[0], arguments)
+
+    def step(self, index: int, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
+        """Run layer *index* (0-based): hidden (batch, positions, hidden_size) in and out."""
+        args, kwargs = recording.arguments[index]
+        out = self._own[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def tail(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model does after its last layer: logits (batch, positions, vocab).
+
+        All positions, as the plain model computes them: a head run on the last position alone is
+        another matrix product and differs in the last bits.
+        """
+
+        def hand_on(index: int, embedded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            last = index == self.num_layers - 1
+            return self._as_layer_output(index, hidden if last else embedded)
+
+        self._at_layer = hand_on
+        try:
+            return self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self._at_layer = self._pass_through
+
+    def check(self, vocab_size: int, device: torch.device) -> str:
+        """Compare stepping with the plain model, bit for bit; says what was compared.
+
+        Raises ModelRefused with the first difference. Also learns which layers return tuples.
+        """
+        generator = torch.Generator().manual_seed(CHECK_SEED)
+        for shape in CHECK_SHAPES:
+            ids = torch.randint(0, vocab_size, shape, generator=generator).to(device)
+            plain = self.plain(ids)
+            recording = self.record(ids)
+            hidden = recording.embedded.clone()
+            if hidden.ndim != 3:
+                raise ModelRefused(
+                    f"its layers take hidden states of shape {tuple(hidden.shape)}, not "
+                    "(batch, positions, hidden_size)"
+                )
+            for index in range(self.num_layers):
+                hidden = self.step(index, hidden, recording)
+            stepped = self.tail(ids, hidden)
+            if not same_bits(plain, stepped):
+                differing = int((plain != stepped).sum())
+                raise ModelRefused(
+                    f"stepped through its layers it gives other logits than by itself: "
+                    f"{differing} of {plain.numel()} differ for a prompt of shape {shape}"
+                )
+        shapes = " and ".join(f"{batch}×{positions}" for batch, positions in CHECK_SHAPES)
+        return f"logits of {shapes} tokens equal bit for bit, stepped and plain"
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal as bytes: NaN equals itself, -0.0 does not equal 0.0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, in order. Raises ModelRefused where there is not one clear list."""
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+        count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    except (AttributeError, NotImplementedError) as exc:
+        raise ModelRefused(f"{type(model).__name__} is not a decoder: {exc}") from exc
+    found = [
+        child
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(found) != 1:
+        raise ModelRefused(
+            f"{type(decoder).__name__} has {len(found)} lists of {count} layers: one is needed"
+        )
+    return list(found[0])

@@ -1,0 +1,325 @@
+"""Arenas: one process writes and hands out slots, any process that has the descriptor reads them.
+
+    0          64                      data
+    ┌──────────┬───────────────────────┬────────┬────────┬───────────────┬──────
+    │ header   │ table: one entry for  │ slot 0 │ slot 1 │    slot 2     │ ...
+    │ 64 bytes │ each granule of data  │        │        │               │
+    └──────────┴───────────────────────┴────────┴────────┴───────────────┴──────
+                 u32 generation            a slot is a run of granules (4 KiB each);
+                 u32 granules (0: free)    its index is its first granule
+
+The table stands in the shared memory itself, so a slot's fate is seen by every reader, and survives
+the owner. Each arena has exactly one process that leases its slots, so no lock is needed: the owner
+raises the generation before a slot is used again, and a reader compares it after copying.
+"""
+
+import bisect
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from djinn_zmq.errors import ArenaFull, Closed, ProtocolError, StaleSlot
+from djinn_zmq.memory import shared
+from djinn_zmq.settings import format_bytes
+from djinn_zmq.wire.tensors import Slot
+
+GRANULE = 4096  # bytes
+MAGIC = b"DJARENA1"
+HEADER = struct.Struct("<8sIIQ")  # magic, granule, count of granules, offset of the data
+HEADER_ROOM = 64
+ENTRY_SIZE = 8  # u32 generation, u32 granules
+
+
+def data_offset(count: int) -> int:
+    """Where the data of an arena with *count* granules begins: the table, rounded to a granule."""
+    return -(-(HEADER_ROOM + count * ENTRY_SIZE) // GRANULE) * GRANULE
+
+
+def total_size(count: int) -> int:
+    return data_offset(count) + count * GRANULE
+
+
+def granules_for(nbytes: int) -> int:
+    return max(1, -(-nbytes // GRANULE))
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A slot in use: by whom, and until when.
+
+    view: the slot's bytes, exactly the number asked for, writable by the owner.
+    until_s: monotonic seconds after which `expire` takes it back; infinity for never.
+    """
+
+    slot: Slot
+    view: memoryview
+    holder: int
+    until_s: float
+
+
+class Arena:
+    """An arena mapped for reading. The owner's side is `OwnArena`."""
+
+    def __init__(self, number: int, fd: int, *, writable: bool = False) -> None:
+        """Take over *fd* (closed by `close`) and map it.
+
+        Raises ProtocolError where it is not sealed or its header does not fit its size.
+        """
+        self.number = number
+        self.fd = fd
+        self.nbytes = shared.sealed_size(fd)
+        if self.nbytes < HEADER_ROOM:
+            raise ProtocolError(f"{self.nbytes} bytes are no arena")
+        self._map: mmap.mmap | None = shared.mapped(fd, self.nbytes, writable=writable)
+        self._memory = memoryview(self._map)
+        magic, granule, count, offset = HEADER.unpack_from(bytes(self._memory[: HEADER.size]))
+        if (
+            magic != MAGIC
+            or granule != GRANULE
+            or offset != data_offset(count)
+            or self.nbytes != total_size(count)
+        ):
+            self.close()
+            raise ProtocolError("the shared memory is no arena: its header does not fit its size")
+        self.count: int = count
+        self._data = offset
+        # [2 * granule] is its generation, [2 * granule + 1] the length of the slot that starts there
+        self._table: memoryview[int] = self._memory[HEADER_ROOM : HEADER_ROOM + count * ENTRY_SIZE].cast("I")
+
+    def view(self, slot: Slot, nbytes: int) -> memoryview:
+        """The first *nbytes* of *slot*. No copy; call `check` again after reading.
+
+        Raises StaleSlot for a passed generation, ProtocolError for a place the slot does not have.
+        """
+        if self._map is None:
+            raise Closed(f"arena {self.number} is closed")
+        if not 0 <= slot.index < self.count:
+            raise ProtocolError(f"slot {slot.index} of an arena with {self.count}")
+        # Copied once: the owner, or a peer that lies, may change it between two looks.
+        granules = self._table[2 * slot.index + 1]
+        self.check(slot)
+        if nbytes > granules * GRANULE or slot.index + granules > self.count:
+            raise ProtocolError(
+                f"{nbytes} bytes of slot {slot.index}, which has {granules * GRANULE}"
+            )
+        start = self._data + slot.index * GRANULE
+        return self._memory[start : start + nbytes]
+
+    def check(self, slot: Slot) -> None:
+        """Raises StaleSlot if *slot* has been given back since the reference was made."""
+        generation = self._table[2 * slot.index]
+        if not self._table[2 * slot.index + 1] or generation != slot.generation:
+            raise StaleSlot(
+                f"slot {slot.index} of arena {self.number} is at generation {generation}, "
+                f"the reference at {slot.generation}"
+            )
+
+    def read(self, slot: Slot, nbytes: int) -> bytes:
+        """A copy of *slot*, checked before and after."""
+        data = bytes(self.view(slot, nbytes))
+        self.check(slot)
+        return data
+
+    def close(self) -> None:
+        """Unmap and close. Views still alive keep the memory mapped until they go."""
+        if self._map is None:
+            return
+        mapping, self._map = self._map, None
+        try:
+            self._table.release()
+            self._memory.release()
+            mapping.close()
+        except BufferError:
+            pass  # a view is alive; the mapping ends with it
+        os.close(self.fd)
+
+
+class OwnArena(Arena):
+    """An arena this process leases slots of."""
+
+    def __init__(self, number: int, fd: int) -> None:
+        super().__init__(number, fd, writable=True)
+        self.leases: dict[int, Lease] = {}
+        self._free: list[tuple[int, int]] = []  # (first granule, granules), sorted, never adjacent
+        self._settle()
+
+    @classmethod
+    def create(cls, nbytes: int, name: str) -> Self:
+        """A new arena with room for *nbytes* in one slot; `number` is 0 until it is registered."""
+        count = granules_for(nbytes)
+        fd = shared.create(total_size(count), name)
+        header = HEADER.pack(MAGIC, GRANULE, count, data_offset(count))
+        os.pwrite(fd, header, 0)
+        return cls(0, fd)
+
+    def _settle(self) -> None:
+        """Read the free pieces off the table: all of a new arena, the gaps of an adopted one."""
+        place = 0
+        while place < self.count:
+            granules = self._table[2 * place + 1]
+            if granules == 0:
+                start = place
+                while place < self.count and not self._table[2 * place + 1]:
+                    place += 1
+                self._free.append((start, place - start))
+            else:
+                place += granules
+
+    @property
+    def capacity(self) -> int:
+        return self.count * GRANULE
+
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest slot that could be leased now."""
+        longest = max((granules for _, granules in self._free), default=0)
+        return longest * GRANULE
+
+    @property
+    def used(self) -> int:
+        return self.capacity - sum(granules for _, granules in self._free) * GRANULE
+
+    def lease(self, nbytes: int, holder: int, until_s: float = float("inf")) -> Lease | None:
+        """A slot of *nbytes* for *holder*, or None where no free piece is large enough."""
+        need = granules_for(nbytes)
+        for place, (start, granules) in enumerate(self._free):
+            if granules < need:
+                continue
+            if granules == need:
+                del self._free[place]
+            else:
+                self._free[place] = (start + need, granules - need)
+            return self._grant(start, need, nbytes, holder, until_s)
+        return None
+
+    def _grant(self, start: int, granules: int, nbytes: int, holder: int, until_s: float) -> Lease:
+        generation = (self._table[2 * start] + 1) & 0xFFFFFFFF
+        self._table[2 * start] = generation
+        self._table[2 * start + 1] = granules
+        slot = Slot(self.number, start, generation)
+        lease = Lease(slot, self.view(slot, nbytes), holder, until_s)
+        self.leases[start] = lease
+        return lease
+
+    def adopt(self, slot: Slot, nbytes: int, holder: int) -> Lease:
+        """Take over a slot that a predecessor leased. Raises StaleSlot if it is another's now."""
+        lease = Lease(slot, self.view(slot, nbytes), holder, float("inf"))
+        self.leases[slot.index] = lease
+        return lease
+
+    def give_back(self, slot: Slot) -> None:
+        """End the lease of *slot*. Raises StaleSlot if it has ended already."""
+        self.check(slot)
+        self.leases.pop(slot.index, None)
+        start = slot.index
+        granules = self._table[2 * start + 1]
+        # A reader in mid-copy sees this before the slot is anybody else's.
+        self._table[2 * start] = (slot.generation + 1) & 0xFFFFFFFF
+        self._table[2 * start + 1] = 0
+        place = bisect.bisect(self._free, (start, 0))
+        if place < len(self._free) and self._free[place][0] == start + granules:
+            granules += self._free.pop(place)[1]
+        if place and sum(self._free[place - 1]) == start:
+            before, more = self._free[place - 1]
+            self._free[place - 1] = (before, more + granules)
+        else:
+            self._free.insert(place, (start, granules))
+
+    def sweep_unleased(self) -> int:
+        """After adopting: give back every slot that nobody took over. Returns how many."""
+        place, swept = 0, 0
+        while place < self.count:
+            granules = self._table[2 * place + 1]
+            if granules and place not in self.leases:
+                self.give_back(Slot(self.number, place, self._table[2 * place]))
+                swept += 1
+            place += max(granules, 1)
+        return swept
+
+
+class Pool:
+    """Slots from as many own arenas as a limit allows; the next arena is made when it is needed."""
+
+    def __init__(
+        self,
+        limit: int,
+        arena_nbytes: int,
+        register: Callable[[OwnArena], int],
+        name: str,
+    ) -> None:
+        """limit, arena_nbytes: bytes. register: makes an arena known to the server, returns its
+        number. name: shows in /proc/PID/maps."""
+        self.limit = limit
+        self.arenas: dict[int, OwnArena] = {}
+        self._arena_nbytes = min(arena_nbytes, limit)
+        self._register = register
+        self._name = name
+
+    @property
+    def mapped(self) -> int:
+        return sum(arena.capacity for arena in self.arenas.values())
+
+    @property
+    def used(self) -> int:
+        return sum(arena.used for arena in self.arenas.values())
+
+    def lease(self, nbytes: int, holder: int, lasting_s: float = float("inf")) -> Lease:
+        """A slot of *nbytes* for *holder*. Raises ArenaFull with what was asked, free and allowed."""
+        until_s = time.monotonic() + lasting_s
+        for arena in self.arenas.values():
+            lease = arena.lease(nbytes, holder, until_s)
+            if lease is not None:
+                return lease
+        lease = self.grow(nbytes).lease(nbytes, holder, until_s)
+        assert lease is not None
+        return lease
+
+    def grow(self, nbytes: int) -> OwnArena:
+        """One more arena, with room for *nbytes* in one piece. Raises ArenaFull beyond the limit."""
+        room = self.limit - self.mapped
+        if nbytes > room:
+            largest = max((arena.largest_free for arena in self.arenas.values()), default=0)
+            raise ArenaFull(
+                f"{format_bytes(nbytes)} asked, {format_bytes(max(largest, room))} free in one "
+                f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
+                f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
+            )
+        arena = OwnArena.create(max(nbytes, min(self._arena_nbytes, room)), self._name)
+        try:
+            arena.number = self._register(arena)
+        except BaseException:
+            arena.close()
+            raise
+        self.arenas[arena.number] = arena
+        return arena
+
+    def give_back(self, slot: Slot) -> None:
+        self.arenas[slot.arena].give_back(slot)
+
+    def reclaim(self, holder: int) -> int:
+        """Give back all that *holder* has. Returns how many slots came back."""
+        return self._return(lambda lease: lease.holder == holder)
+
+    def expire(self) -> int:
+        """Give back all whose time has passed. Returns how many slots came back."""
+        now = time.monotonic()
+        return self._return(lambda lease: lease.until_s < now)
+
+    def _return(self, chosen: Callable[[Lease], bool]) -> int:
+        leases: Iterable[Lease] = [
+            lease for arena in self.arenas.values() for lease in arena.leases.values()
+        ]
+        gone = [lease.slot for lease in leases if chosen(lease)]
+        for slot in gone:
+            self.give_back(slot)
+        return len(gone)
+
+    def close(self) -> None:
+        for arena in self.arenas.values():
+            arena.leases.clear()
+            arena.close()
+        self.arenas.clear()

@@ -1,0 +1,1 @@
+"""The process that owns sockets, sessions, shared arenas and the engines' lives. Without torch."""

@@ -1,0 +1,226 @@
+"""The shared arenas of a server: their numbers, their descriptors, and who is handed which.
+
+Whoever leases the slots of an arena also makes it (allocating its pages takes 0.4 s a GiB, which
+the server's one thread must not spend) and shares it here. The server checks the seals, gives it a
+number and keeps a descriptor, so the memory outlives the process that made it.
+"""
+
+import os
+import select
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from djinn_zmq.bus import lease as lease_bus
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.errors import AccessDenied, ArenaFull, DjinnError, Lost, ProtocolError
+from djinn_zmq.memory import shared
+from djinn_zmq.memory.arena import Arena, OwnArena, Pool
+from djinn_zmq.server.registry import Peer
+from djinn_zmq.settings import Settings, format_bytes
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.tensors import Slot
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """An arena as the server keeps it. by: the Peer or the engine's index that leases its slots;
+    None for the server's own."""
+
+    fd: int
+    nbytes: int
+    by: Peer | int | None
+    mapped: Arena | None = None
+
+
+class Arenas:
+    def __init__(self, path: Path, settings: Settings, on_gone: Callable[[Peer], None]) -> None:
+        """path: of the lease socket. on_gone: called with a peer whose process is gone."""
+        self._settings = settings
+        self._on_gone = on_gone
+        self._shared: dict[int, Shared] = {}
+        self._last = 0
+        self._tokens: dict[bytes, Peer] = {}
+        self._listener = lease_bus.listen(path)
+        self.path = path
+        # One epoll for all clients: the loop's own poll must not grow with their number.
+        self._epoll = select.epoll()
+        self._epoll.register(self._listener, select.EPOLLIN)
+        self._connections: dict[int, tuple[LeaseSocket, Peer | None]] = {}
+        self.staging = Pool(settings.client_arenas, settings.arena, self._register_own, "staging")
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    # ---- clients
+
+    def invite(self, peer: Peer) -> None:
+        """Let *peer* join with its token."""
+        self._tokens[peer.token] = peer
+
+    def serve(self) -> None:
+        """Answer whatever came on the lease sockets. Never waits."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._listener.fileno():
+                self._accept()
+            else:
+                self._serve_client(fd)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # gone before it was taken
+        sock.setblocking(False)
+        connection = LeaseSocket(sock)
+        if connection.peer_uid() != os.getuid():
+            connection.close()
+            return
+        self._connections[sock.fileno()] = (connection, None)
+        self._epoll.register(sock, select.EPOLLIN)
+
+    def _serve_client(self, fd: int) -> None:
+        connection, peer = self._connections[fd]
+        try:
+            packet, sent_fd = connection.receive()
+            if isinstance(packet, messages.Join) and peer is None:
+                peer = self._join(fd, connection, packet)
+                connection.send(messages.Granted(0))
+            elif peer is not None:
+                self.answer(connection, packet, sent_fd, peer)
+            else:
+                raise ProtocolError("the first packet of a lease socket must join")
+        except BlockingIOError:
+            return
+        except (DjinnError, OSError):
+            self._hang_up(fd)
+            if peer is not None:
+                peer.lease = None
+                self._on_gone(peer)
+
+    def _join(self, fd: int, connection: LeaseSocket, packet: messages.Join) -> Peer:
+        peer = self._tokens.pop(packet.token, None)
+        if peer is None:
+            raise AccessDenied("no peer of the bus has this token")
+        self._connections[fd] = (connection, peer)
+        peer.lease = connection
+        return peer
+
+    def _hang_up(self, fd: int) -> None:
+        connection, _ = self._connections.pop(fd)
+        self._epoll.unregister(fd)
+        connection.close()
+
+    def drop(self, peer: Peer) -> None:
+        """Forget *peer*: its token, its lease socket and the arenas it shared."""
+        self._tokens.pop(peer.token, None)
+        if peer.lease is not None:
+            self._hang_up(peer.lease.socket.fileno())
+            peer.lease = None
+        self.retire(peer)
+
+    # ---- arenas
+
+    def answer(
+        self,
+        connection: LeaseSocket,
+        packet: messages.Lease,
+        fd: int | None,
+        by: Peer | int,
+    ) -> None:
+        """Answer one packet of a client or an engine; *fd* came with it and is taken over."""
+        try:
+            if isinstance(packet, messages.Share) and fd is not None:
+                connection.send(messages.Granted(self._take(fd, by)))
+            elif isinstance(packet, messages.Want):
+                self._hand_over(connection, packet.arena, by)
+            else:
+                raise ProtocolError(f"{type(packet).__name__} is not for the server")
+        except (ProtocolError, ArenaFull, AccessDenied, Lost) as exc:
+            connection.send(messages.Refused(exc.code, str(exc)))
+
+    def _take(self, fd: int, by: Peer | int) -> int:
+        try:
+            nbytes = shared.sealed_size(fd)
+            limit = (
+                self._settings.client_arenas if isinstance(by, Peer) else self._settings.host_memory
+            )
+            already = sum(arena.nbytes for arena in self._shared.values() if arena.by == by)
+            # The table of an arena comes on top of what it can hold: an eighth of a percent or so.
+            if already + nbytes > limit + limit // 64:
+                raise ArenaFull(
+                    f"{format_bytes(nbytes)} shared, {format_bytes(max(0, limit - already))} free, "
+                    f"limit {format_bytes(limit)}"
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._number(Shared(fd, nbytes, by))
+
+    def _number(self, arena: Shared) -> int:
+        self._last += 1
+        self._shared[self._last] = arena
+        return self._last
+
+    def _register_own(self, arena: OwnArena) -> int:
+        return self._number(Shared(os.dup(arena.fd), arena.nbytes, None))
+
+    def _hand_over(self, connection: LeaseSocket, number: int, by: Peer | int) -> None:
+        arena = self._shared.get(number)
+        if arena is None:
+            raise Lost(f"arena {number} is gone")
+        # Only the leasing side writes. An engine that follows a dead one takes over its arenas.
+        if by == arena.by and isinstance(by, int):
+            connection.send(messages.Granted(number), arena.fd)
+            return
+        if isinstance(by, Peer) and not isinstance(arena.by, int):
+            raise AccessDenied(f"arena {number} is not an engine's")
+        fd = shared.read_only(arena.fd)
+        try:
+            connection.send(messages.Granted(number), fd)
+        finally:
+            os.close(fd)
+
+    def view(self, slot: Slot, nbytes: int) -> memoryview:
+        """The bytes of a slot, for the server's own reading. `recheck` after copying."""
+        return self._mapped(slot).view(slot, nbytes)
+
+    def recheck(self, slot: Slot) -> None:
+        self._mapped(slot).check(slot)
+
+    def _mapped(self, slot: Slot) -> Arena:
+        arena = self._shared.get(slot.arena)
+        if arena is None:
+            raise Lost(f"arena {slot.arena} is gone")
+        if arena.mapped is None:
+            arena.mapped = Arena(slot.arena, os.dup(arena.fd))
+        return arena.mapped
+
+    def retire(self, by: Peer | int, keep: frozenset[int] = frozenset()) -> list[int]:
+        """Let go of the arenas *by* shared, but for those in *keep*. Returns their numbers.
+
+        A live process might still write into them, so they are never handed out again.
+        """
+        gone = [n for n, arena in self._shared.items() if arena.by == by and n not in keep]
+        for number in gone:
+            arena = self._shared.pop(number)
+            if arena.mapped is not None:
+                arena.mapped.close()
+            os.close(arena.fd)
+        return gone
+
+    def nbytes(self) -> int:
+        return sum(arena.nbytes for arena in self._shared.values())
+
+    def close(self) -> None:
+        for fd in list(self._connections):
+            self._hang_up(fd)
+        self.staging.close()
+        for arena in self._shared.values():
+            if arena.mapped is not None:
+                arena.mapped.close()
+            os.close(arena.fd)
+        self._shared.clear()
+        self._epoll.close()
+        self._listener.close()
+        self.path.unlink(missing_ok=True)

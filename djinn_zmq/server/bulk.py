@@ -1,0 +1,72 @@
+"""Bytes for peers that map no shared memory: pieces of kept tensors out, uploads in.
+
+Neither passes through an engine. A READ is answered from the arena where the tensor lies; an upload
+is copied once, from the socket into a leased slot that the engine then reads in place.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from djinn_zmq.errors import ProtocolError, RequestError
+from djinn_zmq.memory.arena import Lease
+from djinn_zmq.server.arenas import Arenas
+from djinn_zmq.server.registry import KeptRecord
+from djinn_zmq.settings import MIB, Settings
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.edits import selection
+from djinn_zmq.wire.messages import Chunk, Read, ReadReply, Upload
+from djinn_zmq.wire.tensors import Frame, Slot, Tensor, over
+
+PIECE_LIMIT = 1 * MIB
+
+
+def read(record: KeptRecord, asked: Read, arenas: Arenas) -> tuple[ReadReply, list[bytes]]:
+    """A piece of a kept tensor's selection, copied out of its slot."""
+    tensor = record.kept.tensor
+    if not isinstance(tensor.where, Slot):
+        raise RequestError("the tensor is on a device: prefetch it first")
+    if not 0 < asked.nbytes <= PIECE_LIMIT:
+        raise RequestError(f"a piece of {asked.nbytes} bytes: 1 to {PIECE_LIMIT}")
+    where = tensor.where
+    whole = over(arenas.view(where, tensor.nbytes), tensor.dtype, tensor.shape)
+    chosen = whole[selection(asked.at, tensor.shape)]
+    flat = np.ascontiguousarray(chosen).reshape(-1).view(np.uint8)
+    if not 0 <= asked.offset < flat.size:
+        raise RequestError(f"offset {asked.offset} of a selection of {flat.size} bytes")
+    data = flat[asked.offset : asked.offset + asked.nbytes].tobytes()
+    arenas.recheck(where)
+    piece = Tensor("uint8", (len(data),), Frame(0))
+    return ReadReply(tensor.dtype, chosen.shape, piece), [data]
+
+
+@dataclass(slots=True, eq=False)
+class Arriving:
+    """An upload under way. Pieces come in order; a refused one is answered once, then ignored."""
+
+    header: Header
+    lease: Lease
+    nbytes: int
+    received: int = 0
+
+    def take(self, chunk: Chunk, buffers: list[memoryview]) -> bool:
+        """Copy one piece to its place. True when it was the last one."""
+        if len(buffers) != 1:
+            raise ProtocolError(f"a chunk with {len(buffers)} buffers: it has one")
+        size = len(buffers[0])
+        if chunk.offset != self.received or size == 0 or chunk.offset + size > self.nbytes:
+            raise ProtocolError(
+                f"chunk of {size} bytes at {chunk.offset}: {self.received} of {self.nbytes} "
+                "bytes have come"
+            )
+        self.lease.view[chunk.offset : chunk.offset + size] = buffers[0]
+        self.received += size
+        return self.received == self.nbytes
+
+
+def begin(header: Header, asked: Upload, arenas: Arenas, settings: Settings) -> Arriving:
+    """A slot for an upload. Raises RequestError for a size it cannot have, ArenaFull for no room."""
+    if not 0 < asked.nbytes <= settings.client_arenas:
+        raise RequestError(f"an upload of {asked.nbytes} bytes: 1 to {settings.client_arenas}")
+    lease = arenas.staging.lease(asked.nbytes, header.session)
+    return Arriving(header, lease, asked.nbytes)

@@ -1,0 +1,64 @@
+"""Which names are served, and what they stand for."""
+
+from importlib import resources
+from pathlib import Path
+
+from djinn_zmq.errors import AccessDenied, UnknownModel
+from djinn_zmq.settings import models_dir
+
+CONFIG = "config.json"
+
+
+class Catalog:
+    """Names → sources. A source is a directory, or a hub id that transformers resolves."""
+
+    def __init__(self, models: tuple[str, ...]) -> None:
+        """models: what `--model` named: served names, directories or hub ids."""
+        self._sources: dict[str, str] = {}
+        embedded = resources.files("djinn_zmq") / "models"
+        for folder in sorted(Path(str(embedded)).glob("*/")):
+            if (folder / CONFIG).exists():
+                self._sources[folder.name] = str(folder)
+        pulled = models_dir()
+        if pulled.is_dir():
+            for folder in sorted(pulled.glob("*/")):
+                if (folder / CONFIG).exists():
+                    self._sources[folder.name] = str(folder)
+        self.at_start = tuple(self._add(model) for model in models)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    def _add(self, model: str) -> str:
+        name, source = self.resolve(model, trusted=True)
+        self._sources[name] = source
+        return name
+
+    def resolve(self, model: str, *, trusted: bool) -> tuple[str, str]:
+        """(name, source) of a served name, a directory or a hub id.
+
+        trusted: may the asker name things on this machine that nobody chose to serve?
+        Raises UnknownModel, or AccessDenied for an untrusted asker.
+        """
+        if model in self._sources:
+            return model, self._sources[model]
+        if model in self._sources.values():
+            return next(item for item in self._sources.items() if item[1] == model)
+        known = ", ".join(self._sources)
+        if not model:
+            raise UnknownModel(f"an empty model name: served are {known}")
+        if not trusted:
+            raise AccessDenied(
+                f'"{model}" is not served here; a client without a key gets: {known}'
+            )
+        path = Path(model).expanduser()
+        if path.is_dir():
+            if not (path / CONFIG).exists():
+                raise UnknownModel(f"{path} holds no model: it has no {CONFIG}")
+            return str(path.resolve()), str(path.resolve())
+        if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+            raise UnknownModel(
+                f'"{model}" is no served name ({known}), no directory, and no hub id (OWNER/NAME)'
+            )
+        return model, model

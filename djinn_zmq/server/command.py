@@ -1,0 +1,132 @@
+"""The command that serves. `djinn serve` and `python -m djinn_zmq.server` are both this one."""
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from djinn_zmq.bus.keys import server_keys
+from djinn_zmq.errors import DjinnError, RequestError
+from djinn_zmq.server.server import Server
+from djinn_zmq.settings import MIB, Settings, socket_path
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _devices(gpus: tuple[int, ...], device: str | None) -> list[str]:
+    """Where engines run: one for each GPU asked for, else the CPU."""
+    if device == "cpu" or not gpus:
+        return ["cpu"]
+    if not Path("/proc/driver/nvidia/version").exists():
+        names = ", ".join(f"--gpu {gpu}" for gpu in gpus)
+        click.echo(f"djinn: no NVIDIA GPU on this machine ({names}): serving on the CPU", err=True)
+        return ["cpu"]
+    return [f"cuda:{gpu}" for gpu in gpus]
+
+
+def _tcp(host: str, port: int, keys: Path | None) -> str | None:
+    if port == 0:
+        return None
+    if host not in LOOPBACK and keys is None:
+        raise RequestError(
+            f"--host {host} can be reached from other machines: give --keys DIR with the keys of "
+            "the clients that may connect ('djinn keys --help')"
+        )
+    address = "127.0.0.1" if host == "localhost" else host
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+@click.command()
+@click.option("--port", default=5556, show_default=True, help="TCP port; 0: no TCP at all.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to bind the TCP port on. Any but the loopback needs --keys.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    type=int,
+    multiple=True,
+    help="GPU to serve on, by index; repeatable, one engine each. Without a GPU: the CPU.",
+)
+@click.option("--device", type=click.Choice(["cpu"]), help="Serve on the CPU, whatever --gpu says.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME|DIR|HUB_ID",
+    help="Load this model at the start; repeatable. Others load when a client asks for them.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the weights; auto: as they are stored.",
+)
+@click.option(
+    "--ipc",
+    type=click.Path(path_type=Path),
+    help="Path of the ipc socket. [default: djinn.sock in your runtime directory]",
+)
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory with server.key and allowed/*.pub; TCP clients then need an allowed key.",
+)
+@click.option(
+    "--host-memory",
+    default=Settings.__dataclass_fields__["host_memory"].default // MIB,
+    show_default=True,
+    help="Shared memory for checkpoints, in MiB, for each engine.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def serve(
+    port: int,
+    host: str,
+    gpus: tuple[int, ...],
+    device: str | None,
+    models: tuple[str, ...],
+    dtype: str,
+    ipc: Path | None,
+    keys: Path | None,
+    host_memory: int,
+    verbose: bool,
+) -> None:
+    """Serve models: hold weights, sessions and checkpoints, and answer clients.
+
+    Answers within a second; models load in the background. Stop it with Ctrl-C or `djinn stop`.
+
+    \b
+      python -m djinn_zmq.server --port 5556 --gpu 0
+      djinn serve --model tiny --port 0
+      djinn serve --host 0.0.0.0 --keys ~/.djinn-keys --model smollm2
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        settings = Settings(host_memory=host_memory * MIB)
+        server = Server(
+            socket_path(ipc),
+            settings,
+            devices=_devices(gpus, device),
+            dtype=dtype,
+            models=models,
+            tcp=_tcp(host, port, keys),
+            keys=server_keys(keys) if keys is not None else None,
+        )
+    except DjinnError as exc:
+        raise click.ClickException(str(exc)) from exc
+    server.stop_on_signals()
+    click.echo(f"djinn: serving at {' and '.join(server.endpoints())}", err=True)
+    try:
+        server.serve()
+    finally:
+        server.close()
+    click.echo("djinn: stopped", err=True)

@@ -1,0 +1,219 @@
+"""An engine as the server sees it: a process, a link, a lease socket, and what waits for it."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from djinn_zmq.bus import lease as lease_bus
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.bus.link import Link
+from djinn_zmq.errors import Busy, Lost, StartError
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec, states
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Op
+
+_log = logging.getLogger(__name__)
+
+CRASH_WINDOW_S = 60.0
+HELD_LIMIT = 4096  # messages kept for an engine that is coming up
+
+Outgoing = tuple[bytes, bytes, Sequence[bytes | memoryview]]  # envelope, frame, buffers
+
+
+class Engine:
+    """Starts one engine process, restarts it, and accounts for every request it owes an answer."""
+
+    def __init__(
+        self,
+        index: int,
+        device: str,
+        dtype: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        link_path: Path,
+        settings: Settings,
+    ) -> None:
+        self.index = index
+        self.device = device
+        self.dtype = dtype
+        self.state = states.Engine.DOWN
+        self.detail = ""
+        self.restarts = -1
+        self.models: dict[str, ModelInfo] = {}
+        self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
+        self.loading: str | None = None
+        self.owed: dict[tuple[bytes, int], Header] = {}  # (envelope, request) → what was asked
+        self._context = context
+        self._link_path = link_path
+        self._settings = settings
+        self._held: deque[Outgoing] = deque()
+        self._deaths: deque[float] = deque()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.link: Link | None = None
+        self.lease: LeaseSocket | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        """Spawn the process. It says READY over the link when it can be spoken to."""
+        self.advance("start")
+        self.restarts += 1
+        self.detail = "starting: python and torch are being loaded"
+        self.link = Link(self._context, self._link_path, self._settings, bind=True)
+        self.lease, theirs = lease_bus.pair()
+        try:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "djinn_zmq.engine",
+                    f"--link={self._link_path}",
+                    f"--lease-fd={theirs.fileno()}",
+                    f"--device={self.device}",
+                    f"--index={self.index}",
+                    f"--settings={json.dumps(dataclasses.asdict(self._settings))}",
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle
+            )
+        except OSError as exc:
+            raise StartError(f"cannot start an engine: {exc}") from exc
+        finally:
+            theirs.close()
+        _log.info("engine %d starts on %s, pid %d", self.index, self.device, self.pid)
+
+    def advance(self, event: str) -> None:
+        self.state = states.advance(states.ENGINE, self.state, event)
+
+    def on_ready(self) -> None:
+        """The process is up: tell it all that waited."""
+        self.advance("ready")
+        self.detail = ""
+        held, self._held = self._held, deque()
+        for envelope, frame, buffers in held:
+            self._put(envelope, frame, buffers)
+
+    # ---- messages
+
+    def tell(self, op: Op, meta: Any, *, session: int = 0, request: int = 0) -> None:
+        """A message of the server's own."""
+        self._put(b"", codec.encode(op, meta, session=session, request=request), ())
+
+    def forward(
+        self,
+        envelope: bytes,
+        header: Header,
+        frame: bytes,
+        buffers: Sequence[bytes | memoryview],
+    ) -> None:
+        """Pass on a client's request, and owe it an answer from now on.
+
+        Raises Busy where the engine's queue is full, Lost where it stays down.
+        """
+        if self.state is states.Engine.FAILED:
+            raise Lost(f"engine {self.index} is down: {self.detail}")
+        self._put(envelope, frame, buffers)
+        self.owed[envelope, header.request] = header
+
+    def _put(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        if self.state in (states.Engine.READY, states.Engine.LOADING):
+            assert self.link is not None
+            self.link.send(envelope, frame, buffers)
+        elif len(self._held) < HELD_LIMIT:
+            self._held.append((envelope, frame, buffers))
+        else:
+            raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
+
+    def load(self, name: str, source: str) -> None:
+        """Ask for a model. Its LOAD reply, or failure, comes over the link."""
+        self.sources[name] = source
+        self.loading = self.loading or name
+        self.tell(Op.LOAD, Load(name, source, self.dtype))
+
+    # ---- ends
+
+    def bury(self) -> tuple[list[tuple[tuple[bytes, int], Header]], str]:
+        """The process is dead: close what led to it. Returns what it still owed, and the reason."""
+        status = self._end_process()
+        owed = list(self.owed.items())
+        self.owed.clear()
+        self.models.clear()
+        self.loading = None
+        self._held.clear()
+        self._close_ends()
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - CRASH_WINDOW_S:
+            self._deaths.popleft()
+        reason = f"engine {self.index} (pid {self.pid}) {_ending(status)}"
+        if len(self._deaths) > self._settings.engine_restarts:
+            self.advance("give up")
+            self.detail = f"{reason}, {len(self._deaths)} times in {CRASH_WINDOW_S:.0f} s"
+        else:
+            self.advance("die")
+            self.detail = reason
+        _log.warning("%s", self.detail)
+        return owed, reason
+
+    def stop(self, timeout_s: float) -> None:
+        """End the process: its lease socket closes, it has *timeout_s*, then it is killed."""
+        self._close_ends()
+        if self._process is not None:
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                _log.warning("engine %d did not end in %.1f s: killed", self.index, timeout_s)
+            self._end_process()
+        if self.state is not states.Engine.STOPPED:
+            self.advance("stop")
+
+    def _end_process(self) -> int:
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.kill()
+        return self._process.wait()
+
+    def _close_ends(self) -> None:
+        if self.lease is not None:
+            self.lease.close()
+            self.lease = None
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            index=self.index,
+            device=self.device,
+            state=str(self.state),
+            pid=self.pid,
+            restarts=max(0, self.restarts),
+            detail=self.detail,
+            resident=_resident(self.pid),
+        )
+
+
+def _ending(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory *pid* holds, 0 where it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0

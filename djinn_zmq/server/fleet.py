@@ -1,0 +1,237 @@
+"""The engines together: which one serves a model, what happens when one dies."""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from djinn_zmq.errors import DjinnError, Lost, ModelRefused, from_wire
+from djinn_zmq.server.arenas import Arenas
+from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec, states
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import (
+    Adopt,
+    Drop,
+    Enter,
+    Flag,
+    Keep,
+    Leave,
+    Op,
+    Opened,
+    Progress,
+)
+from djinn_zmq.wire.tensors import Slot
+
+_log = logging.getLogger(__name__)
+
+STOP_S = 3.0  # an engine in the middle of a layer or of loading gets this long to end by itself
+
+Reply = Callable[[bytes, bytes, Sequence[bytes | memoryview]], None]
+
+
+@dataclass(slots=True, eq=False)
+class Opening:
+    """A client that waits for its model."""
+
+    peer: Peer
+    header: Header
+    progress_left: int
+
+
+class Fleet:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        dtype: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: Path,
+        settings: Settings,
+        registry: Registry,
+        arenas: Arenas,
+        reply: Reply,
+    ) -> None:
+        """socket: the server's ipc socket; links get names beside it.
+        reply: sends (envelope, frame, buffers) to a peer."""
+        self.engines = [
+            Engine(
+                index,
+                device,
+                dtype,
+                context,
+                socket.with_name(f"{socket.name}.engine-{index}"),
+                settings,
+            )
+            for index, device in enumerate(devices)
+        ]
+        self._registry = registry
+        self._arenas = arenas
+        self._reply = reply
+        self._opening: dict[tuple[int, str], list[Opening]] = {}
+
+    def stop(self) -> None:
+        for engine in self.engines:
+            engine.stop(STOP_S)
+
+    # ---- models and sessions
+
+    def load(self, name: str, source: str) -> Engine:
+        """Have *name* loaded by the engine that has it, or else by the one with fewest models."""
+        engine = min(
+            self.engines, key=lambda one: (name not in one.sources, len(one.sources), one.index)
+        )
+        if engine.state is states.Engine.FAILED:
+            raise Lost(f"engine {engine.index} is down: {engine.detail}")
+        if name not in engine.sources:
+            engine.load(name, source)
+        return engine
+
+    def open(self, peer: Peer, header: Header, name: str, source: str) -> None:
+        """Open a session on *name*; the reply goes out now, or when the model is loaded."""
+        engine = self.load(name, source)
+        if name in engine.models:
+            self._opened(engine, peer, header, name)
+            return
+        opening = Opening(peer, header, header.credit)
+        self._opening.setdefault((engine.index, name), []).append(opening)
+        self._tell_progress(opening, Progress(engine.detail or f"{name}: waiting", 0, 0))
+
+    def _opened(self, engine: Engine, peer: Peer, header: Header, name: str) -> None:
+        try:
+            session = self._registry.open(peer, name, engine.index)
+            engine.tell(Op.ENTER, Enter(peer.owner, name), session=session.id)
+        except DjinnError as exc:
+            self._reply(peer.envelope, codec.failure(header, exc), ())
+            return
+        meta = Opened(session.id, engine.models[name])
+        self._answer(peer, header, meta)
+        _log.info("session %016x of %s on %s begins", session.id, session.owner, name)
+
+    def _answer(self, peer: Peer, header: Header, meta: Opened) -> None:
+        frame = codec.encode(header.op, meta, flags=Flag.REPLY, request=header.request)
+        self._reply(peer.envelope, frame, ())
+
+    def _tell_progress(self, opening: Opening, progress: Progress) -> None:
+        if opening.progress_left > 0:
+            opening.progress_left -= 1
+            frame = codec.encode(
+                opening.header.op, progress, flags=Flag.PROGRESS, request=opening.header.request
+            )
+            self._reply(opening.peer.envelope, frame, ())
+
+    def close(self, session: Session) -> None:
+        """End *session*, wherever it stands: runs are cancelled, slots come back."""
+        self._registry.close(session)
+        self._arenas.staging.reclaim(session.id)
+        engine = self.engines[session.engine]
+        try:
+            engine.tell(Op.LEAVE, Leave(), session=session.id)
+        except DjinnError as exc:
+            _log.warning("session %016x ends without its engine: %s", session.id, exc)
+        _log.info("session %016x of %s ends", session.id, session.owner)
+
+    def forget_openings(self, peer: Peer) -> None:
+        for waiting in self._opening.values():
+            waiting[:] = [opening for opening in waiting if opening.peer is not peer]
+
+    # ---- what an engine says
+
+    def on_message(self, engine: Engine, frame: bytes, buffers: Sequence[memoryview]) -> None:
+        """A message of the engine's own, not a reply to a client."""
+        message = codec.decode(frame, buffers)
+        meta = message.meta
+        if message.header.op == Op.READY:
+            engine.on_ready()
+        elif message.header.op == Op.LOAD:
+            self._on_load(engine, message)
+        elif isinstance(meta, Keep):
+            self._on_keep(engine, message.header.session, meta)
+        elif isinstance(meta, Drop):
+            session = self._registry.sessions.get(message.header.session)
+            for number in meta.ids if session is not None else ():
+                session.kept.pop(number, None)
+
+    def _on_keep(self, engine: Engine, session_id: int, meta: Keep) -> None:
+        session = self._registry.sessions.get(session_id)
+        if session is None:  # it ended while the run was on its way: nobody owns these
+            engine.tell(Op.DROP, Drop(tuple(kept.id for kept in meta.kept)), session=session_id)
+            return
+        for kept in meta.kept:
+            session.kept[kept.id] = KeptRecord(kept, meta.ids)
+
+    def _on_load(self, engine: Engine, message: codec.Message) -> None:
+        header, meta = message.header, message.meta
+        if header.flags & Flag.PROGRESS:
+            if engine.state is states.Engine.READY:
+                engine.advance("load")
+            name, _, _ = meta.stage.partition(":")
+            engine.loading = name
+            engine.detail = meta.stage
+            for opening in self._opening.get((engine.index, name), ()):
+                self._tell_progress(opening, meta)
+            return
+        if engine.state is states.Engine.LOADING:
+            engine.advance("loaded")
+        engine.detail = ""
+        if header.flags & Flag.ERROR:
+            name, _, text = meta.text.partition(": ")
+            engine.sources.pop(name, None)
+            self._fail_openings(engine, name, from_wire(meta.code, f"{name}: {text}"))
+        else:
+            engine.models[meta.model.name] = meta.model
+            _log.info("model %s is served by engine %d", meta.model.name, engine.index)
+            for opening in self._opening.pop((engine.index, meta.model.name), ()):
+                self._opened(engine, opening.peer, opening.header, meta.model.name)
+
+    def _fail_openings(self, engine: Engine, name: str, error: DjinnError) -> None:
+        _log.warning("model %s is not served: %s", name, error)
+        for opening in self._opening.pop((engine.index, name), ()):
+            self._reply(opening.peer.envelope, codec.failure(opening.header, error), ())
+
+    # ---- the death of an engine
+
+    def on_death(self, engine: Engine) -> None:
+        """Answer what it owed, start another, and hand it all that survived."""
+        owed, reason = engine.bury()
+        loading = engine.detail if engine.state is states.Engine.FAILED else ""
+        for (envelope, _), header in owed:
+            session = self._registry.sessions.get(header.session)
+            if session is not None:
+                session.waiting -= 1
+            again = "" if loading else "; it is being started again, saved checkpoints are kept"
+            self._reply(envelope, codec.failure(header, Lost(f"{reason}{again}")), ())
+        survivors = [record for _, record in self._registry.kept_by(engine.index)]
+        arenas = frozenset(
+            record.kept.tensor.where.arena
+            for record in survivors
+            if isinstance(record.kept.tensor.where, Slot)
+        )
+        self._arenas.retire(engine.index, keep=arenas)
+        if engine.state is states.Engine.FAILED:
+            for index, name in [key for key in self._opening if key[0] == engine.index]:
+                self._fail_openings(self.engines[index], name, ModelRefused(engine.detail))
+            return
+        engine.start()
+        # Adoption comes first: the arenas that survive count against the new engine's limit.
+        for session in self._registry.sessions_on(engine.index):
+            engine.tell(Op.ENTER, Enter(session.owner, session.model), session=session.id)
+            self._hand_over(engine, session)
+        for name, source in engine.sources.items():
+            engine.load(name, source)
+
+    def _hand_over(self, engine: Engine, session: Session) -> None:
+        def run_of(record: KeptRecord) -> int:
+            return record.kept.run
+
+        # A reply's logits are not worth another engine's memory: their client has them or asks anew.
+        for number in [n for n, record in session.kept.items() if record.kept.layer < 0]:
+            del session.kept[number]
+        for _, records in itertools.groupby(sorted(session.kept.values(), key=run_of), run_of):
+            run = list(records)
+            meta = Adopt(run[0].ids, tuple(record.kept for record in run))
+            engine.tell(Op.ADOPT, meta, session=session.id)

@@ -1,0 +1,141 @@
+"""Who is connected, whose sessions there are, and what is kept where. The one copy of that truth.
+
+What state a run is in is the engine's to know; whose it is and where its bytes are, is known here.
+"""
+
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.errors import Busy, UnknownCheckpoint, UnknownSession
+from djinn_zmq.wire import states
+from djinn_zmq.wire.messages import Kept, SessionInfo
+from djinn_zmq.wire.tensors import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One client's connection to the bus."""
+
+    envelope: bytes  # which router (one byte) and its route there: names the peer on the links
+    owner: str  # "uid:1000", "key:alice"; a connection without either is its own owner
+    trusted: bool  # a user or a key, not just somebody on the loopback
+    uid: int | None
+    token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    lease: LeaseSocket | None = None
+    sessions: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class KeptRecord:
+    """A kept tensor and the token ids its run was made of, enough for another engine to go on."""
+
+    kept: Kept
+    ids: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    id: int
+    owner: str
+    model: str
+    engine: int
+    peer: Peer | None
+    state: states.Session = states.Session.OPEN
+    kept: dict[int, KeptRecord] = field(default_factory=dict)
+    waiting: int = 0
+    created_s: float = field(default_factory=time.monotonic)
+    closes_s: float = float("inf")  # monotonic; set while KEPT
+
+    def info(self, asker: Peer) -> SessionInfo:
+        return SessionInfo(
+            id=self.id,
+            owner=self.owner,
+            model=self.model,
+            state=str(self.state),
+            engine=self.engine,
+            checkpoints=sum(record.kept.layer >= 0 for record in self.kept.values()),
+            nbytes=sum(record.kept.tensor.nbytes for record in self.kept.values()),
+            waiting=self.waiting,
+            age_s=time.monotonic() - self.created_s,
+            yours=self.owner == asker.owner,
+        )
+
+
+class Registry:
+    def __init__(self, sessions_limit: int) -> None:
+        self.peers: dict[bytes, Peer] = {}
+        self.sessions: dict[int, Session] = {}
+        self._sessions_limit = sessions_limit
+
+    def open(self, peer: Peer, model: str, engine: int) -> Session:
+        """A new session. Raises Busy where its owner has too many."""
+        count = sum(session.owner == peer.owner for session in self.sessions.values())
+        if count >= self._sessions_limit:
+            raise Busy(f"{count} sessions are open: at most {self._sessions_limit} for one owner")
+        number = secrets.randbits(63) | 1  # not to be guessed, never 0
+        session = Session(number, peer.owner, model, engine, peer)
+        self.sessions[number] = session
+        peer.sessions.add(number)
+        return session
+
+    def session_of(self, peer: Peer, number: int) -> Session:
+        """The session *number*, if it is *peer*'s. The refusal does not tell whether it exists."""
+        session = self.sessions.get(number)
+        if session is None or session.owner != peer.owner:
+            raise UnknownSession(
+                f"session {number:016x} does not exist or is not yours: it may have been closed"
+            )
+        if session.peer is not peer:
+            self._move(session, peer)
+        return session
+
+    def _move(self, session: Session, peer: Peer) -> None:
+        """The owner speaks from another connection: a client that came back."""
+        if session.peer is not None:
+            session.peer.sessions.discard(session.id)
+        if session.state is states.Session.KEPT:
+            session.state = states.advance(states.SESSION, session.state, "return")
+            session.closes_s = float("inf")
+        session.peer = peer
+        peer.sessions.add(session.id)
+
+    def keep_open(self, session: Session, grace_s: float) -> None:
+        """Its client is gone: wait *grace_s* for it to come back."""
+        session.state = states.advance(states.SESSION, session.state, "leave")
+        session.peer = None
+        session.closes_s = time.monotonic() + grace_s
+
+    def close(self, session: Session) -> None:
+        session.state = states.advance(states.SESSION, session.state, "close")
+        del self.sessions[session.id]
+        if session.peer is not None:
+            session.peer.sessions.discard(session.id)
+
+    def overdue(self) -> list[Session]:
+        now = time.monotonic()
+        return [session for session in self.sessions.values() if session.closes_s <= now]
+
+    def next_due_s(self) -> float:
+        return min((session.closes_s for session in self.sessions.values()), default=float("inf"))
+
+    def kept_of(self, peer: Peer, number: int) -> tuple[Session, KeptRecord]:
+        """The kept tensor *number*, if it is *peer*'s."""
+        for session in self.sessions.values():
+            record = session.kept.get(number)
+            if record is not None and session.owner == peer.owner:
+                return session, record
+        raise UnknownCheckpoint(
+            f"checkpoint {number:x} does not exist or is not yours: it may have been released"
+        )
+
+    def kept_by(self, engine: int) -> Iterator[tuple[Session, KeptRecord]]:
+        for session in self.sessions.values():
+            if session.engine == engine:
+                for record in session.kept.values():
+                    yield session, record
+
+    def sessions_on(self, engine: int) -> Iterable[Session]:
+        return [session for session in self.sessions.values() if session.engine == engine]

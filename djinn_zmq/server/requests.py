@@ -1,0 +1,207 @@
+"""What the server answers itself, without an engine: one method an op."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from djinn_zmq.errors import AccessDenied, DjinnError, ProtocolError, UnknownCheckpoint
+from djinn_zmq.server import bulk
+from djinn_zmq.server.arenas import Arenas
+from djinn_zmq.server.bulk import Arriving
+from djinn_zmq.server.catalog import Catalog
+from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.settings import Settings
+from djinn_zmq.version import __version__
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import Op
+from djinn_zmq.wire.tensors import Tensor
+
+UPLOADS_LIMIT = 16  # under way at once from one peer
+
+Answer = tuple[msgspec.Struct, Sequence[bytes | memoryview]]
+DONE: Answer = (messages.Done(), ())
+
+
+class Requests:
+    def __init__(
+        self,
+        registry: Registry,
+        fleet: Fleet,
+        arenas: Arenas,
+        catalog: Catalog,
+        settings: Settings,
+        endpoints: Callable[[], tuple[str, ...]],
+        stop: Callable[[], None],
+    ) -> None:
+        self._registry = registry
+        self._fleet = fleet
+        self._arenas = arenas
+        self._catalog = catalog
+        self._settings = settings
+        self._endpoints = endpoints
+        self._stop = stop
+        self._started_s = time.monotonic()
+        self._arriving: dict[tuple[bytes, int], Arriving] = {}
+        self._uploads: dict[int, tuple[int, Tensor]] = {}  # id → (session, uint8 (nbytes,))
+        self._last_upload = 0
+        self._answers = {
+            Op.HELLO: self._hello,
+            Op.PING: self._ping,
+            Op.STATUS: self._status,
+            Op.OPEN: self._open,
+            Op.CLOSE: self._close,
+            Op.READ: self._read,
+            Op.RELEASE: self._release,
+            Op.UPLOAD: self._upload,
+            Op.CHUNK: self._chunk,
+            Op.STOP: self._stop_server,
+        }
+
+    def answer(
+        self, peer: Peer, header: Header, meta: msgspec.Struct, buffers: Sequence[memoryview]
+    ) -> Answer | None:
+        """The reply to a request, or None where it is still to come. Raises DjinnError to refuse."""
+        return self._answers[Op(header.op)](peer, header, meta, buffers)
+
+    def _hello(self, peer: Peer, header: Header, meta: messages.Hello, _: object) -> Answer:
+        same_user = peer.uid == os.getuid() and peer.lease is None
+        if same_user:
+            self._arenas.invite(peer)
+        return (
+            messages.Welcome(
+                version=__version__,
+                pid=os.getpid(),
+                lease_path=str(self._arenas.path) if same_user else "",
+                token=peer.token if same_user else b"",
+                models=self._catalog.names,
+                frame_limit=self._settings.frame_limit,
+            ),
+            (),
+        )
+
+    def _ping(self, peer: Peer, header: Header, meta: messages.Ping, _: object) -> Answer:
+        return messages.Pong("serving"), ()
+
+    def _status(self, peer: Peer, header: Header, meta: messages.Status, _: object) -> Answer:
+        loaded = {
+            model.name: model for engine in self._fleet.engines for model in engine.models.values()
+        }
+        kept = [
+            record
+            for session in self._registry.sessions.values()
+            for record in session.kept.values()
+        ]
+        return (
+            messages.StatusReply(
+                version=__version__,
+                pid=os.getpid(),
+                uptime_s=time.monotonic() - self._started_s,
+                endpoints=self._endpoints(),
+                names=self._catalog.names,
+                models=tuple(loaded.values()),
+                engines=tuple(engine.info() for engine in self._fleet.engines),
+                sessions=tuple(session.info(peer) for session in self._registry.sessions.values()),
+                memory=messages.MemoryInfo(
+                    limit=self._settings.host_memory,
+                    arenas=self._arenas.nbytes(),
+                    used=sum(record.kept.tensor.nbytes for record in kept)
+                    + self._arenas.staging.used,
+                    checkpoints=sum(record.kept.layer >= 0 for record in kept),
+                ),
+            ),
+            (),
+        )
+
+    def _open(self, peer: Peer, header: Header, meta: messages.Open, _: object) -> None:
+        name, source = self._catalog.resolve(meta.model, trusted=peer.trusted)
+        self._fleet.open(peer, header, name, source)
+
+    def _close(self, peer: Peer, header: Header, meta: messages.Close, _: object) -> Answer:
+        session = self._registry.session_of(peer, header.session)
+        self._fleet.close(session)
+        self.forget_uploads(session.id)
+        return DONE
+
+    def _read(self, peer: Peer, header: Header, meta: messages.Read, _: object) -> Answer:
+        _, record = self._registry.kept_of(peer, meta.id)
+        return bulk.read(record, meta, self._arenas)
+
+    def _release(self, peer: Peer, header: Header, meta: messages.Release, _: object) -> Answer:
+        session = self._registry.session_of(peer, header.session)
+        unknown = [
+            number
+            for number in meta.ids
+            if number not in session.kept and self._uploads.get(number, (0,))[0] != session.id
+        ]
+        if unknown:
+            raise UnknownCheckpoint(
+                f"checkpoint {unknown[0]:x} is not one of this session: it may have been released"
+            )
+        kept = []
+        for number in dict.fromkeys(meta.ids):
+            if number in session.kept:
+                del session.kept[number]
+                kept.append(number)
+            else:
+                _, tensor = self._uploads.pop(number)
+                self._arenas.staging.give_back(tensor.where)
+        if kept:
+            engine = self._fleet.engines[session.engine]
+            engine.tell(Op.DROP, messages.Drop(tuple(kept)), session=session.id)
+        return DONE
+
+    # ---- uploads
+
+    def _upload(self, peer: Peer, header: Header, meta: messages.Upload, _: object) -> None:
+        self._registry.session_of(peer, header.session)
+        under_way = sum(envelope == peer.envelope for envelope, _ in self._arriving)
+        if under_way >= UPLOADS_LIMIT:
+            raise ProtocolError(f"{under_way} uploads are under way: at most {UPLOADS_LIMIT}")
+        key = (peer.envelope, header.request)
+        if key in self._arriving:
+            raise ProtocolError(f"request {header.request} is an upload already")
+        self._arriving[key] = bulk.begin(header, meta, self._arenas, self._settings)
+
+    def _chunk(
+        self, peer: Peer, header: Header, meta: messages.Chunk, buffers: list[memoryview]
+    ) -> Answer | None:
+        key = (peer.envelope, header.request)
+        arriving = self._arriving.get(key)
+        if arriving is None:
+            return None  # its upload was refused, and that has been answered
+        try:
+            whole = arriving.take(meta, buffers)
+        except DjinnError:
+            self._arriving.pop(key)
+            self._arenas.staging.give_back(arriving.lease.slot)
+            raise
+        if not whole:
+            return None
+        self._arriving.pop(key)
+        self._last_upload += 1
+        number = -self._last_upload & 0x7FFF_FFFF_FFFF_FFFF  # never a checkpoint's number
+        tensor = Tensor("uint8", (arriving.nbytes,), arriving.lease.slot)
+        self._uploads[number] = (arriving.header.session, tensor)
+        return messages.Uploaded(number, tensor), ()
+
+    def forget_peer(self, peer: Peer) -> None:
+        """Drop what *peer* was still sending."""
+        for key in [key for key in self._arriving if key[0] == peer.envelope]:
+            self._arenas.staging.give_back(self._arriving.pop(key).lease.slot)
+
+    def forget_uploads(self, session_id: int) -> None:
+        """The session's slots were reclaimed with it: drop the numbers too."""
+        for number in [n for n, (owner, _) in self._uploads.items() if owner == session_id]:
+            del self._uploads[number]
+        for key in [k for k, one in self._arriving.items() if one.header.session == session_id]:
+            del self._arriving[key]
+
+    def _stop_server(self, peer: Peer, header: Header, meta: messages.Stop, _: object) -> Answer:
+        if peer.uid != os.getuid():
+            raise AccessDenied("only the user who runs the server may stop it, over its ipc socket")
+        self._stop()
+        return DONE

@@ -1,0 +1,389 @@
+"""The server's loop: one thread, one poll over the bus, the lease sockets and the engines.
+
+ROUTER ipc, ROUTER tcp   clients' requests    header read, owner checked, passed on or answered
+lease sockets            descriptors          their end of file is a client's death
+engine links             replies, notices     passed back by the envelope in front
+engine lease sockets     descriptors          their end of file is an engine's death
+ZAP                      new tcp clients      allowed keys only
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import socket as pysocket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from djinn_zmq.bus.keys import Admission, ServerKeys
+from djinn_zmq.bus.router import Incoming, Router
+from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError
+from djinn_zmq.server.arenas import Arenas
+from djinn_zmq.server.catalog import Catalog
+from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.requests import Requests
+from djinn_zmq.settings import Settings, private_dir
+from djinn_zmq.wire import codec, states
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import Flag, Op, Pong, Progress
+
+_log = logging.getLogger(__name__)
+
+IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
+DRAIN = 64  # messages taken from one socket before the others are looked at
+TO_ENGINE = frozenset({Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS})
+TO_SERVER = frozenset(
+    {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
+) | {Op.STOP}
+
+
+class Server:
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        *,
+        devices: Sequence[str],
+        dtype: str = "auto",
+        models: tuple[str, ...] = (),
+        tcp: str | None = None,
+        keys: ServerKeys | None = None,
+    ) -> None:
+        """Bind everything; start nothing yet.
+
+        path: of the ipc socket, in a directory of this user's alone. tcp: endpoint to bind too.
+        Raises AddressInUse where a server stands on either, and what a bad model name raises.
+        """
+        self.settings = settings
+        self.path = path
+        self.catalog = Catalog(models)
+        private_dir(path.parent)
+        self._lock = _locked(path)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._wake_read, self._wake_write = pysocket.socketpair()
+        self._stopping = False
+        self._admission = Admission(self._context, keys) if keys is not None else None
+        self.registry = Registry(settings.sessions_limit)
+        self._routers: dict[bytes, Router] = {}
+        try:
+            self._bind(IPC, f"ipc://{path}", None)
+            if tcp is not None:
+                self._bind(TCP, tcp, keys)
+        except BaseException:
+            self._close_bus()
+            raise
+        lease_path = path.with_name(f"{path.name}.lease")
+        self.arenas = Arenas(lease_path, settings, self._on_gone)
+        self.fleet = Fleet(
+            devices, dtype, self._context, path, settings, self.registry, self.arenas, self._reply
+        )
+        self.requests = Requests(
+            self.registry,
+            self.fleet,
+            self.arenas,
+            self.catalog,
+            settings,
+            self.endpoints,
+            self.stop,
+        )
+        self._poller = zmq.Poller()
+        self._ready: dict[Any, Callable[[], None]] = {}
+        self._watch(self._wake_read.fileno(), self._on_wake)
+        self._watch(self.arenas.fileno(), self.arenas.serve)
+        for tag, router in self._routers.items():
+            self._watch(router.socket, lambda tag=tag, router=router: self._on_bus(tag, router))
+            monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._watch(monitor, lambda m=monitor, tag=tag: self._on_disconnect(m, tag))
+        if self._admission is not None:
+            self._watch(self._admission.socket, self._admission.answer)
+
+    def _bind(self, tag: bytes, endpoint: str, keys: ServerKeys | None) -> None:
+        router = Router(self._context, self.settings, keys)
+        self._routers[tag] = router
+        router.bind(endpoint)
+
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(end for router in self._routers.values() for end in router.endpoints)
+
+    # ---- the loop
+
+    def serve(self) -> None:
+        """Start the engines and answer until `stop`."""
+        for engine in self.fleet.engines:
+            self._start(engine)
+        for model in self.catalog.at_start:
+            self.fleet.load(*self.catalog.resolve(model, trusted=True))
+        while not self._stopping:
+            for socket, _ in self._poller.poll(self._wait_ms()):
+                ready = self._ready.get(socket)
+                if ready is not None:  # closed by what was ready before it
+                    ready()
+            self._close_overdue()
+
+    def stop(self) -> None:
+        """End `serve`. May be called from a signal handler."""
+        self._stopping = True
+        self._wake_write.send(b"\0")
+
+    def stop_on_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop())
+
+    def _on_wake(self) -> None:
+        self._wake_read.recv(64)
+
+    def _wait_ms(self) -> int | None:
+        due_s = self.registry.next_due_s()
+        if due_s == float("inf"):
+            return None
+        return max(0, int((due_s - time.monotonic()) * 1000) + 1)
+
+    def _close_overdue(self) -> None:
+        if self.registry.next_due_s() == float("inf"):
+            return
+        for session in self.registry.overdue():
+            self._close_session(session)
+
+    def _watch(self, socket: Any, ready: Callable[[], None]) -> None:
+        self._poller.register(socket, zmq.POLLIN)
+        self._ready[socket] = ready
+
+    def _unwatch(self, socket: Any) -> None:
+        self._poller.unregister(socket)
+        del self._ready[socket]
+
+    # ---- the bus
+
+    def _on_bus(self, tag: bytes, router: Router) -> None:
+        for _ in range(DRAIN):
+            incoming = router.receive()
+            if incoming is None:
+                return
+            envelope = tag + incoming.route
+            peer = self.registry.peers.get(envelope)
+            if peer is None:
+                peer = self._meet(envelope, router, incoming)
+            self._on_request(peer, incoming)
+
+    def _meet(self, envelope: bytes, router: Router, incoming: Incoming) -> Peer:
+        address, user = router.identity(incoming.route) or ("", "")
+        uid = None
+        if user:
+            owner = f"key:{user}"
+        elif envelope.startswith(IPC):
+            # libzmq appends the kernel's word on the peer: "localhost:UID:GID:PID"
+            uid = int(address.split(":")[-3])
+            owner = f"uid:{uid}"
+        else:  # anybody on this machine: each connection is a stranger to the others
+            owner = f"tcp:{incoming.route.hex()}"
+        peer = Peer(envelope, owner, bool(user) or uid is not None, uid)
+        self.registry.peers[envelope] = peer
+        return peer
+
+    def _on_request(self, peer: Peer, incoming: Incoming) -> None:
+        header = None
+        try:
+            header = codec.peek(incoming.frame)
+            if incoming.buffers is None:
+                raise ProtocolError(f"a message may have {codec.BUFFERS_LIMIT} buffers")
+            if header.flags & (Flag.REPLY | Flag.PROGRESS | Flag.ERROR):
+                raise ProtocolError("a reply nobody asked for")
+            if header.op in TO_ENGINE or (header.op == Op.PING and header.session):
+                self._forward(peer, header, incoming)
+            elif header.op in TO_SERVER:
+                self._answer(peer, header, incoming)
+            else:
+                raise ProtocolError(f"op {header.op} is not a client's")
+        except DjinnError as exc:
+            if header is None:
+                header = Header(codec.MAGIC, codec.VERSION, Op.PING, 0, 0, 0, 0, 0, 0)
+            if not header.flags & Flag.ONE_WAY:
+                self._reply(peer.envelope, codec.failure(header, exc), ())
+
+    def _forward(self, peer: Peer, header: Header, incoming: Incoming) -> None:
+        if len(incoming.frame) > self.settings.meta_limit:
+            raise ProtocolError(f"a meta of {len(incoming.frame)} bytes is too long")
+        session = self.registry.session_of(peer, header.session)
+        if session.waiting >= self.settings.queue_limit:
+            raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
+        engine = self.fleet.engines[session.engine]
+        engine.forward(peer.envelope, header, incoming.frame, incoming.buffers or ())
+        session.waiting += 1
+        if engine.state is not states.Engine.READY and header.credit:
+            progress = Progress(engine.detail or f"engine {engine.index} is {engine.state}", 0, 0)
+            frame = codec.encode(
+                header.op,
+                progress,
+                flags=Flag.PROGRESS,
+                request=header.request,
+                session=header.session,
+            )
+            self._reply(peer.envelope, frame, ())
+
+    def _answer(self, peer: Peer, header: Header, incoming: Incoming) -> None:
+        buffers = incoming.buffers or []
+        message = codec.decode(incoming.frame, buffers, header)
+        answer = self.requests.answer(peer, header, message.meta, buffers)
+        if answer is None or header.flags & Flag.ONE_WAY and header.op != Op.CHUNK:
+            return
+        meta, out = answer
+        op = Op.UPLOAD if header.op == Op.CHUNK else header.op
+        frame = codec.encode(
+            op,
+            meta,
+            flags=Flag.REPLY,
+            request=header.request,
+            session=header.session,
+            buffers=len(out),
+        )
+        self._reply(peer.envelope, frame, out)
+
+    def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        try:
+            self._routers[envelope[:1]].send(envelope[1:], frame, buffers)
+        except (Lost, Busy) as exc:
+            peer = self.registry.peers.get(envelope)
+            if peer is not None:
+                if isinstance(exc, Busy):
+                    _log.warning("%s does not read its answers: dropped", peer.owner)
+                self._on_gone(peer)
+
+    # ---- the end of a client
+
+    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes) -> None:
+        """Some connection ended; libzmq does not say whose. Knock at those who could be meant."""
+        recv_monitor_message(monitor)
+        frame = codec.encode(Op.PING, Pong("knock"), flags=Flag.REPLY)
+        for envelope, peer in list(self.registry.peers.items()):
+            if envelope[:1] == tag and peer.lease is None:
+                self._reply(envelope, frame, ())
+
+    def _on_gone(self, peer: Peer) -> None:
+        """*peer*'s process is gone, or as good as."""
+        if self.registry.peers.pop(peer.envelope, None) is None:
+            return
+        router = self._routers[peer.envelope[:1]]
+        router.forget(peer.envelope[1:])
+        self.fleet.forget_openings(peer)
+        self.requests.forget_peer(peer)
+        self.arenas.drop(peer)
+        for number in list(peer.sessions):
+            session = self.registry.sessions[number]
+            if peer.uid is None and peer.trusted:
+                self.registry.keep_open(session, self.settings.grace_s)
+            else:
+                self._close_session(session)
+
+    def _close_session(self, session: Any) -> None:
+        self.fleet.close(session)
+        self.requests.forget_uploads(session.id)
+
+    # ---- the engines
+
+    def _start(self, engine: Engine) -> None:
+        engine.start()
+        self._watch_engine(engine)
+
+    def _watch_engine(self, engine: Engine) -> None:
+        assert engine.link is not None and engine.lease is not None
+        self._watch(engine.link.socket, lambda: self._on_link(engine))
+        self._watch(engine.lease.socket.fileno(), lambda: self._on_engine_lease(engine))
+
+    def _on_link(self, engine: Engine) -> None:
+        for _ in range(DRAIN):
+            parcel = engine.link.receive() if engine.link is not None else None
+            if parcel is None:
+                return
+            if not parcel.envelope:
+                self.fleet.on_message(engine, parcel.frame, parcel.buffers)
+                continue
+            header = codec.peek(parcel.frame)
+            if not header.flags & Flag.PROGRESS:
+                owed = engine.owed.pop((parcel.envelope, header.request), None)
+                session = self.registry.sessions.get(header.session) if owed else None
+                if session is not None:
+                    session.waiting -= 1
+            self._reply(parcel.envelope, parcel.frame, parcel.buffers)
+
+    def _on_engine_lease(self, engine: Engine) -> None:
+        lease = engine.lease
+        if lease is None:
+            return
+        try:
+            packet, fd = lease.receive()
+            self.arenas.answer(lease, packet, fd, engine.index)
+        except BlockingIOError:
+            return
+        except DjinnError:
+            self._on_engine_gone(engine)
+
+    def _on_engine_gone(self, engine: Engine) -> None:
+        assert engine.link is not None and engine.lease is not None
+        self._on_link(engine)  # what it still said before it died
+        self._unwatch(engine.link.socket)
+        self._unwatch(engine.lease.socket.fileno())
+        self.fleet.on_death(engine)
+        if engine.link is not None:
+            self._watch_engine(engine)
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Answer what is owed, end the engines, remove the sockets."""
+        for engine in self.fleet.engines:
+            for (envelope, _), header in engine.owed.items():
+                self._reply(envelope, codec.failure(header, Closed("the server stops")), ())
+        self.fleet.stop()
+        self.arenas.close()
+        self._close_bus()
+
+    def _close_bus(self) -> None:
+        for router in self._routers.values():
+            router.socket.disable_monitor()
+            router.close()
+        if self._admission is not None:
+            self._admission.close()
+        self._context.destroy(linger=200)
+        self._wake_read.close()
+        self._wake_write.close()
+        _unlock(self.path, self._lock)
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _locked(path: Path) -> int:
+    """Hold the lock beside *path*; libzmq would take over a living server's socket without a word.
+
+    Raises AddressInUse where a server holds it.
+    """
+    lock = _lock_path(path)
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            os.close(fd)
+            raise AddressInUse(
+                f"a server already serves {path}: stop it with 'djinn stop', "
+                "or choose another socket with --ipc"
+            ) from exc
+        try:
+            if os.fstat(fd).st_ino == lock.stat().st_ino:
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # its last holder removed the file between our open and our lock
+
+
+def _unlock(path: Path, fd: int) -> None:
+    _lock_path(path).unlink(missing_ok=True)
+    os.close(fd)

@@ -1,0 +1,108 @@
+"""Limits and places. One frozen object, built at the edge, validated once, never read at import."""
+
+import os
+import stat
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from djinn_zmq.errors import AccessDenied, RequestError
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+SOCKET_NAME = "djinn.sock"
+LONGEST_SOCKET_PATH = 107  # bytes: sun_path without its final NUL
+ENDPOINT_VARIABLE = "DJINN_ENDPOINT"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a server and its engines may use. Sizes in bytes, times in seconds."""
+
+    host_memory: int = 4 * GIB  # checkpoints kept in shared host memory, all engines together
+    arena: int = 64 * MIB  # size of one shared arena; larger checkpoints get one of their own
+    client_arenas: int = 1 * GIB  # staging memory one client may share with the engines
+    frame_limit: int = 1 * MIB + 64 * KIB  # one frame on the bus, 1 MiB of bulk and its header
+    meta_limit: int = 256 * KIB  # header and meta together
+    sessions_limit: int = 1024  # open sessions of one owner
+    queue_limit: int = 256  # requests of one session that wait for an engine
+    high_water: int = 4096  # messages queued on a socket towards one peer
+    grace_s: float = 10.0  # a remote client that drops its connection may come back in this time
+    engine_restarts: int = 5  # deaths within a minute after which an engine stays down
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value <= 0:
+                raise RequestError(f"{field.name} is {value}: it must be positive")
+        if self.arena % (64 * KIB):
+            raise RequestError(f"arena is {self.arena} bytes: it must be a multiple of 64 KiB")
+
+
+def runtime_dir() -> Path:
+    """The user's own directory for sockets: mode 0700, made if it is not there.
+
+    Raises AccessDenied if it exists but belongs to, or can be entered by, somebody else.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(base) / "djinn" if base else Path(f"/tmp/djinn-{os.getuid()}")
+    return private_dir(path)
+
+
+def private_dir(path: Path) -> Path:
+    """Make *path* (0700) or check that it is ours alone."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as exc:
+        raise AccessDenied(f"cannot use {path} for sockets: {exc.strerror}") from exc
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise AccessDenied(
+            f"{path} must be a directory of uid {os.getuid()} with mode 0700: it belongs to uid "
+            f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}"
+        )
+    return path
+
+
+def socket_path(path: str | os.PathLike[str] | None = None) -> Path:
+    """Where the server's ipc socket is: *path*, else the user's own.
+
+    Raises RequestError where the path is longer than a unix socket's may be.
+    """
+    chosen = Path(path) if path is not None else runtime_dir() / SOCKET_NAME
+    length = len(os.fsencode(chosen)) + len(".engine-00")  # the longest name made from it
+    if length > LONGEST_SOCKET_PATH:
+        raise RequestError(
+            f"socket path {chosen} is too long: with its suffixes {length} bytes, "
+            f"at most {LONGEST_SOCKET_PATH} fit"
+        )
+    return chosen
+
+
+def default_endpoint() -> str:
+    """$DJINN_ENDPOINT, else the user's ipc socket."""
+    return os.environ.get(ENDPOINT_VARIABLE) or f"ipc://{socket_path()}"
+
+
+def cache_dir() -> Path:
+    """$DJINN_CACHE, else djinn/ in the user's cache directory. Not made here."""
+    if chosen := os.environ.get("DJINN_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "djinn"
+
+
+def models_dir() -> Path:
+    """Where pulled models are kept."""
+    return cache_dir() / "models"
+
+
+def format_bytes(nbytes: int) -> str:
+    """10560000 -> '10.1 MiB'."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,179 @@
+"""Bytes ↔ messages, without I/O.
+
+    frame 0     header (32 bytes) and meta (msgpack), together
+    frame 1..n  buffers
+
+    offset  0      2  3  4      6        8          16         24           28      32
+            magic  v  op flags  buffers  request    session    deadline_ms  credit  meta…
+            "DJ"   u8 u8 u16    u16      u64        u64        u32          u32
+
+All little-endian. `peek` reads the header alone, which is all that routing needs; `decode` checks
+everything: the magic, the op, the meta's shape, the number of buffers, and each tensor's bytes.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.edits import tensors_in
+from djinn_zmq.wire.messages import VERSION, Flag, Op
+from djinn_zmq.wire.tensors import Tensor, check
+
+MAGIC = b"DJ"
+HEADER = struct.Struct("<2sBBHHQQII")
+HEADER_SIZE = HEADER.size
+BUFFERS_LIMIT = 64
+
+Buffer = bytes | memoryview
+
+
+class Header(NamedTuple):
+    magic: bytes
+    version: int
+    op: int
+    flags: int
+    buffers: int
+    request: int
+    session: int
+    deadline_ms: int  # 0: none. From the moment the request was sent
+    credit: int  # PROGRESS messages the sender takes before the reply
+
+
+class Message(NamedTuple):
+    header: Header
+    meta: Any  # the struct that REQUESTS or REPLIES names for the op
+    buffers: Sequence[Buffer]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REQUESTS.items()}
+_replies = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REPLIES.items()}
+_progress = msgspec.msgpack.Decoder(messages.Progress)
+_failure = msgspec.msgpack.Decoder(messages.Failure)
+_lease = msgspec.msgpack.Decoder(messages.Lease)
+
+
+def encode(
+    op: int,
+    meta: msgspec.Struct,
+    *,
+    flags: int = 0,
+    request: int = 0,
+    session: int = 0,
+    buffers: int = 0,
+    deadline_ms: int = 0,
+    credit: int = 0,
+) -> bytes:
+    """Frame 0 of a message with *buffers* buffers behind it."""
+    header = HEADER.pack(MAGIC, VERSION, op, flags, buffers, request, session, deadline_ms, credit)
+    return header + _encoder.encode(meta)
+
+
+def failure(header: Header, error: DjinnError) -> bytes:
+    """Frame 0 of the reply that refuses the request *header* belongs to."""
+    return encode(
+        header.op,
+        messages.Failure(error.code, str(error)),
+        flags=Flag.REPLY | Flag.ERROR,
+        request=header.request,
+        session=header.session,
+    )
+
+
+def peek(frame: Buffer) -> Header:
+    """The header of frame 0. Raises ProtocolError for what is not one."""
+    if len(frame) < HEADER_SIZE:
+        raise ProtocolError(f"{len(frame)} bytes are no header: it has {HEADER_SIZE}")
+    header = Header._make(HEADER.unpack_from(frame))
+    if header.magic != MAGIC:
+        raise ProtocolError(f"magic {header.magic!r}: a message starts with {MAGIC!r}")
+    if header.version != VERSION:
+        raise ProtocolError(f"protocol version {header.version}: this side speaks {VERSION}")
+    return header
+
+
+def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None = None) -> Message:
+    """The whole message, checked. Raises ProtocolError; never allocates what a peer merely claims.
+
+    header: what `peek` gave for *frame*, where it has been called already.
+    """
+    header = header or peek(frame)
+    decoder = _decoder_for(header)
+    try:
+        meta = decoder.decode(memoryview(frame)[HEADER_SIZE:])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
+        raise ProtocolError(f"the meta of {_name(header.op)} does not decode: {exc}") from exc
+    if header.buffers != len(buffers):
+        raise ProtocolError(f"{header.buffers} buffers announced, {len(buffers)} came")
+    for tensor in tensors_of(meta):
+        check(tensor, buffers)
+    return Message(header, meta, buffers)
+
+
+def _decoder_for(header: Header) -> msgspec.msgpack.Decoder[Any]:
+    if header.flags & Flag.PROGRESS:
+        return _progress
+    if header.flags & Flag.ERROR:
+        return _failure
+    table = _replies if header.flags & Flag.REPLY else _requests
+    decoder = table.get(header.op)
+    if decoder is None:
+        side = "reply" if header.flags & Flag.REPLY else "request"
+        raise ProtocolError(f"op {header.op} is no {side} of this protocol")
+    return decoder
+
+
+def _name(op: int) -> str:
+    try:
+        return Op(op).name
+    except ValueError:
+        return f"op {op}"
+
+
+def tensors_of(meta: Any) -> Iterable[Tensor]:
+    """Every tensor a message's meta speaks of."""
+    find = _TENSORS.get(type(meta))
+    return () if find is None else [tensor for tensor in find(meta) if tensor is not None]
+
+
+_TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
+    messages.Run: lambda meta: (meta.ids,),
+    messages.Tokens: lambda meta: (meta.ids,),
+    messages.TokensReply: lambda meta: (meta.ids,),
+    messages.Resume: lambda meta: (meta.hidden, *tensors_in(meta.edits)),
+    messages.RunReply: lambda meta: (
+        meta.ids,
+        *(kept.tensor for kept in meta.checkpoints),
+        meta.logits,
+        meta.top_values,
+        meta.top_ids,
+        meta.top_log_norm,
+    ),
+    messages.Keep: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
+    messages.Adopt: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
+    messages.ReadReply: lambda meta: (meta.piece,),
+    messages.Uploaded: lambda meta: (meta.tensor,),
+}
+
+
+def error_of(message: Message) -> DjinnError:
+    """The error that an ERROR reply carries."""
+    return from_wire(message.meta.code, message.meta.text)
+
+
+def encode_lease(packet: messages.Lease) -> bytes:
+    """One packet of the lease socket."""
+    return _encoder.encode(packet)
+
+
+def decode_lease(data: bytes) -> messages.Lease:
+    """Raises ProtocolError for what is not a packet of the lease socket."""
+    try:
+        packet: messages.Lease = _lease.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
+        raise ProtocolError(f"not a packet of the lease socket: {exc}") from exc
+    return packet

@@ -1,0 +1,426 @@
+"""The messages: one op, one request struct, one reply struct each. `docs/protocol.md` shows them.
+
+Tagged array-like msgspec structs: a field's place is its name, the tag is the op, and a field too
+many is refused. Ids are random or counted 64-bit numbers; 0 is never an id.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from djinn_zmq.wire.edits import Edit, Index
+from djinn_zmq.wire.tensors import Tensor
+
+VERSION = 1
+
+
+class Op(IntEnum):
+    # client → server
+    HELLO = 1
+    PING = 2  # to the server; with a session, through it to the session's engine
+    STATUS = 3
+    OPEN = 4
+    CLOSE = 5
+    READ = 6
+    UPLOAD = 7
+    CHUNK = 8  # one way: a piece of an upload
+    STOP = 9
+    # client → server → engine
+    RUN = 16
+    RESUME = 17
+    RELEASE = 18
+    CANCEL = 19
+    TOKENS = 20
+    # server ↔ engine
+    READY = 32  # engine: the process is up
+    LOAD = 33
+    ENTER = 34  # server: a session begins
+    LEAVE = 35  # server: a session ends
+    KEEP = 36  # engine: these tensors now exist
+    DROP = 37  # engine: these no longer do
+    ADOPT = 38  # server: these survived your predecessor
+    # beside any of them, as a reply
+    PROGRESS = 48
+    FAILURE = 49
+
+
+class Flag(IntEnum):
+    """Bits of the header's flags. Not an IntFlag: its operators cost 2 us each on every message."""
+
+    REPLY = 1
+    ERROR = 2  # with REPLY: the meta is a Failure
+    PROGRESS = 4  # the meta is a Progress; the reply itself is still to come
+    SHARED = 8  # the sender maps shared arenas: tensors may travel as slots
+    ONE_WAY = 16  # no reply is wanted
+
+
+def _message(op: Op, **options: Any) -> dict[str, Any]:
+    return {
+        "tag": int(op),
+        "frozen": True,
+        "array_like": True,
+        "forbid_unknown_fields": True,
+        **options,
+    }
+
+
+Spans = tuple[tuple[str, int], ...]  # (name, nanoseconds), in the order they happened
+
+
+# ---- what several messages carry
+
+
+class ModelInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    name: str
+    source: str  # directory or hub id
+    architecture: str  # the transformers class
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int  # 0: no limit known
+    num_parameters: int
+    nbytes: int  # of the weights
+    dtype: str
+    device: str
+    has_tokenizer: bool
+    check: str  # what the self-check at load compared
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A tensor kept on the server: a checkpoint's hidden state, or a reply's logits."""
+
+    id: int
+    session: int
+    run: int
+    layer: int  # layers executed before it; -1: not a checkpoint
+    tensor: Tensor  # hidden: (batch, positions, hidden_size)
+
+
+class EngineInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    index: int
+    device: str
+    state: str
+    pid: int
+    restarts: int
+    detail: str  # what it is doing, or why it is down
+    resident: int  # bytes of memory, 0 where not known
+
+
+class SessionInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    id: int
+    owner: str
+    model: str
+    state: str
+    engine: int
+    checkpoints: int
+    nbytes: int
+    waiting: int  # requests not yet answered
+    age_s: float
+    yours: bool
+
+
+class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    limit: int  # bytes, all of them
+    arenas: int  # mapped so far
+    used: int  # in slots that hold something
+    checkpoints: int
+
+
+# ---- client → server
+
+
+class Hello(msgspec.Struct, **_message(Op.HELLO)):
+    version: str
+    pid: int
+
+
+class Welcome(msgspec.Struct, **_message(Op.HELLO)):
+    version: str
+    pid: int
+    lease_path: str  # empty: no shared memory for this peer
+    token: bytes  # shows on the lease socket which peer this is
+    models: tuple[str, ...]
+    frame_limit: int
+
+
+class Ping(msgspec.Struct, **_message(Op.PING)):
+    pass
+
+
+class Pong(msgspec.Struct, **_message(Op.PING)):
+    state: str  # the engine's, where the ping went to one
+
+
+class Status(msgspec.Struct, **_message(Op.STATUS)):
+    pass
+
+
+class StatusReply(msgspec.Struct, **_message(Op.STATUS)):
+    version: str
+    pid: int
+    uptime_s: float
+    endpoints: tuple[str, ...]
+    names: tuple[str, ...]  # models that can be asked for by name
+    models: tuple[ModelInfo, ...]  # models that are loaded
+    engines: tuple[EngineInfo, ...]
+    sessions: tuple[SessionInfo, ...]
+    memory: MemoryInfo
+
+
+class Open(msgspec.Struct, **_message(Op.OPEN)):
+    model: str
+
+
+class Opened(msgspec.Struct, **_message(Op.OPEN)):
+    session: int
+    model: ModelInfo
+
+
+class Close(msgspec.Struct, **_message(Op.CLOSE)):
+    pass
+
+
+class Done(msgspec.Struct, **_message(Op.CLOSE)):
+    """The reply that says only: done. CLOSE, RELEASE, STOP."""
+
+
+class Read(msgspec.Struct, **_message(Op.READ)):
+    """Bytes [offset, offset + nbytes) of `kept[at]`, laid out C-contiguous."""
+
+    id: int
+    at: Index
+    offset: int
+    nbytes: int
+
+
+class ReadReply(msgspec.Struct, **_message(Op.READ)):
+    dtype: str
+    shape: tuple[int, ...]  # of kept[at]
+    piece: Tensor  # uint8 (n,)
+
+
+class Upload(msgspec.Struct, **_message(Op.UPLOAD)):
+    """Ask for a slot of *nbytes*; the pieces follow at once as CHUNKs with this request's id."""
+
+    nbytes: int
+
+
+class Uploaded(msgspec.Struct, **_message(Op.UPLOAD)):
+    id: int  # to RELEASE it by
+    tensor: Tensor  # uint8 (nbytes,)
+
+
+class Chunk(msgspec.Struct, **_message(Op.CHUNK)):
+    offset: int
+
+
+class Stop(msgspec.Struct, **_message(Op.STOP)):
+    pass
+
+
+# ---- client → server → engine
+
+
+class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where to stop, what to keep on the way, and which logits to send."""
+
+    stop_at: int | None
+    save_at: tuple[int, ...]
+    logits: str  # "last", "all", "none", or "top"
+    top: int  # how many, for "top"
+
+
+class Run(msgspec.Struct, **_message(Op.RUN)):
+    """One forward pass over *text*, or over *ids*: int64 (batch, positions)."""
+
+    text: tuple[str, ...]
+    ids: Tensor | None
+    wanted: Wanted
+
+
+class Resume(msgspec.Struct, **_message(Op.RESUME)):
+    """Go on from a checkpoint: a new branch, with *hidden* in its place where given, then *edits*."""
+
+    checkpoint: int
+    hidden: Tensor | None
+    edits: tuple[Edit, ...]
+    wanted: Wanted
+
+
+class RunReply(msgspec.Struct, **_message(Op.RUN)):
+    """What a RUN or RESUME came to."""
+
+    run: int
+    state: str
+    layer: int  # layers executed
+    ids: Tensor  # int64 (batch, positions)
+    checkpoints: tuple[Kept, ...]
+    logits: Tensor | None  # "last": (batch, vocab); "all": (batch, positions, vocab)
+    logits_id: int  # where the logits are kept in a slot: to READ and RELEASE; else 0
+    top_values: Tensor | None  # (batch, k): logits, in the model's dtype
+    top_ids: Tensor | None  # int64 (batch, k)
+    top_log_norm: Tensor | None  # float64 (batch,): log of the sum of exp over all logits
+    spans: Spans
+
+
+class Release(msgspec.Struct, **_message(Op.RELEASE)):
+    ids: tuple[int, ...]
+
+
+class Cancel(msgspec.Struct, **_message(Op.CANCEL)):
+    request: int
+
+
+class Cancelled(msgspec.Struct, **_message(Op.CANCEL)):
+    found: bool
+
+
+class Tokens(msgspec.Struct, **_message(Op.TOKENS)):
+    """Text to ids (where *ids* is None), or each id to its own piece of text."""
+
+    text: str
+    ids: Tensor | None
+
+
+class TokensReply(msgspec.Struct, **_message(Op.TOKENS)):
+    ids: Tensor  # int64 (n,)
+    pieces: tuple[str, ...]
+
+
+# ---- server ↔ engine
+
+
+class Ready(msgspec.Struct, **_message(Op.READY)):
+    device: str
+    pid: int
+
+
+class Load(msgspec.Struct, **_message(Op.LOAD)):
+    name: str
+    source: str
+    dtype: str  # "auto": as stored
+
+
+class Loaded(msgspec.Struct, **_message(Op.LOAD)):
+    model: ModelInfo
+
+
+class Enter(msgspec.Struct, **_message(Op.ENTER)):
+    owner: str
+    model: str
+
+
+class Leave(msgspec.Struct, **_message(Op.LEAVE)):
+    pass
+
+
+class Keep(msgspec.Struct, **_message(Op.KEEP)):
+    """These exist now. *ids* (int64 (batch, positions)) is what their run was made of."""
+
+    ids: Tensor
+    kept: tuple[Kept, ...]
+
+
+class Drop(msgspec.Struct, **_message(Op.DROP)):
+    ids: tuple[int, ...]
+
+
+class Adopt(msgspec.Struct, **_message(Op.ADOPT)):
+    """As Keep, in the other direction: what a new engine takes over."""
+
+    ids: Tensor
+    kept: tuple[Kept, ...]
+
+
+# ---- beside any request
+
+
+class Progress(msgspec.Struct, **_message(Op.PROGRESS)):
+    stage: str
+    done: int
+    total: int  # 0: not known
+
+
+class Failure(msgspec.Struct, **_message(Op.FAILURE)):
+    code: str
+    text: str
+
+
+REQUESTS: dict[int, type[msgspec.Struct]] = {
+    Op.HELLO: Hello,
+    Op.PING: Ping,
+    Op.STATUS: Status,
+    Op.OPEN: Open,
+    Op.CLOSE: Close,
+    Op.READ: Read,
+    Op.UPLOAD: Upload,
+    Op.CHUNK: Chunk,
+    Op.STOP: Stop,
+    Op.RUN: Run,
+    Op.RESUME: Resume,
+    Op.RELEASE: Release,
+    Op.CANCEL: Cancel,
+    Op.TOKENS: Tokens,
+    Op.READY: Ready,
+    Op.LOAD: Load,
+    Op.ENTER: Enter,
+    Op.LEAVE: Leave,
+    Op.KEEP: Keep,
+    Op.DROP: Drop,
+    Op.ADOPT: Adopt,
+}
+
+REPLIES: dict[int, type[msgspec.Struct]] = {
+    Op.HELLO: Welcome,
+    Op.PING: Pong,
+    Op.STATUS: StatusReply,
+    Op.OPEN: Opened,
+    Op.CLOSE: Done,
+    Op.READ: ReadReply,
+    Op.UPLOAD: Uploaded,
+    Op.STOP: Done,
+    Op.RUN: RunReply,
+    Op.RESUME: RunReply,
+    Op.RELEASE: Done,
+    Op.CANCEL: Cancelled,
+    Op.TOKENS: TokensReply,
+    Op.LOAD: Loaded,
+}
+
+
+# ---- the lease socket (AF_UNIX, one struct a packet, file descriptors beside it)
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, tag=0, forbid_unknown_fields=True):
+    """First packet of a client: which peer of the bus it is."""
+
+    token: bytes
+
+
+class Share(msgspec.Struct, frozen=True, array_like=True, tag=1, forbid_unknown_fields=True):
+    """An arena its sender made, with its descriptor. Answered by a Granted with its number."""
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True, tag=2, forbid_unknown_fields=True):
+    """Asks for the descriptor of an arena. Answered by a Granted with it."""
+
+    arena: int
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag=3, forbid_unknown_fields=True):
+    arena: int
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4, forbid_unknown_fields=True):
+    code: str
+    text: str
+
+
+class Retire(msgspec.Struct, frozen=True, array_like=True, tag=5, forbid_unknown_fields=True):
+    """Server to engine: the arena's owner is gone; unmap it when nothing reads it."""
+
+    arena: int
+
+
+Lease = Join | Share | Want | Granted | Refused | Retire

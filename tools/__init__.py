@@ -1,0 +1,1 @@
+"""Click commands for people who work on the project: what is slow here, and what was made how."""
