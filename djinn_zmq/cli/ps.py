@@ -1,0 +1,118 @@
+"""`djinn ps`: what a server holds."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from djinn_zmq.cli import endpoint as on_endpoint
+from djinn_zmq.client.server import connect
+from djinn_zmq.settings import format_bytes
+from djinn_zmq.wire.messages import StatusReply
+
+
+@click.command()
+@on_endpoint.options
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def ps(endpoint: str | None, key: Path | None, as_json: bool) -> None:
+    """Show a server's models, engines, sessions, checkpoints and memory."""
+    with connect(endpoint, key=key) as server:
+        begin = time.perf_counter()
+        status = server.status()
+        elapsed_s = time.perf_counter() - begin
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(_named(status))).decode())
+    else:
+        click.echo(_report(status, elapsed_s))
+
+
+def _named(value: object) -> object:
+    """Structs as objects with field names: on the wire they are arrays."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _named(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple):
+        return [_named(item) for item in value]
+    return value
+
+
+def _report(status: StatusReply, elapsed_s: float) -> str:
+    memory = status.memory
+    parts = [
+        (
+            f"djinn {status.version}, pid {status.pid}, up {_duration(status.uptime_s)}, "
+            f"at {' and '.join(status.endpoints)}; answered in {elapsed_s * 1e3:.1f} ms"
+        ),
+        f"can serve by name: {', '.join(status.names)}",
+        _table(
+            ("ENGINE", "DEVICE", "STATE", "PID", "RESTARTS", "RESIDENT", "DOING"),
+            [
+                (
+                    str(one.index),
+                    one.device,
+                    one.state,
+                    str(one.pid),
+                    str(one.restarts),
+                    format_bytes(one.resident),
+                    one.detail,
+                )
+                for one in status.engines
+            ],
+        ),
+        _table(
+            ("MODEL", "ARCHITECTURE", "LAYERS", "HIDDEN", "PARAMETERS", "WEIGHTS", "DTYPE", "ON"),
+            [
+                (
+                    one.name,
+                    one.architecture,
+                    str(one.num_layers),
+                    str(one.hidden_size),
+                    f"{one.num_parameters / 1e6:.2f} M",
+                    format_bytes(one.nbytes),
+                    one.dtype,
+                    one.device,
+                )
+                for one in status.models
+            ],
+        ),
+        _table(
+            ("SESSION", "OWNER", "MODEL", "STATE", "CHECKPOINTS", "SIZE", "WAITING", "AGE"),
+            [
+                (
+                    f"{one.id:016x}{' *' if one.yours else ''}",
+                    one.owner,
+                    one.model,
+                    one.state,
+                    str(one.checkpoints),
+                    format_bytes(one.nbytes),
+                    str(one.waiting),
+                    _duration(one.age_s),
+                )
+                for one in status.sessions
+            ],
+        ),
+        (
+            f"memory: {memory.checkpoints} checkpoints, {format_bytes(memory.used)} used, "
+            f"{format_bytes(memory.arenas)} mapped, limit {format_bytes(memory.limit)} an engine"
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return f"no {head[0].lower()}s"
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,48 @@
+"""`djinn stop`: end your server."""
+
+import os
+import select
+
+import click
+
+from djinn_zmq.client.server import connect
+from djinn_zmq.errors import RunError
+
+WAIT_S = 10.0
+
+
+@click.command()
+@click.option(
+    "--server",
+    "endpoint",
+    metavar="ipc://PATH",
+    help="Which server. [default: $DJINN_ENDPOINT, else your own]",
+)
+def stop(endpoint: str | None) -> None:
+    """Stop your server: running requests are refused, engines end, sockets are removed.
+
+    Only over its ipc socket, and only for the user who runs it.
+    """
+    server = connect(endpoint)
+    try:
+        pid = server.status().pid
+        server.stop()
+    finally:
+        server.close()
+    _wait_for_end(pid)
+    click.echo(f"stopped the server with pid {pid}")
+
+
+def _wait_for_end(pid: int) -> None:
+    """Until the process is gone. Raises RunError where it is still there after WAIT_S seconds."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(WAIT_S * 1000):
+            raise RunError(f"the server (pid {pid}) has not ended after {WAIT_S:.0f} s")
+    finally:
+        os.close(handle)
