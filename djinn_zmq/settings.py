@@ -30,11 +30,12 @@ class Settings:
     high_water: int = 4096  # messages queued on a socket towards one peer
     grace_s: float = 10.0  # a remote client that drops its connection may come back in this time
     engine_restarts: int = 5  # deaths within a minute after which an engine stays down
+    threads: int | None = None  # of a CPU engine; None: torch's own choice
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise RequestError(f"{field.name} is {value}: it must be positive")
         if self.arena % (64 * KIB):
             raise RequestError(f"arena is {self.arena} bytes: it must be a multiple of 64 KiB")

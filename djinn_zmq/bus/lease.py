@@ -15,6 +15,7 @@ from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import decode_lease, encode_lease
 
 PACKET_LIMIT = 4096
+ANSWER_S = 10.0  # a server answers in microseconds; one that does not is stuck or stopped
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED gives them
 
 
@@ -32,6 +33,7 @@ class LeaseSocket:
         Raises Unreachable where nobody listens, AccessDenied where the server is another user's.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(ANSWER_S)
         try:
             sock.connect(os.fspath(path))
             lease = cls(sock)
@@ -67,6 +69,8 @@ class LeaseSocket:
             data, fds, _, _ = socket.recv_fds(self.socket, PACKET_LIMIT, 16)
         except ConnectionResetError as exc:
             raise Lost("the other end of the lease socket is gone") from exc
+        except TimeoutError as exc:
+            raise Lost(f"the lease socket did not answer in {ANSWER_S:g} s") from exc
         if not data:
             raise Lost("the other end of the lease socket is gone")
         for spare in fds[1:]:

@@ -26,7 +26,10 @@ class Link:
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], path: Path, settings: Settings, *, bind: bool
     ) -> None:
-        """The server binds *path*, in a directory nobody else can enter; the engine connects."""
+        """The server binds *path*, in a directory nobody else can enter; the engine connects.
+
+        The server never waits for an engine. An engine may wait for the server, which always reads.
+        """
         self.socket = context.socket(zmq.PAIR)
         self._path = path if bind else None
         for option, value in (
@@ -41,15 +44,16 @@ class Link:
             self.socket.bind(endpoint)
         else:
             self.socket.connect(endpoint)
+        self._first = zmq.SNDMORE | zmq.DONTWAIT if bind else zmq.SNDMORE
         self._receive = self.socket.recv
         self._send = self.socket.send
 
     def send(
         self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()
     ) -> None:
-        """Queue a message; never waits. Raises Busy where the queue is full."""
+        """Queue a message. On the server's end raises Busy where the queue is full."""
         try:
-            self._send(envelope, zmq.DONTWAIT | zmq.SNDMORE)
+            self._send(envelope, self._first)
         except zmq.Again as exc:
             raise Busy("the engine's queue is full") from exc
         if not buffers:

@@ -119,38 +119,38 @@ class Connection:
         while (reply := self._waiting[request]) is None:
             frames = self._dealer.receive_waiting()
             if frames is not None:
-                self._take(*frames)
+                self.take(*frames)
             elif not self.alive():
-                self._fail_all(Lost(f"the server at {self.endpoint} is gone"))
+                self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
             elif limit is not None and time.monotonic() > limit:
-                self._give_up(request)
+                self.give_up(request)
                 raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
         return self._settle(request, reply)
 
     def _settle(self, request: int, reply: Message | DjinnError) -> Message:
-        self._give_up(request)
+        self.give_up(request)
         if isinstance(reply, DjinnError):
             raise reply
         return reply
 
-    def _give_up(self, request: int) -> None:
+    def give_up(self, request: int) -> None:
         del self._waiting[request], self._asked_in[request]
         self._progress.pop(request, None)
 
     def _cancel_all(self) -> None:
         """The user gave up waiting: so should the engine."""
         for request, session in self._asked_in.items():
-            frame = codec.encode(
-                Op.CANCEL,
-                messages.Cancel(request),
-                request=self._next_request(),
-                session=session,
-            )
-            if session:
-                self._dealer.send(frame)
+            self.cancel(request, session)
         self._waiting.clear()
         self._asked_in.clear()
         self._progress.clear()
+
+    def cancel(self, request: int, session: int) -> None:
+        """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""
+        if session:
+            meta = messages.Cancel(request)
+            number = self._next_request()
+            self._dealer.send(codec.encode(Op.CANCEL, meta, request=number, session=session))
 
     # ---- sending
 
@@ -199,7 +199,11 @@ class Connection:
 
     # ---- receiving
 
-    def _take(self, frame: bytes, buffers: list[memoryview]) -> None:
+    def receive(self) -> tuple[bytes, list[memoryview]] | None:
+        """A message that is there already, or None."""
+        return self._dealer.receive()
+
+    def take(self, frame: bytes, buffers: list[memoryview]) -> None:
         header = codec.peek(frame)
         if header.request not in self._waiting:
             return  # given up, or the server's knock
@@ -219,7 +223,14 @@ class Connection:
             return None
         return codec.error_of(message) if header.flags & Flag.ERROR else message
 
-    def _fail_all(self, error: DjinnError) -> None:
+    def waits_for(self, request: int) -> bool:
+        return request in self._waiting
+
+    def reply_to(self, request: int) -> Message | DjinnError | None:
+        """What came for *request* so far."""
+        return self._waiting.get(request)
+
+    def fail_all(self, error: DjinnError) -> None:
         for request, reply in self._waiting.items():
             if reply is None:
                 self._waiting[request] = error
@@ -319,6 +330,16 @@ class Connection:
         return self.lease is not None and isinstance(tensor.where, Slot)
 
     # ---- ends
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def bus_fileno(self) -> int:
+        return self._dealer.socket.getsockopt(zmq.FD)
+
+    def monitor_fileno(self) -> int:
+        return self._monitor.getsockopt(zmq.FD)
 
     def forget(self, session: int, number: int) -> None:
         """Nobody refers to a kept tensor any more. Safe to call from a finalizer."""

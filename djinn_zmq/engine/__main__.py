@@ -46,6 +46,8 @@ def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> N
     from djinn_zmq.errors import Lost
 
     limits = Settings(**json.loads(settings))
+    if limits.threads is not None:
+        torch.set_num_threads(limits.threads)
     loop = EngineLoop(*connect(link, lease_fd, limits), torch.device(device), limits, index)
     try:
         loop.serve()
@@ -53,6 +55,9 @@ def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> N
         pass  # the server is gone, and so is the reason to be here
     finally:
         loop.close()
+    # Tearing down torch takes a second that nobody needs, and a server waits for.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

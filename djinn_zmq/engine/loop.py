@@ -140,6 +140,11 @@ class EngineLoop:
                 self._refuse(parcel.envelope, header, exc)
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
+        except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
+            _log.exception("%s failed", Op(header.op).name)
+            if parcel.envelope:
+                error = RunError(f"{type(exc).__name__}: {exc}")
+                self._refuse(parcel.envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, watch: Stopwatch) -> None:
         header = message.header

@@ -111,13 +111,14 @@ class Arenas:
         self._epoll.unregister(fd)
         connection.close()
 
-    def drop(self, peer: Peer) -> None:
-        """Forget *peer*: its token, its lease socket and the arenas it shared."""
+    def drop(self, peer: Peer) -> list[int]:
+        """Forget *peer*: its token, its lease socket and the arenas it shared, whose numbers it
+        returns."""
         self._tokens.pop(peer.token, None)
         if peer.lease is not None:
             self._hang_up(peer.lease.socket.fileno())
             peer.lease = None
-        self.retire(peer)
+        return self.retire(peer)
 
     # ---- arenas
 

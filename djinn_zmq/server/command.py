@@ -83,6 +83,7 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
     show_default=True,
     help="Shared memory for checkpoints, in MiB, for each engine.",
 )
+@click.option("--threads", type=int, help="Threads of a CPU engine. [default: torch's choice]")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def serve(
     port: int,
@@ -94,6 +95,7 @@ def serve(
     ipc: Path | None,
     keys: Path | None,
     host_memory: int,
+    threads: int | None,
     verbose: bool,
 ) -> None:
     """Serve models: hold weights, sessions and checkpoints, and answer clients.
@@ -111,7 +113,7 @@ def serve(
         stream=sys.stderr,
     )
     try:
-        settings = Settings(host_memory=host_memory * MIB)
+        settings = Settings(host_memory=host_memory * MIB, threads=threads)
         server = Server(
             socket_path(ipc),
             settings,

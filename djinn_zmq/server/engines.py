@@ -1,5 +1,6 @@
 """An engine as the server sees it: a process, a link, a lease socket, and what waits for it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,7 +21,7 @@ from djinn_zmq.errors import Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Op
+from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Op, Retire
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +142,12 @@ class Engine:
         self.sources[name] = source
         self.loading = self.loading or name
         self.tell(Op.LOAD, Load(name, source, self.dtype))
+
+    def retire(self, arena: int) -> None:
+        """Have the engine unmap *arena*. Where its queue is full it keeps the map until it ends."""
+        if self.lease is not None:
+            with contextlib.suppress(Lost, BlockingIOError):
+                self.lease.send(Retire(arena))
 
     # ---- ends
 

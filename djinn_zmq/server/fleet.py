@@ -135,6 +135,12 @@ class Fleet:
             _log.warning("session %016x ends without its engine: %s", session.id, exc)
         _log.info("session %016x of %s ends", session.id, session.owner)
 
+    def retire(self, arenas: Sequence[int]) -> None:
+        """These arenas are nobody's any more: engines that mapped them let go."""
+        for engine in self.engines:
+            for number in arenas:
+                engine.retire(number)
+
     def forget_openings(self, peer: Peer) -> None:
         for waiting in self._opening.values():
             waiting[:] = [opening for opening in waiting if opening.peer is not peer]

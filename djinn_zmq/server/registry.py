@@ -121,15 +121,14 @@ class Registry:
     def next_due_s(self) -> float:
         return min((session.closes_s for session in self.sessions.values()), default=float("inf"))
 
-    def kept_of(self, peer: Peer, number: int) -> tuple[Session, KeptRecord]:
-        """The kept tensor *number*, if it is *peer*'s."""
-        for session in self.sessions.values():
-            record = session.kept.get(number)
-            if record is not None and session.owner == peer.owner:
-                return session, record
-        raise UnknownCheckpoint(
-            f"checkpoint {number:x} does not exist or is not yours: it may have been released"
-        )
+    def kept_of(self, session: Session, number: int) -> KeptRecord:
+        """The kept tensor *number* of *session*."""
+        record = session.kept.get(number)
+        if record is None:
+            raise UnknownCheckpoint(
+                f"checkpoint {number:x} is not one of this session: it may have been released"
+            )
+        return record
 
     def kept_by(self, engine: int) -> Iterator[tuple[Session, KeptRecord]]:
         for session in self.sessions.values():

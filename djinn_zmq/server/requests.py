@@ -127,7 +127,7 @@ class Requests:
         return DONE
 
     def _read(self, peer: Peer, header: Header, meta: messages.Read, _: object) -> Answer:
-        _, record = self._registry.kept_of(peer, meta.id)
+        record = self._registry.kept_of(self._registry.session_of(peer, header.session), meta.id)
         return bulk.read(record, meta, self._arenas)
 
     def _release(self, peer: Peer, header: Header, meta: messages.Release, _: object) -> Answer:

@@ -22,7 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
 from djinn_zmq.bus.router import Incoming, Router
-from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError
+from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.engines import Engine
@@ -201,7 +201,10 @@ class Server:
                 self._answer(peer, header, incoming)
             else:
                 raise ProtocolError(f"op {header.op} is not a client's")
-        except DjinnError as exc:
+        except Exception as exc:  # noqa: BLE001  one client's request must not end the server
+            if not isinstance(exc, DjinnError):
+                _log.exception("a request failed")
+                exc = RunError(f"the server failed: {type(exc).__name__}: {exc}")
             if header is None:
                 header = Header(codec.MAGIC, codec.VERSION, Op.PING, 0, 0, 0, 0, 0, 0)
             if not header.flags & Flag.ONE_WAY:
@@ -273,7 +276,7 @@ class Server:
         router.forget(peer.envelope[1:])
         self.fleet.forget_openings(peer)
         self.requests.forget_peer(peer)
-        self.arenas.drop(peer)
+        self.fleet.retire(self.arenas.drop(peer))
         for number in list(peer.sessions):
             session = self.registry.sessions[number]
             if peer.uid is None and peer.trusted:
