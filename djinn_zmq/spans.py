@@ -47,9 +47,12 @@ class Spans(tuple[tuple[str, int], ...]):
         return sum(elapsed_ns for _, elapsed_ns in self)
 
     def __getitem__(self, key):  # type: ignore[no-untyped-def]
-        """By place as any tuple, or by name: nanoseconds."""
+        """By place as any tuple, or by name: nanoseconds, of all spans of that name."""
         if isinstance(key, str):
-            return dict(self)[key]
+            found = [elapsed_ns for name, elapsed_ns in self if name == key]
+            if not found:
+                raise KeyError(key)
+            return sum(found)
         return super().__getitem__(key)
 
     def __str__(self) -> str:

@@ -39,9 +39,12 @@ LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
 PROGRESS_CREDIT = 1000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """One request. data: what an UPLOAD sends behind it, in pieces."""
+    """One request. data: what an UPLOAD sends behind it, in pieces.
+
+    sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
+    """
 
     op: Op
     meta: msgspec.Struct
@@ -50,6 +53,8 @@ class Call:
     timeout_s: float | None = None
     progress: Progress | None = None
     data: memoryview | None = None
+    sent_ns: int = 0
+    arrived_ns: int = 0
 
 
 Operation = Generator[Call | list[Call], Any, T]
@@ -73,8 +78,7 @@ class Connection:
         # Random, so that a client that comes back never asks under a number of its past life.
         self._last_request = secrets.randbits(40) << 20
         self._waiting: dict[int, Message | DjinnError | None] = {}
-        self._asked_in: dict[int, int] = {}  # request → session, while it waits
-        self._progress: dict[int, Progress] = {}
+        self._calls: dict[int, Call] = {}  # what waits, by request
         self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
         self._arenas: dict[int, Arena] = {}
         self._pool: Pool | None = None
@@ -134,16 +138,14 @@ class Connection:
         return reply
 
     def give_up(self, request: int) -> None:
-        del self._waiting[request], self._asked_in[request]
-        self._progress.pop(request, None)
+        del self._waiting[request], self._calls[request]
 
     def _cancel_all(self) -> None:
         """The user gave up waiting: so should the engine."""
-        for request, session in self._asked_in.items():
-            self.cancel(request, session)
+        for request, call in self._calls.items():
+            self.cancel(request, call.session)
         self._waiting.clear()
-        self._asked_in.clear()
-        self._progress.clear()
+        self._calls.clear()
 
     def cancel(self, request: int, session: int) -> None:
         """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""
@@ -166,8 +168,6 @@ class Connection:
             self._release_garbage()
         request = self._next_request()
         flags = Flag.SHARED if self.lease is not None else 0
-        if call.progress is not None:
-            self._progress[request] = call.progress
         frame = codec.encode(
             call.op,
             call.meta,
@@ -181,8 +181,9 @@ class Connection:
         self._dealer.send(frame, call.buffers)
         if call.data is not None:
             self._send_pieces(request, call.session, call.data)
+        call.sent_ns = time.perf_counter_ns()
         self._waiting[request] = None
-        self._asked_in[request] = call.session
+        self._calls[request] = call
         return request
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
@@ -205,8 +206,10 @@ class Connection:
 
     def take(self, frame: bytes, buffers: list[memoryview]) -> None:
         header = codec.peek(frame)
-        if header.request not in self._waiting:
+        call = self._calls.get(header.request)
+        if call is None:
             return  # given up, or the server's knock
+        call.arrived_ns = time.perf_counter_ns()
         self._waiting[header.request] = self._decoded(header, frame, buffers)
 
     def _decoded(
@@ -217,7 +220,7 @@ class Connection:
         except ProtocolError as exc:
             return exc
         if header.flags & Flag.PROGRESS:
-            tell = self._progress.get(header.request)
+            tell = self._calls[header.request].progress
             if tell is not None:
                 tell(message.meta)
             return None
@@ -381,6 +384,7 @@ class Parcel:
 
     def __init__(self, session: int) -> None:
         self.session = session
+        self.begin_ns = time.perf_counter_ns()
         self.buffers: list[bytes | memoryview] = []
         self.leases: list[Lease] = []
         self.uploads: list[int] = []

@@ -88,8 +88,7 @@ class Model:
         self, op: Op, meta: msgspec.Struct, parcel: Parcel, timeout_s: float | None
     ) -> Operation[Run]:
         """Send a RUN or RESUME and make a Run of the reply."""
-        begin = time.perf_counter_ns()
-        reply = yield Call(
+        call = Call(
             op,
             meta,
             session=self.session,
@@ -97,10 +96,19 @@ class Model:
             timeout_s=timeout_s,
             progress=self.server.progress,
         )
-        total = time.perf_counter_ns() - begin
+        reply = yield call
+        run = Run(self, reply)
+        # What the engine did not spend between our sending and the reply's coming is the wire's.
         inside = sum(elapsed_ns for _, elapsed_ns in reply.meta.spans)
-        spans = Spans((("wire", max(0, total - inside)), *reply.meta.spans))
-        return Run(self, reply, spans)
+        run.spans = Spans(
+            (
+                ("encode", call.sent_ns - parcel.begin_ns),
+                ("wire", max(0, call.arrived_ns - call.sent_ns - inside)),
+                *reply.meta.spans,
+                ("decode", time.perf_counter_ns() - call.arrived_ns),
+            )
+        )
+        return run
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""

@@ -129,7 +129,7 @@ class Run:
     spans: where the time went; print it.
     """
 
-    def __init__(self, model: "Model", message: Message, spans: Spans) -> None:
+    def __init__(self, model: "Model", message: Message) -> None:
         reply: RunReply = message.meta
         self._model = model
         self._message = message
@@ -137,7 +137,7 @@ class Run:
         self.id: int = reply.run
         self.state: str = reply.state
         self.layer: int = reply.layer
-        self.spans = spans
+        self.spans = Spans()
         self.ids = np.array(view(reply.ids, message.buffers))
         self.checkpoints = {kept.layer: Checkpoint(model, kept) for kept in reply.checkpoints}
         if reply.logits_id:

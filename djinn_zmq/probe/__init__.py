@@ -1,0 +1,1 @@
+"""What benchmarks and latency tools share: samples, rounds, pinning, tables, results."""
