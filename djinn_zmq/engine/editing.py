@@ -10,9 +10,21 @@ from typing import Any
 import torch
 
 from djinn_zmq.errors import EditError, SelectionError
-from djinn_zmq.wire.edits import Add, Edit, Lerp, Patch, Project, Scale, Set, Zero, selection
+from djinn_zmq.wire.edits import (
+    Add,
+    Edit,
+    Lerp,
+    Patch,
+    Project,
+    Scale,
+    Set,
+    Zero,
+    selection,
+    tensors_in,
+)
 from djinn_zmq.wire.tensors import Tensor
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 Values = Callable[[Tensor], torch.Tensor]  # a wire tensor's values, on the hidden state's device
 Source = Callable[[int], torch.Tensor]  # a checkpoint's hidden state, read only
 
@@ -45,6 +57,9 @@ def _prepare(
 ) -> Change:
     """The change an edit makes to its part of hidden."""
     part = hidden[chosen]
+    for tensor in tensors_in((edit,)):
+        if tensor.dtype not in FLOATS:
+            raise EditError(f"values of dtype {tensor.dtype}: floats are needed")
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if isinstance(edit, Zero):
         return torch.zeros_like
@@ -54,7 +69,7 @@ def _prepare(
     if isinstance(edit, Patch):
         return _patch(edit, part, source)
     if isinstance(edit, Project):
-        return _project(values(edit.direction).to(wide), part, wide)
+        return _project(values(edit.direction), part, wide)
     value = _fitting(values(edit.value), part)
     if isinstance(edit, Add):
         addend = value.to(wide)
@@ -62,10 +77,20 @@ def _prepare(
     if isinstance(edit, Set):
         return lambda old: value.to(old.dtype).expand(old.shape)
     assert isinstance(edit, Lerp)
-    weight, target = edit.weight, value.to(wide)
-    if weight == 0.0:
-        return lambda old: old
-    return lambda old: torch.lerp(old.to(wide), target.expand(old.shape), weight).to(old.dtype)
+    return _lerp(value.to(wide), edit.weight, wide)
+
+
+def _lerp(target: torch.Tensor, weight: float, wide: torch.dtype) -> Change:
+    def change(old: torch.Tensor) -> torch.Tensor:
+        if weight == 0.0:
+            return old
+        if weight == 1.0:  # old + (target - old) would miss the target by a rounding
+            return target.expand(old.shape).to(old.dtype)
+        widened = old.to(wide)
+        # Not torch.lerp: it takes another formula from weight 0.5 on.
+        return (widened + weight * (target - widened)).to(old.dtype)
+
+    return change
 
 
 def _fitting(value: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -82,7 +107,7 @@ def _fitting(value: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def _patch(edit: Patch, part: torch.Tensor, source: Source) -> Change:
     whole = source(edit.source)
     if whole.dtype != part.dtype:
-        raise EditError(f"the source is {whole.dtype}, the checkpoint {part.dtype}")
+        raise EditError(f"the source is {_name(whole)}, the checkpoint {_name(part)}")
     taken = whole[selection(edit.source_at, tuple(whole.shape), "the source")]
     if taken.shape != part.shape:
         raise EditError(
@@ -94,19 +119,29 @@ def _patch(edit: Patch, part: torch.Tensor, source: Source) -> Change:
 
 
 def _project(direction: torch.Tensor, part: torch.Tensor, wide: torch.dtype) -> Change:
-    width = part.shape[-1] if part.ndim else 1
+    if not part.ndim:
+        raise EditError("`at` chooses a single number: a direction needs an axis")
+    width = part.shape[-1]
     if direction.ndim != 1 or direction.shape[0] != width:
         raise EditError(
             f"a direction of shape {tuple(direction.shape)}: the part that `at` chooses needs "
             f"({width},)"
         )
-    norm = torch.linalg.vector_norm(direction)
-    if not norm:
+    exact = direction.double()
+    largest = exact.abs().max()
+    if not torch.isfinite(largest):
+        raise EditError("a direction that is not finite")
+    if not largest:
         raise EditError("a direction of length zero")
-    unit = direction / norm
+    exact = exact / largest  # else the squares of large and small values over- and underflow
+    unit = (exact / torch.linalg.vector_norm(exact)).to(wide)
 
     def change(old: torch.Tensor) -> torch.Tensor:
         widened = old.to(wide)
         return (widened - (widened @ unit).unsqueeze(-1) * unit).to(old.dtype)
 
     return change
+
+
+def _name(data: torch.Tensor) -> str:
+    return str(data.dtype).removeprefix("torch.")

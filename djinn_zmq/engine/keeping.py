@@ -4,6 +4,7 @@ The engine leases the slots of its own arenas; the server numbers them and keeps
 so everything here outlives this process. A successor adopts what the server hands it.
 """
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ import numpy as np
 import torch
 
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.errors import Lost, ProtocolError, StaleSlot, UnknownCheckpoint
+from djinn_zmq.errors import (
+    AccessDenied,
+    ArenaFull,
+    Lost,
+    ProtocolError,
+    StaleSlot,
+    UnknownCheckpoint,
+)
 from djinn_zmq.memory.arena import Arena, OwnArena, Pool
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
@@ -40,9 +48,7 @@ class Keeping:
         self.entries: dict[int, Entry] = {}
         self._lease = lease
         self._foreign: dict[int, Arena] = {}  # clients' and the server's staging arenas
-        self.pool.grow(
-            1
-        )  # the first arena now, while nobody waits: its pages take a tenth of a second
+        self.prepare()
 
     # ---- arenas
 
@@ -67,9 +73,13 @@ class Keeping:
             raise ProtocolError(f"{type(packet).__name__} is not for an engine")
 
     def prepare(self) -> None:
-        """Make the first arena while nobody waits for it: its pages take a tenth of a second."""
+        """Make the first arena while nobody waits for it: its pages take a tenth of a second.
+
+        A predecessor's arenas, still to be adopted, may have all the room: then there is none yet.
+        """
         if not self.pool.arenas:
-            self.pool.grow(1)
+            with contextlib.suppress(ArenaFull):
+                self.pool.grow(1)
 
     # ---- tensors in and out
 
@@ -77,30 +87,37 @@ class Keeping:
         self, data: torch.Tensor, *, session: int, owner: str, run: int, layer: int, ids: np.ndarray
     ) -> Kept:
         """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed."""
-        flat = data.detach().contiguous().view(torch.uint8).reshape(-1)
+        name = NAMES[data.dtype]
+        flat = data.detach().contiguous().reshape(-1).view(torch.uint8)
         lease = self.pool.lease(flat.numel(), session)
         torch.frombuffer(lease.view, dtype=torch.uint8).copy_(flat)
-        tensor = Tensor(NAMES[data.dtype], tuple(data.shape), lease.slot)
+        tensor = Tensor(name, tuple(data.shape), lease.slot)
         kept = Kept(new_id(), session, run, layer, tensor)
         self.entries[kept.id] = Entry(kept, ids, owner)
         return kept
 
     def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:
         """A torch copy of a wire tensor, wherever its bytes are; one copy, checked after it."""
-        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
-        into = out.view(torch.uint8).reshape(-1).numpy() if tensor.shape else None
+        # The bytes first: a slot too small for what is claimed is refused before that is allocated.
         if isinstance(tensor.where, Slot):
             arena = self._arena(tensor.where.arena)
-            data = arena.view(tensor.where, tensor.nbytes)
+            data = np.frombuffer(arena.view(tensor.where, tensor.nbytes), np.uint8)
         else:
-            data = memoryview(view(tensor, buffers).reshape(-1).view(np.uint8).data)
-        if into is None:
-            out = torch.frombuffer(bytearray(data), dtype=out.dtype).reshape(())
-        elif into.size:
-            into[:] = np.frombuffer(data, np.uint8)
+            data = view(tensor, buffers).reshape(-1).view(np.uint8)
+        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        out.reshape(-1).view(torch.uint8).numpy()[:] = data
         if isinstance(tensor.where, Slot):
             arena.check(tensor.where)
         return out
+
+    def load_sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> torch.Tensor:
+        """The same for a client's own tensor. Never out of the arenas where checkpoints are kept.
+
+        Raises AccessDenied for those: whoever guesses a slot there must not read it.
+        """
+        if isinstance(tensor.where, Slot) and tensor.where.arena in self.pool.arenas:
+            raise AccessDenied(f"arena {tensor.where.arena} is the engine's own")
+        return self.load(tensor, buffers)
 
     def find(self, number: int, owner: str) -> Entry:
         """The kept tensor *number*, if *owner* may see it."""

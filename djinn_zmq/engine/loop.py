@@ -1,4 +1,4 @@
-"""The engine's loop: take what has come, give every run one layer, again.
+"""The engine's loop: take what has come, give one run one layer, again.
 
 One thread owns the device. Between two layers the loop looks at its inputs, so a ping or another
 session's run waits for one layer, never for a whole prompt.
@@ -8,9 +8,9 @@ import logging
 import os
 import select
 import socket
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from djinn_zmq.engine import models
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.replies import Replies
-from djinn_zmq.engine.runs import EngineSession, Job, Runner
+from djinn_zmq.engine.runs import EngineSession, Runner
+from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -43,23 +44,6 @@ _log = logging.getLogger(__name__)
 ANSWERS_LIMIT = 16  # of each session, for a retry
 ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs again
 
-Key = tuple[int, int]  # (session, request)
-
-
-@dataclass(slots=True, eq=False)
-class Active:
-    """A job that gets its turns, and whom to answer."""
-
-    job: Job
-    turns: Iterator[None]
-    envelope: bytes
-    header: Header
-
-    @property
-    def overdue(self) -> bool:
-        limit_ms = self.header.deadline_ms
-        return bool(limit_ms) and self.job.watch.elapsed_ns() > limit_ms * 1_000_000
-
 
 class EngineLoop:
     def __init__(
@@ -73,7 +57,7 @@ class EngineLoop:
         self._replies = Replies(self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
-        self._active: deque[Active] = deque()
+        self._turns = Turns()
         self._answers: dict[int, OrderedDict[int, tuple[bytes, list[bytes | memoryview]]]] = {}
         self._adopting = False
         self._news = select.poll()
@@ -101,8 +85,9 @@ class EngineLoop:
         self._tell(Op.READY, messages.Ready(str(self._device), os.getpid()))
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
-                self._receive(wait=not self._active)
-                self._step()
+                self._receive(wait=not self._turns)
+                if self._turns:
+                    self._work(self._turns.next())
 
     def close(self) -> None:
         self._keeping.close()
@@ -184,7 +169,7 @@ class EngineLoop:
 
     def _leave(self, message: Message) -> None:
         number = message.header.session
-        for active in [one for one in self._active if one.job.session.id == number]:
+        for active in self._turns.of(number):
             self._end(active, Cancelled("its session was closed"))
         self._sessions.pop(number, None)
         self._answers.pop(number, None)
@@ -211,20 +196,19 @@ class EngineLoop:
     def _ping(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
-        state = "running" if self._active else "idle"
+        state = "running" if self._turns else "idle"
         self._answer(envelope, message.header, messages.Pong(state), [])
 
     def _run(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
         header = message.header
-        key = (session.id, header.request)
         stored = self._answers.get(session.id, {}).get(header.request)
         if stored is not None:
             self._link.send(envelope, *stored)
             return
-        for active in self._active:
-            if (active.job.session.id, active.header.request) == key:
+        for active in self._turns.of(session):
+            if active.header.request == header.request:
                 active.envelope = envelope  # asked again while it runs: answer the newer asker
                 return
         model = self._models.get(session.model)
@@ -232,16 +216,13 @@ class EngineLoop:
             raise Lost(f'"{session.model}" could not be loaded again after the engine\'s restart')
         begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
         job, turns = begin(message.meta, message.buffers, session, model, watch)
-        self._active.append(Active(job, turns, envelope, header))
+        self._turns.add(Active(job, turns, envelope, header))
 
     def _cancel(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
-        found = [
-            one
-            for one in self._active
-            if one.job.session is session and one.header.request == message.meta.request
-        ]
+        wanted = message.meta.request
+        found = [one for one in self._turns.of(session) if one.header.request == wanted]
         for active in found:
             self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
         self._answer(envelope, message.header, messages.Cancelled(bool(found)), [])
@@ -262,26 +243,26 @@ class EngineLoop:
 
     # ---- working
 
-    def _step(self) -> None:
-        """One layer of each active run, in turn."""
-        for _ in range(len(self._active)):
-            active = self._active.popleft()
-            if active.overdue:
-                self._active.append(active)
-                limit = active.header.deadline_ms
-                self._end(active, DeadlineExceeded(f"not done within {limit} ms"))
-                continue
-            try:
-                next(active.turns)
-            except StopIteration:
-                self._finish(active)
-            except DjinnError as exc:
-                self._fail(active, exc)
-            except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
-                _log.exception("a run of %s failed", active.job.model.info.name)
-                self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
-            else:
-                self._active.append(active)
+    def _work(self, active: Active) -> None:
+        """One layer of one run, and what follows where it was the last."""
+        if active.overdue:
+            limit_ms = active.header.deadline_ms
+            self._end(active, DeadlineExceeded(f"not done within {limit_ms} ms"))
+            return
+        begin_ns = time.perf_counter_ns()
+        try:
+            next(active.turns)
+        except StopIteration:
+            self._turns.remove(active)
+            self._finish(active)
+        except DjinnError as exc:
+            self._turns.remove(active)
+            self._fail(active, exc)
+        except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
+            _log.exception("a run of %s failed", active.job.model.info.name)
+            self._turns.remove(active)
+            self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
+        self._turns.worked(active, time.perf_counter_ns() - begin_ns)
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
@@ -305,7 +286,7 @@ class EngineLoop:
 
     def _end(self, active: Active, error: DjinnError) -> None:
         """Stop an active run at the layer it has come to."""
-        self._active.remove(active)
+        self._turns.remove(active)
         active.turns.close()  # type: ignore[attr-defined]
         active.job.advance("cancel")
         self._runner.discard(active.job)

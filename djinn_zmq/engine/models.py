@@ -1,5 +1,6 @@
 """Loading models: weights, tokenizer, and the check without which none is served."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,20 @@ import transformers
 
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
-from djinn_zmq.settings import format_bytes
+from djinn_zmq.settings import MIB, format_bytes
 from djinn_zmq.wire.messages import Load, ModelInfo
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 STAGES = 3
+IDS_LIMIT = MIB // 8  # int64 tokens of one batch: they travel in one frame
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +43,8 @@ class ServedModel:
         Raises NoTokenizer, and PromptError where the prompts come out at different lengths.
         """
         self._need_tokenizer()
+        if not texts:
+            raise PromptError("neither text nor token ids: an empty prompt cannot be run")
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
         lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1:
@@ -58,6 +70,8 @@ class ServedModel:
         """Raises PromptError for ids the model cannot take."""
         if ids.ndim != 2 or 0 in ids.shape:
             raise PromptError(f"token ids of shape {ids.shape}: an empty prompt cannot be run")
+        if ids.size > IDS_LIMIT:
+            raise PromptError(f"{ids.size} tokens in a batch: at most {IDS_LIMIT} fit a message")
         limit = self.info.max_positions
         if limit and ids.shape[1] > limit:
             raise PromptError(f'{ids.shape[1]} tokens: "{self.info.name}" takes at most {limit}')
@@ -74,25 +88,52 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
     size = _weights_size(asked.source)
     known = f" ({format_bytes(size)})" if size else ""
     report(f"{asked.name}: reading weights{known}", 0, STAGES)
-    # A directory is all there is; only a hub id may look further.
-    local = {"local_files_only": Path(asked.source).is_dir()}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            asked.source, dtype=_dtype(asked.dtype), **local
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as exc:
-        raise UnknownModel(_first_line(exc)) from exc
-    model.to(device).eval()
+    # A directory is all there is; only a hub id may look further. Code that comes with a model is
+    # not run, and nobody is asked at a prompt whether it should be.
+    local = {"local_files_only": Path(asked.source).is_dir(), "trust_remote_code": False}
+    model = _weights(asked, local)
     report(f"{asked.name}: checking that stops are exact", 1, STAGES)
-    info = _info(asked, model, device)
-    stepper = Stepper(model)
-    if info.num_layers != stepper.num_layers:
-        raise ModelRefused(f"its config says {info.num_layers} layers, it has {stepper.num_layers}")
-    checked = stepper.check(info.vocab_size, device)
+    try:
+        model.to(device).eval()
+        model.config.return_dict = True  # a stored config may say false, and then there is no .logits
+        info = _info(asked, model, device)
+        stepper = Stepper(model)
+        checked = stepper.check(info.vocab_size, device, info.max_positions)
+    except ModelRefused:
+        raise
+    except Exception as exc:  # the model's own code may raise anything
+        _log.warning("%s cannot be run", asked.name, exc_info=True)
+        raise ModelRefused(f"it cannot be run: {_sentence(exc)}") from exc
     report(f"{asked.name}: reading its tokenizer", 2, STAGES)
     tokenizer = _tokenizer(asked.source, local)
     info = msgspec.structs.replace(info, check=checked, has_tokenizer=tokenizer is not None)
     return ServedModel(info, stepper, tokenizer, device)
+
+
+def _weights(asked: Load, local: dict[str, bool]) -> Any:
+    """The model with every one of its weights out of its files.
+
+    Raises UnknownModel for what cannot be read, ModelRefused where weights are missing: transformers
+    would make them up.
+    """
+    dtype = _dtype(asked.dtype)
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            asked.source,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of here, by name
+            **local,
+        )
+    except Exception as exc:  # a config class, a reader of a file format may raise anything
+        raise UnknownModel(_sentence(exc)) from exc
+    for name, stored, needed in sorted(found["mismatched_keys"]):
+        raise ModelRefused(
+            f"its weight {name} has shape {tuple(stored)}, its config needs {tuple(needed)}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelRefused(f"its files lack {len(missing)} of its weights, {missing[0]} first")
+    return model
 
 
 def _info(asked: Load, model: Any, device: torch.device) -> ModelInfo:
@@ -117,19 +158,21 @@ def _info(asked: Load, model: Any, device: torch.device) -> ModelInfo:
 
 
 def _dtype(name: str) -> Any:
-    return "auto" if name == "auto" else getattr(torch, name)
+    if name != "auto" and name not in DTYPES:
+        raise ModelRefused(f'dtype "{name}": allowed are auto, {", ".join(DTYPES)}')
+    return "auto" if name == "auto" else DTYPES[name]
 
 
 def _tokenizer(source: str, local: dict[str, bool]) -> Any:
     """The tokenizer beside the weights, or None: such a model is served for token ids."""
-    if local["local_files_only"]:
+    if Path(source).is_dir():
         files = os.listdir(source)
         if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in files):
             return None
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **local)
-    except (OSError, ValueError, KeyError, ImportError) as exc:
-        raise ModelRefused(f"its tokenizer cannot be read: {_first_line(exc)}") from exc
+    except Exception as exc:  # a tokenizer's reader may raise anything, bare Exceptions included
+        raise ModelRefused(f"its tokenizer cannot be read: {_sentence(exc)}") from exc
 
 
 def _weights_size(source: str) -> int:
@@ -143,6 +186,13 @@ def _weights_size(source: str) -> int:
     )
 
 
-def _first_line(exc: BaseException) -> str:
-    text = str(exc).strip() or type(exc).__name__
-    return text.splitlines()[0]
+def _sentence(exc: BaseException) -> str:
+    """What *exc* says, in one line."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    if not lines:
+        return type(exc).__name__
+    # "Validation error for field 'x':" and "not in dir. Checked:" go on in the next line.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(exc, (KeyError, AttributeError, TypeError)):
+        text = f"{type(exc).__name__}: {text}"
+    return text

@@ -33,7 +33,7 @@ class Replies:
             ids = _place(job.ids, buffers)
             if job.logits is not None and job.wanted.logits == "top":
                 last = job.logits[:, -1]
-                values, indices = last.topk(job.wanted.top)
+                values, indices = _top(last, job.wanted.top)
                 norm = last.double().logsumexp(-1)
                 top_values = _place_torch(values, buffers)
                 top_ids = _place_torch(indices, buffers)
@@ -68,6 +68,21 @@ class Replies:
     def ids_inline(self, job: Job) -> Tensor:
         """The job's token ids inside the meta: they outlive this process in the server's books."""
         return inline(job.ids)
+
+
+def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The *count* largest of each row and their ids, of equals the lower id first.
+
+    logits: (batch, vocab). torch.topk leaves the order of equals open, and bfloat16 has many.
+    """
+    chosen = []
+    for row in logits:
+        least = row.topk(count).values[-1]
+        ids = (~(row < least)).nonzero()[:, 0]
+        order = row[ids].argsort(descending=True, stable=True)
+        chosen.append(ids[order[:count]])
+    ids = torch.stack(chosen)
+    return logits.gather(-1, ids), ids
 
 
 def _place(array: np.ndarray, buffers: Buffers) -> Tensor:

@@ -16,12 +16,14 @@ from djinn_zmq.engine.keeping import Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
+from djinn_zmq.settings import MIB
+from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
 from djinn_zmq.wire.tensors import Tensor
 
-RECORDINGS_LIMIT = 64  # of past prompts, so that a resume need not record again
+RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +33,7 @@ class EngineSession:
     id: int
     owner: str
     model: str
+    worked_ns: int = 0  # its clock among the others, see `turns`
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +61,7 @@ class Runner:
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
         self._recordings: OrderedDict[bytes, Recording] = OrderedDict()
+        self._recordings_nbytes = 0
 
     # ---- from a request to a job
 
@@ -74,11 +78,11 @@ class Runner:
             if asked.ids is not None:
                 if asked.ids.dtype != "int64":
                     raise ProtocolError(f"token ids of dtype {asked.ids.dtype}: int64")
-                ids = self._keeping.load(asked.ids, buffers).numpy()
+                ids = self._keeping.load_sent(asked.ids, buffers).numpy()
             else:
                 ids = model.encode(asked.text)
             model.check_ids(ids)
-            _check_wanted(asked.wanted, 0, model)
+            _check_wanted(asked.wanted, 0, model, len(ids))
         job = Job(session, model, ids, 0, asked.wanted, watch)
         return job, self._work(job, None)
 
@@ -99,18 +103,21 @@ class Runner:
             layer = entry.kept.layer
             if layer < 0 or entry.kept.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be resumed")
-            _check_wanted(asked.wanted, layer, model)
+            _check_wanted(asked.wanted, layer, model, len(entry.ids))
             if asked.hidden is not None:
                 _check_hidden(asked.hidden, entry.kept.tensor)
         with watch.span("restore"):
-            hidden = self._keeping.load(asked.hidden or entry.kept.tensor, buffers)
+            if asked.hidden is not None:
+                hidden = self._keeping.load_sent(asked.hidden, buffers)
+            else:
+                hidden = self._keeping.load(entry.kept.tensor)
             hidden = hidden.to(model.device)
         if asked.edits:
             with watch.span("edit"):
                 hidden = editing.apply(
                     hidden,
                     asked.edits,
-                    lambda tensor: self._keeping.load(tensor, buffers).to(model.device),
+                    lambda tensor: self._keeping.load_sent(tensor, buffers).to(model.device),
                     lambda number: self._source(number, session, model),
                 )
         job = Job(session, model, entry.ids, layer, asked.wanted, watch)
@@ -178,15 +185,20 @@ class Runner:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = job.model.stepper.record(ids)
-            if len(self._recordings) > RECORDINGS_LIMIT:
-                self._recordings.popitem(last=False)
+            self._recordings_nbytes += recording.nbytes
+            while self._recordings_nbytes > RECORDINGS_NBYTES and len(self._recordings) > 1:
+                _, oldest = self._recordings.popitem(last=False)
+                self._recordings_nbytes -= oldest.nbytes
         else:
             self._recordings.move_to_end(key)
         return recording
 
 
-def _check_wanted(wanted: Wanted, layer: int, model: ServedModel) -> None:
-    """Raises LayerError for a layer the model has not, or one that lies behind the start."""
+def _check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) -> None:
+    """Raises LayerError for a layer the model has not, or one that lies behind the start.
+
+    RequestError where the top logits are more than there are, or than one frame carries.
+    """
     last = model.info.num_layers
     stop = last if wanted.stop_at is None else wanted.stop_at
     for what, asked in (("stop_at", stop), *(("save_at", save) for save in wanted.save_at)):
@@ -203,6 +215,11 @@ def _check_wanted(wanted: Wanted, layer: int, model: ServedModel) -> None:
     if wanted.logits == "top" and not 1 <= wanted.top <= model.info.vocab_size:
         raise RequestError(
             f"the top {wanted.top} logits: 1 to {model.info.vocab_size} can be asked for"
+        )
+    if wanted.logits == "top" and wanted.top * batch > MIB // 8:  # int64 ids
+        raise RequestError(
+            f"the top {wanted.top} logits of {batch} prompts: at most {MIB // 8 // batch} of each; "
+            'ask for logits="last"'
         )
 
 

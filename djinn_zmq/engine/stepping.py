@@ -35,6 +35,17 @@ class Recording:
     embedded: torch.Tensor  # (batch, positions, hidden_size): the input of layer 0
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, without hidden
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in it, those that layers share counted once."""
+        tensors = {id(self.embedded): self.embedded.nbytes}
+        for args, kwargs in self.arguments:
+            for value in (*args, *kwargs.values()):
+                for item in value if isinstance(value, tuple) else (value,):
+                    if isinstance(item, torch.Tensor):
+                        tensors[id(item)] = item.nbytes
+        return sum(tensors.values())
+
 
 class Stepper:
     def __init__(self, model: nn.Module) -> None:
@@ -68,14 +79,23 @@ class Stepper:
 
         Passes through every layer's own forward. This is what all else is compared with.
         """
-        return self.model(input_ids=ids, use_cache=False).logits
+        return self._logits(ids)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def record(self, ids: torch.Tensor) -> Recording:
         """ids: int64 (batch, positions), on the model's device. Runs no layer."""
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded: list[torch.Tensor] = []
 
-        def note(index: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
+            if index != len(arguments):
+                raise ModelRefused(f"its forward calls layer {index} in place {len(arguments)}")
+            if not args or not isinstance(args[0], torch.Tensor):
+                raise ModelRefused("its layers are not given hidden states as first argument")
+            hidden, args = args[0], args[1:]
             if index == 0:
                 embedded.append(hidden)
             arguments.append((args, kwargs))
@@ -85,14 +105,14 @@ class Stepper:
 
         self._at_layer = note
         try:
-            self.model(input_ids=ids, use_cache=False)
+            self._logits(ids)
         except _Noted:
             pass
         finally:
             self._at_layer = self._pass_through
         if len(arguments) != self.num_layers or not embedded:
             raise ModelRefused(
-                f"its forward called {len(arguments)} of {self.num_layers} layers in order"
+                f"its forward calls {len(arguments)} of its {self.num_layers} layers"
             )
         return Recording(embedded[0], arguments)
 
@@ -115,17 +135,19 @@ class Stepper:
 
         self._at_layer = hand_on
         try:
-            return self.model(input_ids=ids, use_cache=False).logits
+            return self._logits(ids)
         finally:
             self._at_layer = self._pass_through
 
-    def check(self, vocab_size: int, device: torch.device) -> str:
+    def check(self, vocab_size: int, device: torch.device, max_positions: int = 0) -> str:
         """Compare stepping with the plain model, bit for bit; says what was compared.
 
+        max_positions: the longest prompt the model takes; 0: any.
         Raises ModelRefused with the first difference. Also learns which layers return tuples.
         """
         generator = torch.Generator().manual_seed(CHECK_SEED)
-        for shape in CHECK_SHAPES:
+        shapes = [(batch, min(long, max_positions or long)) for batch, long in CHECK_SHAPES]
+        for shape in shapes:
             ids = torch.randint(0, vocab_size, shape, generator=generator).to(device)
             plain = self.plain(ids)
             recording = self.record(ids)
@@ -139,20 +161,32 @@ class Stepper:
                 hidden = self.step(index, hidden, recording)
             stepped = self.tail(ids, hidden)
             if not same_bits(plain, stepped):
-                differing = int((plain != stepped).sum())
                 raise ModelRefused(
-                    f"stepped through its layers it gives other logits than by itself: "
-                    f"{differing} of {plain.numel()} differ for a prompt of shape {shape}"
+                    "stepped through its layers it gives other logits than by itself: "
+                    f"{_difference(plain, stepped)} for a prompt of shape {shape}"
                 )
-        shapes = " and ".join(f"{batch}×{positions}" for batch, positions in CHECK_SHAPES)
-        return f"logits of {shapes} tokens equal bit for bit, stepped and plain"
+        named = " and ".join(f"{batch}×{positions}" for batch, positions in shapes)
+        return f"logits of {named} tokens equal bit for bit, stepped and plain"
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal as bytes: NaN equals itself, -0.0 does not equal 0.0."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(data: torch.Tensor) -> torch.Tensor:
+    """uint8 (elements, itemsize)"""
+    flat = data.contiguous().reshape(-1)  # a view of one dimension at least: a scalar has no bytes
+    return flat.view(torch.uint8).reshape(-1, data.itemsize)
+
+
+def _difference(plain: torch.Tensor, stepped: torch.Tensor) -> str:
+    if plain.shape != stepped.shape or plain.dtype != stepped.dtype:
+        return f"{stepped.dtype} {tuple(stepped.shape)}, not {plain.dtype} {tuple(plain.shape)},"
+    differing = int((_bytes(plain) != _bytes(stepped)).any(-1).sum())
+    return f"{differing} of {plain.numel()} differ"
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

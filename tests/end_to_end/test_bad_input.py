@@ -1,0 +1,206 @@
+"""Every mistake gets a sentence, loses nothing, and the next request is served."""
+
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq import errors
+from djinn_zmq.client.connection import Call
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.messages import Op
+
+FRANCE = "the capital of france is"
+
+
+@pytest.fixture
+def point(tiny):
+    return tiny.run(FRANCE, stop_at=2).checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _everything_still_works(tiny):
+    """After each mistake of this file: the session and its checkpoints are as they were."""
+    before = tiny.run(FRANCE, stop_at=1)
+    answer = before.checkpoint.resume().logits.tobytes()
+    yield
+    assert before.checkpoint.resume().logits.tobytes() == answer
+
+
+def ask(server, op, meta, session=0):
+    """A request as the client's own code would never make it."""
+
+    def operation():
+        reply = yield Call(op, meta, session=session)
+        return reply.meta
+
+    return server.drive(operation())
+
+
+def test_an_unknown_model_is_refused_with_the_names_there_are(server):
+    with pytest.raises(errors.UnknownModel, match=r'"gpt-9" is no served name \(.*tiny'):
+        server.model("gpt-9")
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused_with_the_reason(server):
+    with pytest.raises(errors.UnknownModel, match="nobody/nothing"):
+        server.model("nobody/nothing")
+
+
+def test_a_directory_without_a_model_is_refused(server, tmp_path):
+    with pytest.raises(errors.UnknownModel, match=r"has no config\.json"):
+        server.model(tmp_path)
+
+
+def test_layers_that_do_not_exist_are_refused_with_those_that_do(tiny, point):
+    for call in (
+        lambda: tiny.run(FRANCE, stop_at=31),
+        lambda: tiny.run(FRANCE, save_at=[1, 31]),
+        lambda: point.resume(stop_at=31),
+    ):
+        with pytest.raises(
+            errors.LayerError, match=r'layer 31 does not exist: "tiny" has 4 layers \(0-4\)'
+        ):
+            call()
+    with pytest.raises(errors.LayerError, match="layer -1 does not exist"):
+        tiny.run(FRANCE, stop_at=-1)
+    with pytest.raises(errors.LayerError, match="a layer is a whole number"):
+        tiny.run(FRANCE, stop_at="2")
+    with pytest.raises(errors.LayerError, match="stop_at 1 lies behind the checkpoint at layer 2"):
+        point.resume(stop_at=1)
+    with pytest.raises(errors.LayerError, match="save_at 3 lies behind stop_at 2"):
+        tiny.run(FRANCE, stop_at=2, save_at=[3])
+
+
+def test_a_session_that_is_not_there_is_unknown(server):
+    with pytest.raises(errors.UnknownSession, match="does not exist or is not yours"):
+        ask(server, Op.PING, messages.Ping(), session=12345)
+    with pytest.raises(errors.UnknownSession):
+        ask(server, Op.CLOSE, messages.Close(), session=12345)
+
+
+def test_a_closed_session_is_unknown_and_a_new_one_can_be_opened(served):
+    with served.connect() as server:
+        model = server.model("tiny")
+        point = model.run(FRANCE, stop_at=2).checkpoint
+        model.close()
+        with pytest.raises(errors.UnknownSession):
+            point.resume()
+        assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_a_checkpoint_of_another_session_cannot_be_resumed_or_released_in_this_one(served, tiny):
+    with served.connect() as other:
+        theirs = other.model("tiny").run(FRANCE, stop_at=2).checkpoint
+        wanted = messages.Wanted(None, (), "last", 0)
+        with pytest.raises(errors.RequestError, match="of this session"):
+            ask(
+                tiny.server,
+                Op.RESUME,
+                messages.Resume(theirs.id, None, (), wanted),
+                session=tiny.session,
+            )
+        with pytest.raises(errors.UnknownCheckpoint):
+            ask(tiny.server, Op.RELEASE, messages.Release((theirs.id,)), session=tiny.session)
+        assert theirs.resume().top(1)[0].token == "paris"
+
+
+def test_a_checkpoint_that_never_was_is_unknown(tiny):
+    wanted = messages.Wanted(None, (), "last", 0)
+    with pytest.raises(errors.UnknownCheckpoint, match="does not exist or is not yours"):
+        ask(tiny.server, Op.RESUME, messages.Resume(77, None, (), wanted), session=tiny.session)
+
+
+def test_wrong_prompts_are_refused(tiny):
+    cases = [
+        ("", errors.PromptError, "empty prompt"),
+        ([], errors.PromptError, "empty prompt"),
+        (np.zeros((0, 3), int), errors.PromptError, "empty prompt"),
+        ([1, 2, 208], errors.PromptError, "token id 208: \"tiny\" has ids 0 to 207"),
+        ([-1], errors.PromptError, "token id -1"),
+        (np.ones(257, int), errors.PromptError, "257 tokens: \"tiny\" takes at most 256"),
+        ("paris " * 300, errors.PromptError, "300 tokens"),
+        ([[1, 2], [3]], errors.PromptError, "different lengths"),
+        (["paris", "paris is"], errors.PromptError, "have 1, 2 tokens"),
+        ([1.5], errors.PromptError, "a prompt of float64"),
+        (np.ones((1, 1, 1), int), errors.PromptError, "shape"),
+    ]
+    for prompt, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            tiny.run(prompt)
+
+
+def test_wrong_edits_are_refused_and_say_which(point):
+    cases = [
+        (djinn.Add(np.ones(63)), r"edit 0 \(Add\): a value of shape \(63,\)"),
+        (djinn.Set(np.ones((5, 64)), at=(0, -1)), r"edit 0 \(Set\)"),
+        (djinn.Zero(at=(0, 5)), r"index 5 is out of range on axis 1 .* allowed -5 to 4"),
+        (djinn.Zero(at=(0, 0, 0, 0)), "4 axes indexed, hidden has 3"),
+        (djinn.Zero(at=(0, slice(3, 3))), "selects nothing"),
+        (djinn.Project(np.zeros(64)), "a direction of length zero"),
+        (djinn.Project(np.ones(3)), r"needs \(64,\)"),
+        (djinn.Patch(point, at=(0, 1), source_at=(0, slice(1, 3))), "the source's part has shape"),
+    ]
+    for edit, words in cases:
+        with pytest.raises(errors.EditError, match=words):
+            point.resume([edit])
+    with pytest.raises(errors.EditError, match=r"edit 1 \(Add\)"):
+        point.resume([djinn.Scale(2.0), djinn.Add(np.ones(3))])
+    with pytest.raises(errors.RequestError, match="is no edit"):
+        point.resume(["zero"])
+
+
+def test_a_replacement_of_another_shape_or_dtype_is_refused(point):
+    whole = np.asarray(point.hidden)
+    with pytest.raises(errors.EditError, match=r"hidden is float32, the checkpoint bfloat16"):
+        point.resume(hidden=whole.astype(np.float32))
+    with pytest.raises(errors.EditError, match=r"hidden has shape \(1, 4, 64\)"):
+        point.resume(hidden=whole[:, :4])
+    with pytest.raises(errors.EditError, match="dtype"):
+        point.resume(hidden=whole.astype(np.complex64))
+
+
+def test_wrong_wishes_for_logits_are_refused(tiny):
+    for wrong in ("first", 0, -3, 209, True):
+        with pytest.raises(errors.RequestError):
+            tiny.run(FRANCE, logits=wrong)
+
+
+def test_a_model_without_a_tokenizer_takes_ids_and_refuses_text_by_name(server, tmp_path):
+    import shutil
+
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"djinn_zmq/models/tiny/{name}", folder)
+    bare = server.model(folder)
+    assert not bare.has_tokenizer
+    with pytest.raises(errors.NoTokenizer, match="has no tokenizer: send token ids"):
+        bare.run(FRANCE)
+    run = bare.run([1, 2, 3], stop_at=1).checkpoint.resume()
+    assert run.top(1)[0].token == ""
+    bare.close()
+
+
+def test_a_run_that_takes_longer_than_its_timeout_is_cancelled_by_name(tiny):
+    ids = np.ones((64, 256), int)
+    with pytest.raises(errors.DeadlineExceeded, match="not done within 1 ms"):
+        tiny.run(ids, timeout_s=0.001)
+
+
+def test_a_full_arena_is_refused_with_sizes_and_loses_nothing(serve):
+    with serve("--host-memory=1") as running, running.connect() as server:
+        tiny = server.model("tiny")
+        ids = np.ones((16, 200), int)  # 400 KiB a checkpoint
+        first = tiny.run(ids, stop_at=1)
+        second = tiny.run(ids, stop_at=2)
+        answer = first.checkpoint.resume().logits.tobytes()
+        with pytest.raises(errors.ArenaFull, match=r"400\.0 KiB asked, .* limit 1\.0 MiB"):
+            tiny.run(ids, save_at=[1, 2, 3])
+        assert server.status().memory.checkpoints == 2
+        second.checkpoint.release()
+        third = tiny.run(ids, stop_at=3)
+        assert first.checkpoint.resume().logits.tobytes() == answer
+        assert third.checkpoint.resume().logits.tobytes() == answer
+        with pytest.raises(errors.ArenaFull):
+            tiny.run(np.ones((64, 256), int), stop_at=1)
+        assert tiny.run(FRANCE).top(1)[0].token == "paris"

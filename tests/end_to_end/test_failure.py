@@ -1,0 +1,280 @@
+"""Whoever dies, the others go on, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq import errors
+
+FRANCE = "the capital of france is"
+LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
+WAIT_S = 30.0
+
+
+def until(condition, what: str):
+    limit = time.monotonic() + WAIT_S
+    while not (found := condition()):
+        assert time.monotonic() < limit, f"not within {WAIT_S:g} s: {what}"
+    return found
+
+
+def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(fresh):
+    with fresh.connect() as server:
+        tiny = server.model("tiny")
+        whole = tiny.run(FRANCE).logits.tobytes()
+        saved = tiny.run(FRANCE, save_at=range(5)).checkpoints
+        rows = {layer: saved[layer].hidden.fetch().tobytes() for layer in saved}
+        pid = server.status().engines[0].pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: server.status().engines[0].pid != pid, "the death is noticed")
+        assert server.ping() == "serving"
+        assert server.status().memory.checkpoints == 5
+        for layer, point in saved.items():
+            assert point.hidden.fetch().tobytes() == rows[layer]
+            assert point.resume().logits.tobytes() == whole
+        assert server.status().engines[0].restarts == 1
+        # The memory is the new engine's to give back and to use again.
+        for point in saved.values():
+            point.release()
+        assert server.status().memory.checkpoints == 0
+        assert tiny.run(FRANCE, stop_at=2).checkpoint.resume().logits.tobytes() == whole
+
+
+def test_a_run_on_the_way_when_its_engine_dies_is_answered_and_can_be_asked_again(fresh):
+    with fresh.connect() as server:
+        tiny = server.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        pid = server.status().engines[0].pid
+        killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"):
+            for _ in range(100):
+                tiny.run(LONG)
+        killer.join()
+        assert point.resume().top(1)[0].token == "paris"
+
+
+def test_an_engine_that_keeps_dying_stays_down_and_says_so(fresh):
+    with fresh.connect() as server:
+        server.model("tiny")
+        for _ in range(6):
+            pid = server.status().engines[0].pid
+            os.kill(pid, signal.SIGKILL)
+            until(
+                lambda pid=pid: server.status().engines[0].pid != pid
+                or server.status().engines[0].state == "failed",
+                "another engine, or none any more",
+            )
+        engine = server.status().engines[0]
+        assert engine.state == "failed"
+        assert "6 times in 60 s" in engine.detail
+        with pytest.raises(errors.Lost, match="engine 0 is down"):
+            server.model("tiny").run(FRANCE)
+
+
+def test_a_killed_server_takes_its_engine_along_and_a_waiting_client_gets_an_error(serve):
+    with serve("--model=tiny") as running:
+        with running.connect() as server:
+            tiny = server.model("tiny")
+            engine = os.pidfd_open(server.status().engines[0].pid)
+            killer = threading.Timer(0.2, running.process.kill)
+            killer.start()
+            with pytest.raises(errors.Lost, match="is gone"):
+                for _ in range(100):
+                    tiny.run(LONG)
+            killer.join()
+            assert _ended(engine)
+            with pytest.raises(errors.Lost):
+                server.ping()
+        for leftover in running.path.parent.iterdir():
+            leftover.unlink()
+
+
+def _ended(pidfd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    try:
+        return bool(poll.poll(WAIT_S * 1000))
+    finally:
+        os.close(pidfd)
+
+
+CLIENT = """
+import sys, numpy as np, djinn_zmq as djinn
+server = djinn.connect(sys.argv[1])
+tiny = server.model("tiny")
+kept = [tiny.run(np.ones((16, 200), int), stop_at=n).checkpoint for n in (1, 2, 3)]
+edited = kept[0].resume(hidden=np.asarray(kept[0].hidden), stop_at=1)
+print("paused", flush=True)
+if sys.argv[2] == "sleep":
+    sys.stdin.read()
+while True:
+    tiny.run(np.ones((48, 256), int), stop_at=4)
+"""
+
+
+@pytest.fixture
+def client(served):
+    """Start a client program in a process of its own, paused with three checkpoints."""
+    started = []
+
+    def start(then: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, served.endpoint, then],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        started.append(process)
+        assert process.stdout.readline() == b"paused\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def holdings(served):
+    """What a server holds, in counts: sessions, checkpoints, bytes, descriptors, processes."""
+    with served.connect() as server:
+        status = server.status()
+    fds = {pid: len(os.listdir(f"/proc/{pid}/fd")) for pid in (status.pid, status.engines[0].pid)}
+    mapped = {
+        pid: sorted(
+            line.split(maxsplit=5)[-1]
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+            if "memfd:djinn" in line
+        )
+        for pid in fds
+    }
+    return (
+        len(status.sessions),
+        status.memory.checkpoints,
+        status.memory.used,
+        status.memory.arenas,
+        fds,
+        mapped,
+    )
+
+
+def test_a_client_killed_while_paused_leaves_nothing_behind(served, client):
+    warm = client("sleep")  # the first one makes the server's pools; what they keep is not a leak
+    warm.kill()
+    until(lambda: holdings(served)[0] == 0, "the first client's session ends")
+    before = holdings(served)
+    process = client("sleep")
+    assert holdings(served)[:2] == (1, 4)
+    process.kill()
+    until(lambda: holdings(served) == before, "all of it comes back")
+
+
+def test_a_client_killed_in_mid_run_leaves_nothing_behind(served, client):
+    warm = client("sleep")
+    warm.kill()
+    until(lambda: holdings(served)[0] == 0, "the first client's session ends")
+    before = holdings(served)
+    process = client("run")
+    until(lambda: _engine_state(served) == "running", "its run is on the way")
+    process.kill()
+    until(lambda: holdings(served) == before, "all of it comes back")
+
+
+def _engine_state(served) -> str:
+    with served.connect() as server:
+        return server.model("tiny").ping()
+
+
+def test_a_paused_client_does_not_delay_another(served, client):
+    process = client("sleep")
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        for _ in range(5):
+            assert tiny.run(FRANCE).top(1)[0].token == "paris"
+    assert process.poll() is None
+
+
+def test_a_ping_and_another_sessions_run_are_served_while_a_long_run_goes_on(served):
+    done = []
+
+    def long_run():
+        with served.connect() as server:
+            server.model("tiny").run(np.ones((200, 256), int))
+            done.append(True)
+
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        thread = threading.Thread(target=long_run)
+        thread.start()
+        until(lambda: tiny.ping() == "running", "the long run begins")
+        assert tiny.run(FRANCE).top(1)[0].token == "paris"
+        assert not done
+        thread.join()
+        assert tiny.ping() == "idle"
+
+
+def test_ctrl_c_in_a_run_cancels_the_run_and_the_connection_goes_on(served):
+    program = (
+        "import sys, numpy as np, djinn_zmq as djinn\n"
+        "server = djinn.connect(sys.argv[1]); tiny = server.model('tiny')\n"
+        "print('ready', flush=True)\n"
+        "try:\n"
+        "    while True: tiny.run(np.ones((200, 256), int))\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+        "print(tiny.run('the capital of france is').top(1)[0].token, flush=True)\n"
+    )
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, served.endpoint], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        until(lambda: tiny.ping() == "running", "its run is on the way")
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "paris\n"
+        assert process.wait(WAIT_S) == 0
+        process.stdout.close()
+        until(lambda: tiny.ping() == "idle", "nothing runs any more")
+
+
+def test_two_clients_at_once_get_each_their_own_answers(served):
+    words = {"france": "paris", "germany": "berlin", "spain": "madrid", "italy": "rome"}
+    wrong = []
+
+    def ask(country: str) -> None:
+        with served.connect() as server:
+            tiny = server.model("tiny")
+            for layer in (0, 1, 2, 3, 4) * 3:
+                point = tiny.run(f"the capital of {country} is", stop_at=layer).checkpoint
+                answer = point.resume().top(1)[0].token
+                if answer != words[country]:
+                    wrong.append((country, layer, answer))
+
+    threads = [threading.Thread(target=ask, args=(country,)) for country in words]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_session_is_as_it_was_after_its_client_asked_for_too_much(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        answer = point.resume().logits.tobytes()
+        with pytest.raises(errors.DjinnError):
+            point.resume([djinn.Add(np.ones((7, 7, 7)))])
+        assert point.resume().logits.tobytes() == answer
