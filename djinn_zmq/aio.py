@@ -17,18 +17,19 @@ import asyncio
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
-from djinn_zmq.errors import DjinnError, Lost, Unreachable
+from djinn_zmq.errors import Closed, DjinnError, Lost, Unreachable
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Progress
@@ -68,35 +69,78 @@ class AsyncConnection(Connection):
 
     async def _exchanged(self, step: Call | list[Call]) -> Message | list[Message]:
         if isinstance(step, Call):
-            return await self._answer(step)
-        return [await self._answer(call) for call in step]
+            return await self._answer(self._ask(step), step)
+        replies: list[Message] = []
+        sent: deque[tuple[int, Call]] = deque()
+        try:
+            for call in step:
+                if len(sent) == WINDOW:
+                    replies.append(await self._answer(*sent.popleft()))
+                sent.append((self._ask(call), call))
+            while sent:
+                replies.append(await self._answer(*sent.popleft()))
+        finally:
+            for request, _ in sent:  # one before them failed: these are not awaited
+                self._forget(request)
+        return replies
 
-    async def _answer(self, call: Call) -> Message:
+    def _ask(self, call: Call) -> int:
         request = self.send(call)
-        future = self._futures[request] = self._loop.create_future()
-        # The socket's descriptor is edge-triggered: what came while we sent is not told again.
-        self._on_readable()
+        self._futures[request] = self._loop.create_future()
+        self._look_again()
+        return request
+
+    async def _answer(self, request: int, call: Call) -> Message:
         limit_s = None if call.timeout_s is None else call.timeout_s + 1.0
         try:
-            return await asyncio.wait_for(future, limit_s)
+            return await asyncio.wait_for(self._futures[request], limit_s)
         except TimeoutError as exc:
             raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s") from exc
         except asyncio.CancelledError:
-            self.cancel(request, call.session)
+            if not self.closed:
+                with suppress(DjinnError):  # who cancels is not to get another error
+                    self.cancel(request, call.session)
+                self._look_again()
             raise
         finally:
-            self._futures.pop(request, None)
-            if self.waits_for(request):
-                self.give_up(request)
+            self._forget(request)
+
+    def _forget(self, request: int) -> None:
+        future = self._futures.pop(request, None)
+        if future is not None and future.done() and not future.cancelled():
+            future.exception()  # seen, though nobody waits for it any more
+        if self.waits_for(request):
+            self.give_up(request)
+
+    def _look_again(self) -> None:
+        """After every send: the socket's descriptor is edge-triggered, so what came while we sent
+        is not told again."""
+        self._on_readable()
 
     def _on_readable(self) -> None:
         if self.closed:
             return
-        while (frames := self.receive()) is not None:
-            self.take(*frames)
+        while self._take_one():
+            pass
         if not self.alive():
             self._stop_watching()
             self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
+        self._tell_waiting()
+
+    def _take_one(self) -> bool:
+        """Take a message that is there. False where there is none."""
+        try:
+            frames = self.receive()
+            if frames is None:
+                return False
+            self.take(*frames)
+        except DjinnError as exc:
+            self.fail_all(exc)  # no message of this protocol: whose answer it was, nobody can say
+        except Exception as exc:  # noqa: BLE001  the caller's own progress function
+            self._loop.call_exception_handler({"message": "progress failed", "exception": exc})
+        return True
+
+    def _tell_waiting(self) -> None:
         for request, future in list(self._futures.items()):
             reply = self.reply_to(request)
             if reply is None or future.done():
@@ -120,6 +164,8 @@ class AsyncConnection(Connection):
 
     def close(self) -> None:
         self._stop_watching()
+        self.fail_all(Closed("the connection was closed while this waited"))
+        self._tell_waiting()
         super().close()
 
 
@@ -128,8 +174,22 @@ class AsyncServer(Server):
 
     connection: AsyncConnection
 
+    def __init__(
+        self, connection: AsyncConnection, progress: Callable[[Progress], None] | None
+    ) -> None:
+        super().__init__(connection, progress)
+        self._opening: dict[str, asyncio.Lock] = {}
+
     def drive(self, operation: Operation[Any]) -> Awaitable[Any]:
         return self.connection.run(operation)
+
+    def model(self, name: str | os.PathLike[str]) -> Any:
+        return self._model_once(os.fspath(name))
+
+    async def _model_once(self, name: str) -> Model:
+        # Tasks that ask for one name at a time get one session, as its second asker does.
+        async with self._opening.setdefault(name, asyncio.Lock()):
+            return await self.drive(self._model(name))
 
 
 class _Connecting:
@@ -193,12 +253,22 @@ async def local(
     """As `djinn_zmq.local`, with `async with`."""
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
     private = private_server(folder, device, dtype)
+    starting = asyncio.ensure_future(asyncio.to_thread(private.__enter__))
     try:
-        endpoint = await asyncio.to_thread(private.__enter__)
-        try:
-            async with connect(endpoint, progress=progress) as server:
-                yield await server.model(os.fspath(model))
-        finally:
+        endpoint = await asyncio.shield(starting)
+        async with connect(endpoint, progress=progress) as server:
+            yield await server.model(os.fspath(model))
+    finally:
+        await asyncio.shield(asyncio.ensure_future(_end(private, starting, folder)))
+
+
+async def _end(
+    private: AbstractContextManager[str], starting: asyncio.Future[str], folder: Path
+) -> None:
+    """End the private server, also one that is still starting: a thread cannot be cancelled."""
+    try:
+        with suppress(DjinnError):  # where it did not start, that has been raised already
+            await starting
             await asyncio.to_thread(private.__exit__, None, None, None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

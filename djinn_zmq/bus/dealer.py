@@ -1,7 +1,7 @@
 """The client's end of the bus: one DEALER, messages out, messages in."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import zmq
 
@@ -33,7 +33,7 @@ class Dealer:
             raise RequestError(
                 f'endpoint "{endpoint}" is not understood: use ipc://PATH or tcp://HOST:PORT'
             )
-        if scheme == "ipc" and not Path(rest).exists():
+        if scheme == "ipc" and not os.path.exists(rest):
             raise Unreachable(f"no server at {endpoint}: start one with 'djinn serve'")
         # A context of its own: closing this client cannot wait for another's messages.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -11,7 +11,9 @@ with a secret are made with mode 0600 from their first byte, never tightened aft
 
 import logging
 import os
+import re
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_VERSION = b"1.0"
 DOMAIN = b"djinn"
 KEY_LENGTH = 40
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class ServerKeys:
         that `djinn keys allow` works on a running server."""
         for path in sorted((self.directory / "allowed").glob("*.pub")):
             try:
+                _check_name(path.stem)
                 if read(path).public == public:
                     return path.stem
             except (RequestError, AccessDenied) as exc:
@@ -82,13 +86,16 @@ def new_pair(directory: Path, name: str) -> tuple[Path, Path]:
 
     Raises RequestError where either exists already, or the name is no plain file name.
     """
-    if not name or name != Path(name).name or name.startswith("."):
-        raise RequestError(f'"{name}" is no name for a key: use letters, digits, "-" and "_"')
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_name(name)
+    _make(directory)
     public, secret = zmq.curve_keypair()
     lines = f"public = {public.decode()}\n"
     pair_path = _create(directory / f"{name}.key", 0o600, lines + f"secret = {secret.decode()}\n")
-    return pair_path, _create(directory / f"{name}.pub", 0o644, lines)
+    try:
+        return pair_path, _create(directory / f"{name}.pub", 0o644, lines)
+    except BaseException:
+        pair_path.unlink()  # half a pair, beside another pair's public half
+        raise
 
 
 def allow(directory: Path, public_file: Path) -> Path:
@@ -97,9 +104,23 @@ def allow(directory: Path, public_file: Path) -> Path:
     Only the public half is copied, whichever file of the pair was given.
     """
     key = read(public_file)
-    (directory / "allowed").mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_name(public_file.stem)
+    _make(directory / "allowed")
     target = directory / "allowed" / f"{public_file.stem}.pub"
     return _create(target, 0o644, f"public = {key.public.decode()}\n")
+
+
+def _check_name(name: str) -> None:
+    """A key's name is a file's name, and the user id that its messages carry."""
+    if not NAME.fullmatch(name):
+        raise RequestError(f'{name!r} is no name for a key: use letters, digits, "-", "_" and "."')
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise RequestError(f"cannot make {directory} for keys: {exc.strerror}") from exc
 
 
 def _create(path: Path, mode: int, text: str) -> Path:
@@ -107,6 +128,8 @@ def _create(path: Path, mode: int, text: str) -> Path:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError as exc:
         raise RequestError(f"{path} exists already: remove it first, or choose a name") from exc
+    except OSError as exc:
+        raise RequestError(f"cannot write {path}: {exc.strerror}") from exc
     with os.fdopen(fd, "w") as file:
         file.write(text)
     return path
@@ -124,7 +147,7 @@ def read(path: Path) -> KeyFile:
         name, _, value = line.partition("=")
         if name.strip() in ("public", "secret"):
             words[name.strip()] = value.strip().encode()
-    if "public" not in words or any(len(word) != KEY_LENGTH for word in words.values()):
+    if "public" not in words or not all(_is_key(word) for word in words.values()):
         raise RequestError(f"{path} is no key file: make one with 'djinn keys new NAME'")
     if "secret" in words and stat.S_IMODE(found.st_mode) & 0o077:
         raise AccessDenied(
@@ -132,6 +155,16 @@ def read(path: Path) -> KeyFile:
             f"run 'chmod 600 {path}'"
         )
     return KeyFile(words["public"], words.get("secret"))
+
+
+def _is_key(word: bytes) -> bool:
+    if len(word) != KEY_LENGTH:
+        return False
+    try:
+        zmq.utils.z85.decode(word)
+    except (KeyError, struct.error):  # a character, or a group of five, that Z85 does not have
+        return False
+    return True
 
 
 def server_keys(directory: Path) -> ServerKeys:

@@ -5,6 +5,7 @@ sends it also for a process that was killed. Clients connect to a path; an engin
 of a pair. Both speak the same packets.
 """
 
+import contextlib
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ from djinn_zmq.wire.codec import decode_lease, encode_lease
 
 PACKET_LIMIT = 4096
 ANSWER_S = 10.0  # a server answers in microseconds; one that does not is stuck or stopped
+FD = struct.Struct("i")
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED gives them
 
 
@@ -42,7 +44,7 @@ class LeaseSocket:
             lease.ask(messages.Join(token))
         except OSError as exc:
             sock.close()
-            raise Unreachable(f"no lease socket at {path}: {exc.strerror}") from exc
+            raise Unreachable(f"no lease socket at {path}: {exc.strerror or exc}") from exc
         except BaseException:
             sock.close()
             raise
@@ -58,6 +60,8 @@ class LeaseSocket:
             socket.send_fds(self.socket, [encode_lease(packet)], [] if fd is None else [fd])
         except (BrokenPipeError, ConnectionResetError) as exc:
             raise Lost("the other end of the lease socket is gone") from exc
+        except TimeoutError as exc:
+            raise self._gave_up() from exc
 
     def receive(self) -> tuple[messages.Lease, int | None]:
         """The next packet and its descriptor, which is the receiver's to close.
@@ -65,16 +69,20 @@ class LeaseSocket:
         Raises Lost at the end of file, BlockingIOError where nothing has come.
         """
         try:
-            # A peer may send more than it should: all are taken, so that none stays open here.
-            data, fds, _, _ = socket.recv_fds(self.socket, PACKET_LIMIT, 16)
+            # Not recv_fds: before Python 3.12 it drops the flag, and an engine started later would
+            # inherit what has come. The kernel closes those of a peer's descriptors beyond 16.
+            data, beside, _, _ = self.socket.recvmsg(
+                PACKET_LIMIT, socket.CMSG_LEN(16 * FD.size), socket.MSG_CMSG_CLOEXEC
+            )
         except ConnectionResetError as exc:
             raise Lost("the other end of the lease socket is gone") from exc
         except TimeoutError as exc:
-            raise Lost(f"the lease socket did not answer in {ANSWER_S:g} s") from exc
+            raise self._gave_up() from exc
+        fds = _descriptors(beside)
+        for spare in fds[1:] if data else fds:  # an empty packet may carry some too
+            os.close(spare)
         if not data:
             raise Lost("the other end of the lease socket is gone")
-        for spare in fds[1:]:
-            os.close(spare)
         fd = fds[0] if fds else None
         try:
             return decode_lease(data), fd
@@ -82,6 +90,12 @@ class LeaseSocket:
             if fd is not None:
                 os.close(fd)
             raise
+
+    def _gave_up(self) -> Lost:
+        """The end, on both sides: a late answer would pass for that to the next question."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        return Lost(f"the lease socket did not answer in {self.socket.gettimeout():g} s")
 
     def ask(self, packet: messages.Lease, fd: int | None = None) -> tuple[int, int | None]:
         """Send, wait for the answer; (arena number, descriptor). Needs a blocking socket.
@@ -91,10 +105,12 @@ class LeaseSocket:
         self.send(packet, fd)
         while True:
             answer, answer_fd = self.receive()
-            if isinstance(answer, messages.Refused):
-                raise from_wire(answer.code, answer.text)
             if isinstance(answer, messages.Granted):
                 return answer.arena, answer_fd
+            if answer_fd is not None:
+                os.close(answer_fd)
+            if isinstance(answer, messages.Refused):
+                raise from_wire(answer.code, answer.text)
             self._late.append(answer)  # news that crossed the question
 
     def late(self) -> list[messages.Lease]:
@@ -106,6 +122,16 @@ class LeaseSocket:
         self.socket.close()
 
 
+def _descriptors(beside: list[tuple[int, int, bytes]]) -> list[int]:
+    """What the ancillary data of a packet brought; all of it is the receiver's to close."""
+    fds: list[int] = []
+    for level, kind, data in beside:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            whole = len(data) - len(data) % FD.size  # the last one may have been cut
+            fds += [fd for (fd,) in FD.iter_unpack(data[:whole])]
+    return fds
+
+
 def listen(path: Path) -> socket.socket:
     """A listening lease socket at *path*, for this user alone. The caller holds the path's lock."""
     path.unlink(missing_ok=True)
@@ -113,6 +139,9 @@ def listen(path: Path) -> socket.socket:
     mask = os.umask(0o177)
     try:
         sock.bind(os.fspath(path))
+    except BaseException:
+        sock.close()
+        raise
     finally:
         os.umask(mask)
     sock.listen(128)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import zmq
 
-from djinn_zmq.errors import Busy
+from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.tensors import SLOT_FROM
 
@@ -34,7 +34,6 @@ class Link:
         self._path = path if bind else None
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.MAXMSGSIZE, settings.frame_limit),
             (zmq.SNDHWM, settings.high_water),
             (zmq.RCVHWM, settings.high_water),
         ):
@@ -51,19 +50,29 @@ class Link:
     def send(
         self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()
     ) -> None:
-        """Queue a message. On the server's end raises Busy where the queue is full."""
+        """Queue a message. On the server's end raises Busy where the queue is full.
+
+        Raises Lost where the other end goes away in the middle of it.
+        """
         try:
             self._send(envelope, self._first)
         except zmq.Again as exc:
             raise Busy("the engine's queue is full") from exc
+        try:
+            self._send_rest(frame, buffers)
+        except zmq.Again as exc:
+            # A PAIR whose peer dies between two frames would wait here for the next peer.
+            raise Lost("the other end of the link is gone") from exc
+
+    def _send_rest(self, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         if not buffers:
-            self._send(frame)
+            self._send(frame, zmq.DONTWAIT)
             return
-        self._send(frame, zmq.SNDMORE)
+        self._send(frame, zmq.DONTWAIT | zmq.SNDMORE)
         last = len(buffers) - 1
         for place, buffer in enumerate(buffers):
-            more = zmq.SNDMORE if place < last else 0
-            self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
+            flags = zmq.DONTWAIT | zmq.SNDMORE if place < last else zmq.DONTWAIT
+            self._send(buffer, flags, copy=len(buffer) < SLOT_FROM)
 
     def receive(self) -> Parcel | None:
         """The next message, or None when there is none now."""

@@ -1,5 +1,6 @@
 """The server's end of the bus: a ROUTER with every limit set before it is bound."""
 
+import logging
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ KERNEL_BUFFER = 8 * 1024 * 1024  # bytes; with 1 MiB messages this is raw TCP's 
 HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose machine went away
 HEARTBEAT_TIMEOUT_MS = 30_000
 HANDSHAKE_MS = 5_000
+
+_log = logging.getLogger(__name__)
 
 
 class Incoming(NamedTuple):
@@ -36,8 +39,9 @@ class Router:
         """keys: with them only clients whose public key is allowed get through the handshake."""
         self.socket = context.socket(zmq.ROUTER)
         self.endpoints: list[str] = []
-        self._fresh: dict[bytes, tuple[str, str]] = {}
-        self._known: set[bytes] = set()
+        self._users = keys is not None
+        self._fresh: set[bytes] = set()
+        self._known: dict[bytes, tuple[str, str]] = {}
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.ROUTER_MANDATORY, 1),
@@ -73,34 +77,48 @@ class Router:
 
     def receive(self) -> Incoming | None:
         """The next message, or None when there is none now."""
-        try:
-            route = self._receive(zmq.DONTWAIT)
-        except zmq.Again:
-            return None
-        if route in self._known:
-            frame = self._receive()
-        else:
-            # Who is at the other end stands in the metadata of its frames. Asked for once a route.
-            first = self._receive(copy=False)
-            self._fresh[route] = (_property(first, "Peer-Address"), _property(first, "User-Id"))
-            self._known.add(route)
-            frame = first.bytes
-        buffers: list[memoryview] | None = []
-        while self.socket.getsockopt(zmq.RCVMORE):
-            buffer = self._receive(copy=False).buffer
-            if buffers is not None:
-                buffers.append(buffer)
-                if len(buffers) > BUFFERS_LIMIT:
-                    buffers = None
-        return Incoming(route, frame, buffers)
+        while True:
+            try:
+                route = self._receive(zmq.DONTWAIT)
+            except zmq.Again:
+                return None
+            first = last = self._receive(copy=False)
+            buffers: list[memoryview] | None = []
+            while last.more:
+                last = self._receive(copy=False)
+                if buffers is not None:
+                    buffers.append(last.buffer)
+                    if len(buffers) > BUFFERS_LIMIT:
+                        buffers = None
+            if self._recognise(route, first):
+                return Incoming(route, first.bytes, buffers)
+
+    def _recognise(self, route: bytes, first: zmq.Frame) -> bool:
+        """Is *route* still whose it was? Who is at the other end stands in each frame's metadata.
+
+        Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
+        """
+        who = (_property(first, "Peer-Address"), _property(first, "User-Id") if self._users else "")
+        known = self._known.setdefault(route, who)
+        if known is who:
+            self._fresh.add(route)
+            return True
+        if known == who:
+            return True
+        _log.warning("dropped a message of %s under the route of %s", who, known)
+        return False
 
     def identity(self, route: bytes) -> tuple[str, str] | None:
         """(address, user id) of a route met for the first time since the last call; else None."""
-        return self._fresh.pop(route, None)
+        if route not in self._fresh:
+            return None
+        self._fresh.discard(route)
+        return self._known[route]
 
     def forget(self, route: bytes) -> None:
-        self._known.discard(route)
-        self._fresh.pop(route, None)
+        """The peer at *route* is gone: whoever comes under that route next is somebody new."""
+        self._known.pop(route, None)
+        self._fresh.discard(route)
 
     def send(self, route: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
         """Queue a message for *route*; never waits.

@@ -50,7 +50,9 @@ def _stop(model: Model) -> Checkpoint:
     checkpoint = run.checkpoint
     click.echo(f"  {checkpoint!r}, {checkpoint.nbytes} bytes, kept on the server")
     row = np.asarray(checkpoint.hidden[0, -1], np.float32)
-    click.echo(f"  the last token's residual, only that row fetched: norm {np.linalg.norm(row):.2f}")
+    click.echo(
+        f"  the last token's residual, only that row fetched: norm {np.linalg.norm(row):.2f}"
+    )
     click.echo("  going on from there, the five likeliest next words:")
     for top in checkpoint.resume().top(5):
         bar = "█" * round(30 * top.probability)

@@ -1,12 +1,13 @@
 """`djinn stop`: end your server."""
 
+import contextlib
 import os
 import select
 
 import click
 
 from djinn_zmq.client.server import connect
-from djinn_zmq.errors import RunError
+from djinn_zmq.errors import Lost, RunError
 
 WAIT_S = 10.0
 
@@ -26,7 +27,8 @@ def stop(endpoint: str | None) -> None:
     server = connect(endpoint)
     try:
         pid = server.status().pid
-        server.stop()
+        with contextlib.suppress(Lost):  # it may be gone before its answer has left
+            server.stop()
     finally:
         server.close()
     _wait_for_end(pid)

@@ -47,7 +47,10 @@ def local(
 
 @contextmanager
 def private_server(folder: Path, device: str, dtype: str = "auto", *more: str) -> Iterator[str]:
-    """A server process with its socket in *folder*; yields its endpoint. more: its options."""
+    """A server process with its socket in *folder*; yields its endpoint. more: its options.
+
+    The server removes *folder* when it ends, if nothing else is in it.
+    """
     path = folder / "djinn.sock"
     place = ["--device=cpu"] if device == "cpu" else [f"--gpu={device.removeprefix('cuda:')}"]
     with tempfile.TemporaryFile() as words:
@@ -59,10 +62,11 @@ def private_server(folder: Path, device: str, dtype: str = "auto", *more: str) -
                 "--port=0",
                 f"--ipc={path}",
                 f"--dtype={dtype}",
+                "--private",
                 *place,
                 *more,
             ],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # its end tells the server that this program was killed
             stdout=words,
             stderr=words,
             start_new_session=True,  # Ctrl-C is this program's; the block's end stops the server
@@ -71,6 +75,8 @@ def private_server(folder: Path, device: str, dtype: str = "auto", *more: str) -
             _wait_for(path, process, words.fileno())
             yield f"ipc://{path}"
         finally:
+            assert process.stdin is not None
+            process.stdin.close()
             process.terminate()
             try:
                 process.wait(STOP_S)

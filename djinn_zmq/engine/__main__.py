@@ -42,13 +42,14 @@ def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> N
     # Here, not above: torch takes seconds, and the server's death is watched for from the start.
     import torch
 
+    from djinn_zmq.engine.devices import open_device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
     limits = Settings(**json.loads(settings))
     if limits.threads is not None:
         torch.set_num_threads(limits.threads)
-    loop = EngineLoop(*connect(link, lease_fd, limits), torch.device(device), limits, index)
+    loop = EngineLoop(*connect(link, lease_fd, limits), open_device(device), limits, index)
     try:
         loop.serve()
     except Lost:

@@ -27,6 +27,7 @@ from djinn_zmq.wire.tensors import Tensor
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 Values = Callable[[Tensor], torch.Tensor]  # a wire tensor's values, on the hidden state's device
 Source = Callable[[int], torch.Tensor]  # a checkpoint's hidden state, read only
+Change = Callable[[torch.Tensor], torch.Tensor]  # the part an edit chose → what replaces it
 
 
 def apply(
@@ -41,6 +42,7 @@ def apply(
         name = f"edit {place} ({type(edit).__name__})"
         try:
             chosen = selection(edit.at, tuple(hidden.shape))
+            _no_place_twice(chosen)
             ready.append((chosen, _prepare(edit, hidden, chosen, values, source)))
         except (EditError, SelectionError) as exc:
             raise EditError(f"{name}: {exc}") from exc
@@ -49,7 +51,12 @@ def apply(
     return hidden
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+def _no_place_twice(chosen: tuple[Any, ...]) -> None:
+    """Which of two values a place gets is not defined on every device."""
+    for axis, places in enumerate(chosen):
+        if isinstance(places, list) and len(set(places)) < len(places):
+            twice = next(place for place in places if places.count(place) > 1)
+            raise EditError(f"position {twice} of axis {axis} is chosen twice")
 
 
 def _prepare(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
@@ -43,7 +44,11 @@ class Entry:
 
 
 class Keeping:
-    def __init__(self, settings: Settings, lease: LeaseSocket, index: int) -> None:
+    def __init__(
+        self, settings: Settings, lease: LeaseSocket, index: int, device: Device | None = None
+    ) -> None:
+        """device: whose tensors are kept; a CPU where none is given."""
+        self.device = device or Cpu()
         self.pool = Pool(settings.host_memory, settings.arena, self._share, f"engine-{index}")
         self.entries: dict[int, Entry] = {}
         self._lease = lease
@@ -53,7 +58,8 @@ class Keeping:
     # ---- arenas
 
     def _share(self, arena: OwnArena) -> int:
-        number, _ = self._lease.ask(Share(), arena.fd)
+        number, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
+        self.device.attach(arena)
         return number
 
     def _arena(self, number: int) -> Arena:
@@ -63,12 +69,15 @@ class Keeping:
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
             arena = self._foreign[number] = Arena(number, fd)
+            self.device.attach(arena)
         return arena
 
     def on_packet(self, packet: object) -> None:
         """News from the server on the lease socket."""
         if isinstance(packet, Retire) and packet.arena in self._foreign:
-            self._foreign.pop(packet.arena).close()
+            arena = self._foreign.pop(packet.arena)
+            self.device.detach(arena)
+            arena.close()
         elif not isinstance(packet, (Retire, Granted)):
             raise ProtocolError(f"{type(packet).__name__} is not for an engine")
 
@@ -86,38 +95,56 @@ class Keeping:
     def keep(
         self, data: torch.Tensor, *, session: int, owner: str, run: int, layer: int, ids: np.ndarray
     ) -> Kept:
-        """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed."""
+        """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed.
+
+        The copy is complete when the device's `mark`, called afterwards, says so.
+        """
         name = NAMES[data.dtype]
-        flat = data.detach().contiguous().reshape(-1).view(torch.uint8)
-        lease = self.pool.lease(flat.numel(), session)
-        torch.frombuffer(lease.view, dtype=torch.uint8).copy_(flat)
+        lease = self.pool.lease(data.nbytes, session)
+        if data.numel():
+            self.device.store(data, lease.view)
         tensor = Tensor(name, tuple(data.shape), lease.slot)
         kept = Kept(new_id(), session, run, layer, tensor)
         self.entries[kept.id] = Entry(kept, ids, owner)
         return kept
 
     def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:
-        """A torch copy of a wire tensor, wherever its bytes are; one copy, checked after it."""
-        # The bytes first: a slot too small for what is claimed is refused before that is allocated.
+        """A wire tensor on the device, wherever its bytes are; one copy, checked after it."""
+        data = self._bytes(tensor, buffers)
+        out = self.device.fetch(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
+        if isinstance(tensor.where, Slot):
+            self._arena(tensor.where.arena).check(tensor.where)
+        return out
+
+    def _bytes(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> np.ndarray:
+        """uint8 (nbytes,) over a wire tensor's bytes. A slot too small for what is claimed is
+        refused here, before that much is allocated."""
         if isinstance(tensor.where, Slot):
             arena = self._arena(tensor.where.arena)
-            data = np.frombuffer(arena.view(tensor.where, tensor.nbytes), np.uint8)
-        else:
-            data = view(tensor, buffers).reshape(-1).view(np.uint8)
-        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
-        out.reshape(-1).view(torch.uint8).numpy()[:] = data
-        if isinstance(tensor.where, Slot):
-            arena.check(tensor.where)
-        return out
+            return np.frombuffer(arena.view(tensor.where, tensor.nbytes), np.uint8)
+        return view(tensor, buffers).reshape(-1).view(np.uint8)
 
     def load_sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> torch.Tensor:
         """The same for a client's own tensor. Never out of the arenas where checkpoints are kept.
 
         Raises AccessDenied for those: whoever guesses a slot there must not read it.
         """
+        self._refuse_own(tensor)
+        return self.load(tensor, buffers)
+
+    def ids_sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> np.ndarray:
+        """A client's token ids, int64, copied to host memory whatever the device."""
+        self._refuse_own(tensor)
+        if tensor.dtype != "int64":
+            raise ProtocolError(f"token ids of dtype {tensor.dtype}: int64")
+        ids = self._bytes(tensor, buffers).copy()
+        if isinstance(tensor.where, Slot):
+            self._arena(tensor.where.arena).check(tensor.where)
+        return ids.view(np.int64).reshape(tensor.shape)
+
+    def _refuse_own(self, tensor: Tensor) -> None:
         if isinstance(tensor.where, Slot) and tensor.where.arena in self.pool.arenas:
             raise AccessDenied(f"arena {tensor.where.arena} is the engine's own")
-        return self.load(tensor, buffers)
 
     def find(self, number: int, owner: str) -> Entry:
         """The kept tensor *number*, if *owner* may see it."""
@@ -162,7 +189,8 @@ class Keeping:
             _, fd = self._lease.ask(Want(number))
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
-            self.pool.arenas[number] = OwnArena(number, fd)
+            arena = self.pool.arenas[number] = OwnArena(number, fd)
+            self.device.attach(arena)
         return self.pool.arenas[number]
 
     def finish_adopting(self) -> None:

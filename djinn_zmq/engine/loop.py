@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zmq
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link, Parcel
-from djinn_zmq.engine import models
+from djinn_zmq.engine import models, replies
+from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.replies import Replies
 from djinn_zmq.engine.runs import EngineSession, Runner
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
@@ -38,6 +39,7 @@ from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
 from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.tensors import view
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +49,13 @@ ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs a
 
 class EngineLoop:
     def __init__(
-        self, link: Link, lease: LeaseSocket, device: torch.device, settings: Settings, index: int
+        self, link: Link, lease: LeaseSocket, device: Device, settings: Settings, index: int
     ) -> None:
         self._link = link
         self._lease = lease
         self._device = device
-        self._keeping = Keeping(settings, lease, index)
+        self._keeping = Keeping(settings, lease, index, device)
         self._runner = Runner(self._keeping)
-        self._replies = Replies(self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
@@ -82,7 +83,7 @@ class EngineLoop:
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        self._tell(Op.READY, messages.Ready(str(self._device), os.getpid()))
+        self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid()))
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
                 self._receive(wait=not self._turns)
@@ -148,7 +149,7 @@ class EngineLoop:
             self._link.send(b"", codec.encode(Op.LOAD, progress, flags=Flag.PROGRESS))
 
         try:
-            model = models.load(asked, self._device, report)
+            model = models.load(asked, self._device.torch, report)
         except DjinnError as exc:
             named = type(exc)(f"{asked.name}: {exc}")
             self._link.send(b"", codec.failure(message.header, named))
@@ -181,7 +182,7 @@ class EngineLoop:
     def _adopt(self, message: Message) -> None:
         self._adopting = True
         session = self._sessions[message.header.session]
-        ids = self._keeping.load(message.meta.ids).numpy()
+        ids = np.array(view(message.meta.ids, message.buffers))
         lost = self._keeping.adopt(message.meta.kept, ids, session.owner)
         if lost:
             self._tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
@@ -215,7 +216,8 @@ class EngineLoop:
         if model is None:
             raise Lost(f'"{session.model}" could not be loaded again after the engine\'s restart')
         begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
-        job, turns = begin(message.meta, message.buffers, session, model, watch)
+        shared = bool(header.flags & Flag.SHARED)
+        job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
         self._turns.add(Active(job, turns, envelope, header))
 
     def _cancel(
@@ -235,10 +237,10 @@ class EngineLoop:
         if asked.ids is None:
             ids = model.encode((asked.text,))[0]
         else:
-            ids = self._keeping.load(asked.ids, message.buffers).numpy().reshape(-1)
+            ids = self._keeping.ids_sent(asked.ids, message.buffers).reshape(-1)
             if ids.size:
                 model.check_ids(ids.reshape(-1, 1))
-        meta, buffers = self._replies.tokens(ids, model.pieces(ids))
+        meta, buffers = replies.of_tokens(ids, model.pieces(ids))
         self._answer(envelope, message.header, meta, buffers)
 
     # ---- working
@@ -267,14 +269,13 @@ class EngineLoop:
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
         try:
-            shared = bool(header.flags & Flag.SHARED)
-            meta, buffers = self._replies.run(job, shared=shared)
+            meta, buffers = replies.of_run(job)
         except DjinnError as exc:
             self._runner.discard(job)
             self._refuse(active.envelope, header, exc)
             return
-        if job.kept:
-            keep = messages.Keep(self._replies.ids_inline(job), tuple(job.kept))
+        if job.everything_kept:
+            keep = messages.Keep(replies.ids_inline(job), tuple(job.everything_kept))
             self._tell(Op.KEEP, keep, job.session.id)
         self._answer(active.envelope, header, meta, buffers, store=True)
 

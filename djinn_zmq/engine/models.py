@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+from djinn_zmq.engine import shapes
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
 from djinn_zmq.settings import MIB, format_bytes
@@ -91,11 +92,15 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
     # A directory is all there is; only a hub id may look further. Code that comes with a model is
     # not run, and nobody is asked at a prompt whether it should be.
     local = {"local_files_only": Path(asked.source).is_dir(), "trust_remote_code": False}
-    model = _weights(asked, local)
+    if asked.source.startswith(shapes.PREFIX):
+        shape = asked.source.removeprefix(shapes.PREFIX)
+        model = shapes.make(shape, _dtype(asked.dtype), device)
+    else:
+        model = _weights(asked, local)
     report(f"{asked.name}: checking that stops are exact", 1, STAGES)
     try:
         model.to(device).eval()
-        model.config.return_dict = True  # a stored config may say false, and then there is no .logits
+        model.config.return_dict = True  # where a stored config says false, there is no .logits
         info = _info(asked, model, device)
         stepper = Stepper(model)
         checked = stepper.check(info.vocab_size, device, info.max_positions)
@@ -105,7 +110,8 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
         _log.warning("%s cannot be run", asked.name, exc_info=True)
         raise ModelRefused(f"it cannot be run: {_sentence(exc)}") from exc
     report(f"{asked.name}: reading its tokenizer", 2, STAGES)
-    tokenizer = _tokenizer(asked.source, local)
+    made_up = asked.source.startswith(shapes.PREFIX)
+    tokenizer = None if made_up else _tokenizer(asked.source, local)
     info = msgspec.structs.replace(info, check=checked, has_tokenizer=tokenizer is not None)
     return ServedModel(info, stepper, tokenizer, device)
 
@@ -118,7 +124,7 @@ def _weights(asked: Load, local: dict[str, bool]) -> Any:
     """
     dtype = _dtype(asked.dtype)
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             asked.source,
             dtype=dtype,
             output_loading_info=True,
@@ -127,6 +133,7 @@ def _weights(asked: Load, local: dict[str, bool]) -> Any:
         )
     except Exception as exc:  # a config class, a reader of a file format may raise anything
         raise UnknownModel(_sentence(exc)) from exc
+    model, found = loaded
     for name, stored, needed in sorted(found["mismatched_keys"]):
         raise ModelRefused(
             f"its weight {name} has shape {tuple(stored)}, its config needs {tuple(needed)}"

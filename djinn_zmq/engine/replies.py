@@ -6,68 +6,55 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.keeping import NAMES
-from djinn_zmq.engine.runs import Job, Runner
-from djinn_zmq.settings import MIB
+from djinn_zmq.engine.runs import Job
 from djinn_zmq.wire.messages import RunReply, TokensReply
-from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Inline, Tensor, inline
-
-FRAME_LIMIT = 1 * MIB  # a larger tensor is kept in a slot and read from there piece by piece
+from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline
 
 Buffers = list[bytes | memoryview]
 
 
-class Replies:
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+def of_run(job: Job) -> tuple[RunReply, Buffers]:
+    """The reply to a RUN or RESUME."""
+    buffers: Buffers = []
+    logits = top_values = top_ids = top_log_norm = None
+    logits_id = 0
+    with job.watch.span("encode"):
+        checkpoints = tuple(job.kept)
+        ids = _place(job.ids, buffers)
+        if job.logits_kept is not None:
+            logits, logits_id = job.logits_kept.tensor, job.logits_kept.id
+        elif job.logits is not None and job.wanted.logits == "top":
+            values, indices = _top(job.logits, job.wanted.top)
+            norm = job.logits.double().logsumexp(-1)
+            top_values = _place_torch(values, buffers)
+            top_ids = _place_torch(indices, buffers)
+            top_log_norm = _place_torch(norm, buffers)
+        elif job.logits is not None:
+            logits = _place_torch(job.logits, buffers)
+    reply = RunReply(
+        run=job.id,
+        state=str(job.state),
+        layer=job.layer,
+        ids=ids,
+        checkpoints=checkpoints,
+        logits=logits,
+        logits_id=logits_id,
+        top_values=top_values,
+        top_ids=top_ids,
+        top_log_norm=top_log_norm,
+        spans=job.watch.with_rest("queue", first=True),
+    )
+    return reply, buffers
 
-    def run(self, job: Job, *, shared: bool) -> tuple[RunReply, Buffers]:
-        """The reply to a RUN or RESUME. shared: the client reads slots itself.
 
-        Large logits are kept like a checkpoint; raises ArenaFull where there is no room for them.
-        """
-        buffers: Buffers = []
-        logits = top_values = top_ids = top_log_norm = None
-        logits_id = 0
-        with job.watch.span("encode"):
-            checkpoints = tuple(job.kept)
-            ids = _place(job.ids, buffers)
-            if job.logits is not None and job.wanted.logits == "top":
-                last = job.logits[:, -1]
-                values, indices = _top(last, job.wanted.top)
-                norm = last.double().logsumexp(-1)
-                top_values = _place_torch(values, buffers)
-                top_ids = _place_torch(indices, buffers)
-                top_log_norm = _place_torch(norm, buffers)
-            elif job.logits is not None:
-                chosen = job.logits if job.wanted.logits == "all" else job.logits[:, -1]
-                if chosen.nbytes > (SLOT_FROM if shared else FRAME_LIMIT):
-                    kept = self._runner.keep(job, chosen, -1)
-                    job.kept.append(kept)
-                    logits, logits_id = kept.tensor, kept.id
-                else:
-                    logits = _place_torch(chosen, buffers)
-        reply = RunReply(
-            run=job.id,
-            state=str(job.state),
-            layer=job.layer,
-            ids=ids,
-            checkpoints=checkpoints,
-            logits=logits,
-            logits_id=logits_id,
-            top_values=top_values,
-            top_ids=top_ids,
-            top_log_norm=top_log_norm,
-            spans=job.watch.with_rest("queue", first=True),
-        )
-        return reply, buffers
+def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:
+    buffers: Buffers = []
+    return TokensReply(_place(ids, buffers), tuple(pieces)), buffers
 
-    def tokens(self, ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:
-        buffers: Buffers = []
-        return TokensReply(_place(ids, buffers), tuple(pieces)), buffers
 
-    def ids_inline(self, job: Job) -> Tensor:
-        """The job's token ids inside the meta: they outlive this process in the server's books."""
-        return inline(job.ids)
+def ids_inline(job: Job) -> Tensor:
+    """The job's token ids inside the meta: they outlive this process in the server's books."""
+    return inline(job.ids)
 
 
 def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ What it stops with is data (a checkpoint in a slot, the token ids), not the gene
 with its reply, and a resume is a new run that starts further up.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,14 @@ from djinn_zmq.engine import editing
 from djinn_zmq.engine.keeping import Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import Recording
-from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
-from djinn_zmq.settings import MIB
+from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
-from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
+FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
 
 
@@ -45,11 +46,17 @@ class Job:
     ids: np.ndarray  # int64 (batch, positions)
     layer: int  # layers executed so far
     wanted: Wanted
+    shared: bool  # the client maps arenas: large tensors may be answered as slots
     watch: Stopwatch
     id: int = field(default_factory=new_id)
     kept: list[Kept] = field(default_factory=list)
     state: states.Run = states.Run.QUEUED
-    logits: torch.Tensor | None = None  # (batch, positions, vocab)
+    logits: torch.Tensor | None = None  # "all": (batch, positions, vocab); else (batch, vocab)
+    logits_kept: Kept | None = None  # where they are too large for a frame
+
+    @property
+    def everything_kept(self) -> list[Kept]:
+        return self.kept if self.logits_kept is None else [*self.kept, self.logits_kept]
 
     def advance(self, event: str) -> None:
         self.state = states.advance(states.RUN, self.state, event)
@@ -72,18 +79,18 @@ class Runner:
         session: EngineSession,
         model: ServedModel,
         watch: Stopwatch,
+        *,
+        shared: bool,
     ) -> tuple[Job, Iterator[None]]:
         """A job for a fresh run. Raises RequestError for what cannot be run; nothing is done yet."""
         with watch.span("decode"):
             if asked.ids is not None:
-                if asked.ids.dtype != "int64":
-                    raise ProtocolError(f"token ids of dtype {asked.ids.dtype}: int64")
-                ids = self._keeping.load_sent(asked.ids, buffers).numpy()
+                ids = self._keeping.ids_sent(asked.ids, buffers)
             else:
                 ids = model.encode(asked.text)
             model.check_ids(ids)
             _check_wanted(asked.wanted, 0, model, len(ids))
-        job = Job(session, model, ids, 0, asked.wanted, watch)
+        job = Job(session, model, ids, 0, asked.wanted, shared, watch)
         return job, self._work(job, None)
 
     def resume(
@@ -93,6 +100,8 @@ class Runner:
         session: EngineSession,
         model: ServedModel,
         watch: Stopwatch,
+        *,
+        shared: bool,
     ) -> tuple[Job, Iterator[None]]:
         """A job that goes on from a checkpoint: a branch, with its edits made.
 
@@ -111,23 +120,22 @@ class Runner:
                 hidden = self._keeping.load_sent(asked.hidden, buffers)
             else:
                 hidden = self._keeping.load(entry.kept.tensor)
-            hidden = hidden.to(model.device)
         if asked.edits:
             with watch.span("edit"):
                 hidden = editing.apply(
                     hidden,
                     asked.edits,
-                    lambda tensor: self._keeping.load_sent(tensor, buffers).to(model.device),
+                    lambda tensor: self._keeping.load_sent(tensor, buffers),
                     lambda number: self._source(number, session, model),
                 )
-        job = Job(session, model, entry.ids, layer, asked.wanted, watch)
+        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch)
         return job, self._work(job, hidden)
 
     def _source(self, number: int, session: EngineSession, model: ServedModel) -> torch.Tensor:
         entry = self._keeping.find(number, session.owner)
         if entry.kept.layer < 0:
             raise EditError(f"{number:x} is not a checkpoint")
-        return self._keeping.load(entry.kept.tensor).to(model.device)
+        return self._keeping.load(entry.kept.tensor)
 
     # ---- the work
 
@@ -151,14 +159,29 @@ class Runner:
                 hidden = stepper.step(job.layer, hidden, recording)
                 job.layer += 1
             self._keep_if_wanted(job, hidden)
-        if wanted.stop_at is not None:
-            job.advance("stop")
-            return
-        if wanted.logits != "none":
+        if wanted.stop_at is None and wanted.logits != "none":
             yield
             with watch.span("compute"):
-                job.logits = stepper.tail(ids, hidden)
-        job.advance("finish")
+                logits = stepper.tail(ids, hidden)
+                job.logits = logits if wanted.logits == "all" else logits[:, -1]
+            self._keep_large_logits(job)
+        yield from self._until_done(job)
+        job.advance("finish" if wanted.stop_at is None else "stop")
+
+    def _until_done(self, job: Job) -> Iterator[None]:
+        """A GPU works behind our back: give others their turns until it is through."""
+        done = self._keeping.device.mark()
+        begin_ns = time.perf_counter_ns()
+        while not done():
+            yield
+        job.watch.add("compute", time.perf_counter_ns() - begin_ns)
+
+    def _keep_large_logits(self, job: Job) -> None:
+        assert job.logits is not None
+        limit = SLOT_FROM if job.shared else FRAME_LIMIT
+        if job.wanted.logits != "top" and job.logits.nbytes > limit:
+            with job.watch.span("copy"):
+                job.logits_kept = self.keep(job, job.logits, -1)
 
     def _keep_if_wanted(self, job: Job, hidden: torch.Tensor) -> None:
         if job.layer == job.wanted.stop_at or job.layer in job.wanted.save_at:
@@ -174,8 +197,9 @@ class Runner:
 
     def discard(self, job: Job) -> None:
         """The job came to nothing: give back what it kept."""
-        self._keeping.drop([kept.id for kept in job.kept])
+        self._keeping.drop([kept.id for kept in job.everything_kept])
         job.kept.clear()
+        job.logits_kept = None
 
     def _recording(self, job: Job, ids: torch.Tensor) -> Recording:
         """What the model hands its layers for this prompt: the last few prompts' are at hand."""

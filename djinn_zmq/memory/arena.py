@@ -65,16 +65,27 @@ class Arena:
     """An arena mapped for reading. The owner's side is `OwnArena`."""
 
     def __init__(self, number: int, fd: int, *, writable: bool = False) -> None:
-        """Take over *fd* (closed by `close`) and map it.
+        """Take over *fd* (closed by `close`, and here where this raises) and map it.
 
-        Raises ProtocolError where it is not sealed or its header does not fit its size.
+        Raises ProtocolError where it is not sealed, its header does not fit its size, or it may
+        not be mapped for writing.
         """
         self.number = number
         self.fd = fd
-        self.nbytes = shared.sealed_size(fd)
+        self.writable = writable
+        self._map: mmap.mmap | None = None
+        try:
+            self._open(writable)
+        except BaseException:
+            self._unmap()
+            os.close(fd)
+            raise
+
+    def _open(self, writable: bool) -> None:
+        self.nbytes = shared.sealed_size(self.fd)
         if self.nbytes < HEADER_ROOM:
             raise ProtocolError(f"{self.nbytes} bytes are no arena")
-        self._map: mmap.mmap | None = shared.mapped(fd, self.nbytes, writable=writable)
+        self._map = shared.mapped(self.fd, self.nbytes, writable=writable)
         self._memory = memoryview(self._map)
         magic, granule, count, offset = HEADER.unpack_from(bytes(self._memory[: HEADER.size]))
         if (
@@ -83,26 +94,28 @@ class Arena:
             or offset != data_offset(count)
             or self.nbytes != total_size(count)
         ):
-            self.close()
+            self._memory.release()
             raise ProtocolError("the shared memory is no arena: its header does not fit its size")
         self.count: int = count
         self._data = offset
         # [2 * granule] is its generation, [2 * granule + 1] the length of the slot that starts there
-        self._table: memoryview[int] = self._memory[HEADER_ROOM : HEADER_ROOM + count * ENTRY_SIZE].cast("I")
+        table = self._memory[HEADER_ROOM : HEADER_ROOM + count * ENTRY_SIZE]
+        self._table: memoryview[int] = table.cast("I")
+        table.release()
+
+    @property
+    def memory(self) -> memoryview:
+        """All of the arena, header and table included; for a driver that registers its pages."""
+        return self._memory
 
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first *nbytes* of *slot*. No copy; call `check` again after reading.
 
         Raises StaleSlot for a passed generation, ProtocolError for a place the slot does not have.
         """
-        if self._map is None:
-            raise Closed(f"arena {self.number} is closed")
-        if not 0 <= slot.index < self.count:
-            raise ProtocolError(f"slot {slot.index} of an arena with {self.count}")
-        # Copied once: the owner, or a peer that lies, may change it between two looks.
-        granules = self._table[2 * slot.index + 1]
-        self.check(slot)
-        if nbytes > granules * GRANULE or slot.index + granules > self.count:
+        # Taken once: the owner, or a peer that lies, may change it between two looks.
+        granules = self._granules(slot)
+        if not 0 <= nbytes <= granules * GRANULE or slot.index + granules > self.count:
             raise ProtocolError(
                 f"{nbytes} bytes of slot {slot.index}, which has {granules * GRANULE}"
             )
@@ -111,12 +124,22 @@ class Arena:
 
     def check(self, slot: Slot) -> None:
         """Raises StaleSlot if *slot* has been given back since the reference was made."""
+        self._granules(slot)
+
+    def _granules(self, slot: Slot) -> int:
+        """The length of *slot*, where the reference is still good."""
+        if self._map is None:
+            raise Closed(f"arena {self.number} is closed")
+        if not 0 <= slot.index < self.count:
+            raise ProtocolError(f"slot {slot.index} of an arena with {self.count}")
+        granules = self._table[2 * slot.index + 1]
         generation = self._table[2 * slot.index]
-        if not self._table[2 * slot.index + 1] or generation != slot.generation:
+        if not granules or generation != slot.generation:
             raise StaleSlot(
                 f"slot {slot.index} of arena {self.number} is at generation {generation}, "
                 f"the reference at {slot.generation}"
             )
+        return granules
 
     def read(self, slot: Slot, nbytes: int) -> bytes:
         """A copy of *slot*, checked before and after."""
@@ -128,24 +151,34 @@ class Arena:
         """Unmap and close. Views still alive keep the memory mapped until they go."""
         if self._map is None:
             return
+        self._table.release()
+        self._memory.release()
+        self._unmap()
+        os.close(self.fd)
+
+    def _unmap(self) -> None:
+        if self._map is None:
+            return
         mapping, self._map = self._map, None
         try:
-            self._table.release()
-            self._memory.release()
             mapping.close()
         except BufferError:
             pass  # a view is alive; the mapping ends with it
-        os.close(self.fd)
 
 
 class OwnArena(Arena):
     """An arena this process leases slots of."""
 
     def __init__(self, number: int, fd: int) -> None:
+        """As Arena. Raises ProtocolError also where its table tells of slots that do not fit."""
         super().__init__(number, fd, writable=True)
         self.leases: dict[int, Lease] = {}
         self._free: list[tuple[int, int]] = []  # (first granule, granules), sorted, never adjacent
-        self._settle()
+        try:
+            self._settle()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, nbytes: int, name: str) -> Self:
@@ -166,6 +199,8 @@ class OwnArena(Arena):
                 while place < self.count and not self._table[2 * place + 1]:
                     place += 1
                 self._free.append((start, place - start))
+            elif place + granules > self.count:
+                raise ProtocolError(f"slot {place} ends beyond the arena: its table is damaged")
             else:
                 place += granules
 
@@ -185,6 +220,8 @@ class OwnArena(Arena):
 
     def lease(self, nbytes: int, holder: int, until_s: float = float("inf")) -> Lease | None:
         """A slot of *nbytes* for *holder*, or None where no free piece is large enough."""
+        if self._map is None:
+            raise Closed(f"arena {self.number} is closed")
         need = granules_for(nbytes)
         for place, (start, granules) in enumerate(self._free):
             if granules < need:
@@ -298,7 +335,11 @@ class Pool:
         return arena
 
     def give_back(self, slot: Slot) -> None:
-        self.arenas[slot.arena].give_back(slot)
+        """End the lease of *slot*. Raises StaleSlot if it has ended already."""
+        arena = self.arenas.get(slot.arena)
+        if arena is None:
+            raise StaleSlot(f"arena {slot.arena} is not one of this pool")
+        arena.give_back(slot)
 
     def reclaim(self, holder: int) -> int:
         """Give back all that *holder* has. Returns how many slots came back."""

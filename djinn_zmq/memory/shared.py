@@ -9,10 +9,13 @@ import errno
 import fcntl
 import mmap
 import os
+import re
+from pathlib import Path
 
 from djinn_zmq.errors import ArenaFull, ProtocolError
 from djinn_zmq.settings import format_bytes
 
+CGROUP = Path("/sys/fs/cgroup")
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -21,16 +24,42 @@ def create(nbytes: int, name: str) -> int:
 
     Raises ArenaFull where the system has no memory left for it.
     """
+    # Asked beforehand: the kernel would sooner kill some process than refuse pages to a memfd.
+    free = available()
+    if nbytes > free:
+        raise ArenaFull(
+            f"{format_bytes(nbytes)} of shared memory asked, the system has {format_bytes(free)} free"
+        )
     fd = os.memfd_create(f"djinn-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as exc:
         os.close(fd)
-        if exc.errno not in (errno.ENOSPC, errno.ENOMEM):
+        if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         raise ArenaFull(f"the system refused {format_bytes(nbytes)} of shared memory") from exc
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
+
+
+def available() -> int:
+    """Bytes this process could still allocate without swapping, as the kernel reckons."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable") * 1024
+    limit = _number(CGROUP / "memory.max")  # of a container; "max", or no file, where there is none
+    if limit:
+        used = _number(CGROUP / "memory.current")
+        reclaimable = _number(CGROUP / "memory.stat", "inactive_file")
+        free = min(free, max(0, limit - used + reclaimable))
+    return free
+
+
+def _number(path: Path, name: str = "") -> int:
+    """The number in the file, or in its line that starts with *name*; 0 where there is none."""
+    try:
+        found = re.search(rf"^{name}:?\s*(\d+)", path.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def sealed_size(fd: int) -> int:
@@ -50,12 +79,18 @@ def read_only(fd: int) -> int:
 
 
 def mapped(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:
-    """Map all of *fd*. A writable map is faulted in at once: a first touch costs 1-2 us a page."""
+    """Map all of *fd*. A writable map is faulted in at once: a first touch costs 1-2 us a page.
+
+    Raises ProtocolError where the descriptor does not allow writing.
+    """
     if writable:
-        return mmap.mmap(
-            fd,
-            nbytes,
-            flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        try:
+            return mmap.mmap(
+                fd,
+                nbytes,
+                flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except PermissionError as exc:
+            raise ProtocolError("the shared memory may only be read") from exc
     return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

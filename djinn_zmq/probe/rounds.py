@@ -30,10 +30,12 @@ class Plan:
     settle: int = 2
 
     @classmethod
-    def of(cls, samples: int, rounds: int, *, gap_s: float = 0.0, settle: int = 2) -> "Plan":
+    def of(
+        cls, samples: int, rounds: int, *, gap_s: float = 0.0, warm_up: int = 20, settle: int = 2
+    ) -> "Plan":
         """At least *samples* for each case, spread over *rounds*."""
         rounds = max(1, min(rounds, samples))
-        return cls(rounds, -(-samples // rounds), gap_s, settle=settle)
+        return cls(rounds, -(-samples // rounds), gap_s, warm_up, settle)
 
     @property
     def samples(self) -> int:

@@ -12,8 +12,9 @@ CONFIG = "config.json"
 class Catalog:
     """Names → sources. A source is a directory, or a hub id that transformers resolves."""
 
-    def __init__(self, models: tuple[str, ...]) -> None:
-        """models: what `--model` named: served names, directories or hub ids."""
+    def __init__(self, models: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
+        """models: what `--model` named: served names, directories or hub ids. shapes: what
+        `--random-weights` named."""
         self._sources: dict[str, str] = {}
         embedded = resources.files("djinn_zmq") / "models"
         for folder in sorted(Path(str(embedded)).glob("*/")):
@@ -24,7 +25,8 @@ class Catalog:
             for folder in sorted(pulled.glob("*/")):
                 if (folder / CONFIG).exists():
                     self._sources[folder.name] = str(folder)
-        self.at_start = tuple(self._add(model) for model in models)
+        self._sources |= {shape: f"random:{shape}" for shape in shapes}
+        self.at_start = (*(self._add(model) for model in models), *shapes)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,8 +1,14 @@
 """The command that serves. `djinn serve` and `python -m djinn_zmq.server` are both this one."""
 
+import contextlib
+import ipaddress
 import logging
+import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +17,9 @@ from djinn_zmq.errors import DjinnError, RequestError
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import MIB, Settings, socket_path
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+def _default(name: str) -> Any:
+    return Settings.__dataclass_fields__[name].default
 
 
 def _devices(gpus: tuple[int, ...], device: str | None) -> list[str]:
@@ -22,13 +30,29 @@ def _devices(gpus: tuple[int, ...], device: str | None) -> list[str]:
         names = ", ".join(f"--gpu {gpu}" for gpu in gpus)
         click.echo(f"djinn: no NVIDIA GPU on this machine ({names}): serving on the CPU", err=True)
         return ["cpu"]
-    return [f"cuda:{gpu}" for gpu in gpus]
+    return [f"cuda:{gpu}" for gpu in dict.fromkeys(gpus)]
+
+
+def _ipc(path: Path | None) -> Path:
+    """Where the ipc socket goes. Clients are told this path, so it must not depend on where the
+    server was started; and libzmq would remove whatever else stands there without a word."""
+    chosen = socket_path(os.path.abspath(path) if path is not None else None)
+    if chosen.exists() and not chosen.is_socket():
+        raise RequestError(f"{chosen} exists and is no socket: choose another path with --ipc")
+    return chosen
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _tcp(host: str, port: int, keys: Path | None) -> str | None:
     if port == 0:
         return None
-    if host not in LOOPBACK and keys is None:
+    if not _is_loopback(host) and keys is None:
         raise RequestError(
             f"--host {host} can be reached from other machines: give --keys DIR with the keys of "
             "the clients that may connect ('djinn keys --help')"
@@ -37,8 +61,26 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
+def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
+    """Have *stop* called when the other end of standard input is closed, by whatever ended it."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        with contextlib.suppress(OSError):  # it has stopped meanwhile
+            stop()
+
+    threading.Thread(target=wait, name="end-of-stdin", daemon=True).start()
+
+
 @click.command()
-@click.option("--port", default=5556, show_default=True, help="TCP port; 0: no TCP at all.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=5556,
+    show_default=True,
+    help="TCP port; 0: no TCP at all.",
+)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -48,7 +90,7 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
 @click.option(
     "--gpu",
     "gpus",
-    type=int,
+    type=click.IntRange(min=0),
     multiple=True,
     help="GPU to serve on, by index; repeatable, one engine each. Without a GPU: the CPU.",
 )
@@ -59,6 +101,13 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
     multiple=True,
     metavar="NAME|DIR|HUB_ID",
     help="Load this model at the start; repeatable. Others load when a client asks for them.",
+)
+@click.option(
+    "--random-weights",
+    "shapes",
+    multiple=True,
+    metavar="SHAPE",
+    help="Serve a model of this shape with random weights (llama-2-13b, small …); repeatable.",
 )
 @click.option(
     "--dtype",
@@ -79,11 +128,24 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
 )
 @click.option(
     "--host-memory",
-    default=Settings.__dataclass_fields__["host_memory"].default // MIB,
+    type=click.IntRange(min=1),
+    default=_default("host_memory") // MIB,
     show_default=True,
     help="Shared memory for checkpoints, in MiB, for each engine.",
 )
-@click.option("--threads", type=int, help="Threads of a CPU engine. [default: torch's choice]")
+@click.option(
+    "--grace-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_default("grace_s"),
+    show_default=True,
+    help="Seconds for which the sessions of a client with a key outlive its connection.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of a CPU engine. [default: torch's choice]",
+)
+@click.option("--private", is_flag=True, hidden=True, help="Stop when standard input ends.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def serve(
     port: int,
@@ -91,11 +153,14 @@ def serve(
     gpus: tuple[int, ...],
     device: str | None,
     models: tuple[str, ...],
+    shapes: tuple[str, ...],
     dtype: str,
     ipc: Path | None,
     keys: Path | None,
     host_memory: int,
+    grace_s: float,
     threads: int | None,
+    private: bool,
     verbose: bool,
 ) -> None:
     """Serve models: hold weights, sessions and checkpoints, and answer clients.
@@ -113,22 +178,30 @@ def serve(
         stream=sys.stderr,
     )
     try:
-        settings = Settings(host_memory=host_memory * MIB, threads=threads)
+        settings = Settings(host_memory=host_memory * MIB, threads=threads, grace_s=grace_s)
         server = Server(
-            socket_path(ipc),
+            _ipc(ipc),
             settings,
             devices=_devices(gpus, device),
             dtype=dtype,
             models=models,
+            shapes=shapes,
             tcp=_tcp(host, port, keys),
             keys=server_keys(keys) if keys is not None else None,
         )
     except DjinnError as exc:
         raise click.ClickException(str(exc)) from exc
     server.stop_on_signals()
+    if private:
+        _stop_at_end_of_stdin(server.stop)
     click.echo(f"djinn: serving at {' and '.join(server.endpoints())}", err=True)
     try:
         server.serve()
+    except DjinnError as exc:
+        raise click.ClickException(str(exc)) from exc
     finally:
         server.close()
+        if private:  # whoever would remove it may be gone
+            with contextlib.suppress(OSError):
+                server.path.parent.rmdir()
     click.echo("djinn: stopped", err=True)

@@ -53,6 +53,7 @@ class Server:
         devices: Sequence[str],
         dtype: str = "auto",
         models: tuple[str, ...] = (),
+        shapes: tuple[str, ...] = (),
         tcp: str | None = None,
         keys: ServerKeys | None = None,
     ) -> None:
@@ -63,7 +64,7 @@ class Server:
         """
         self.settings = settings
         self.path = path
-        self.catalog = Catalog(models)
+        self.catalog = Catalog(models, shapes)
         private_dir(path.parent)
         self._lock = _locked(path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -49,6 +49,9 @@ class Message(NamedTuple):
     buffers: Sequence[Buffer]
 
 
+_KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS
+_FAILED = Flag.REPLY | Flag.ERROR
+
 _encoder = msgspec.msgpack.Encoder()
 _requests = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REQUESTS.items()}
 _replies = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REPLIES.items()}
@@ -115,10 +118,13 @@ def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None 
 
 
 def _decoder_for(header: Header) -> msgspec.msgpack.Decoder[Any]:
-    if header.flags & Flag.PROGRESS:
+    kind = header.flags & _KINDS
+    if kind == Flag.PROGRESS:
         return _progress
-    if header.flags & Flag.ERROR:
+    if kind == _FAILED:
         return _failure
+    if kind & ~Flag.REPLY:
+        raise ProtocolError(f"flags {header.flags:#x} are neither a reply, an error nor progress")
     table = _replies if header.flags & Flag.REPLY else _requests
     decoder = table.get(header.op)
     if decoder is None:

@@ -95,7 +95,9 @@ Edit = Add | Set | Scale | Zero | Project | Lerp | Patch
 def selection(index: Index, shape: tuple[int, ...], what: str = "hidden") -> tuple[Any, ...]:
     """*index* as a tuple for numpy or torch, checked against *shape*.
 
-    Raises SelectionError: too many axes, out of range, two lists, or nothing selected.
+    Never selects more than there is: a list is at most as long as its axis.
+    Raises SelectionError: too many axes, out of range, two lists, a list too long, or nothing
+    selected.
     """
     axes = _spread(index, len(shape), what, shape)
     chosen: list[Any] = []
@@ -106,6 +108,11 @@ def selection(index: Index, shape: tuple[int, ...], what: str = "hidden") -> tup
             chosen.append(part.at)
         elif isinstance(part, Take):
             lists += 1
+            if len(part.at) > extent:  # else a few KiB of index could ask for any amount of memory
+                raise SelectionError(
+                    f"a list of {len(part.at)} positions on axis {axis} of {what} with shape "
+                    f"{shape}: at most {extent}"
+                )
             for item in part.at:
                 _in_range(item, extent, axis, what, shape)
             # Negative steps and lists alike become lists of positions: torch knows no others.
@@ -116,6 +123,8 @@ def selection(index: Index, shape: tuple[int, ...], what: str = "hidden") -> tup
                 raise SelectionError(f"a slice with step 0 on axis {axis} of {what}")
             places = range(*slice(part.start, part.stop, part.step).indices(extent))
             if step > 0:
+                # torch overflows on steps that numpy clips.
+                step = min(step, max(extent, 1))
                 chosen.append(slice(places.start, max(places.start, places.stop), step))
             else:
                 lists += 1

@@ -83,6 +83,9 @@ def check(tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> None:
     nbytes = math.prod(tensor.shape) * dtype.itemsize
     if nbytes > NBYTES_LIMIT:
         raise ProtocolError(f"a tensor of {nbytes} bytes: at most {NBYTES_LIMIT}")
+    # (0, 1 << 63) has no bytes, and still no array library can make it.
+    if not nbytes and math.prod(extent or 1 for extent in tensor.shape) > NBYTES_LIMIT:
+        raise ProtocolError(f"a tensor of shape {tensor.shape}: its extents are too large")
     where = tensor.where
     if isinstance(where, Inline):
         got = len(where.data)

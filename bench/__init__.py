@@ -1,0 +1,1 @@
+"""Repeatable experiments: options in, a table and JSON out. `python -m bench.NAME --help`."""

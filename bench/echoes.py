@@ -1,0 +1,133 @@
+"""What Djinn is compared with: the barest programs that carry the same bytes the same way.
+
+Each runs in a process of its own, `python -m bench.echoes NAME ...`, says the endpoint it is bound
+to on its first line, and is ended by its parent's SIGTERM, or with its parent.
+"""
+
+import ctypes
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+
+PR_SET_PDEATHSIG = 1
+TCP_HEADER = struct.Struct("<Q")  # how many bytes follow
+ACK = b"received"
+PREALLOCATED = 16 * 1024 * 1024  # bytes
+
+
+# ---- the processes
+
+
+def router(endpoint: str) -> None:
+    """A bare ROUTER: one process, one socket, what comes goes back."""
+    own = zmq.Context().socket(zmq.ROUTER)
+    _bind(own, endpoint)
+    while True:
+        own.send_multipart(own.recv_multipart())
+
+
+def front(endpoint: str, back_endpoint: str) -> None:
+    """Passes on what comes over a ROUTER to the process behind a PAIR, and its answers back."""
+    context = zmq.Context()
+    bus, link = context.socket(zmq.ROUTER), context.socket(zmq.PAIR)
+    link.bind(back_endpoint)
+    _bind(bus, endpoint)
+    poller = zmq.Poller()
+    poller.register(bus, zmq.POLLIN)
+    poller.register(link, zmq.POLLIN)
+    while True:
+        for ready, _ in poller.poll():
+            (link if ready is bus else bus).send_multipart(ready.recv_multipart())
+
+
+def back(endpoint: str) -> None:
+    """The process behind `front`."""
+    link = zmq.Context().socket(zmq.PAIR)
+    link.connect(endpoint)
+    _say(endpoint)
+    while True:
+        link.send_multipart(link.recv_multipart())
+
+
+def tcp() -> None:
+    """A raw TCP echo of one connection: what is small comes back whole, what is large is
+    received into memory that was there before, and acknowledged."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    _say("{}:{}".format(*listener.getsockname()))
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    memory = memoryview(bytearray(b"\1" * PREALLOCATED))  # touched: no page fault is measured
+    while head := connection.recv(TCP_HEADER.size, socket.MSG_WAITALL):
+        (nbytes,) = TCP_HEADER.unpack(head)
+        received = 0
+        while received < nbytes:
+            received += connection.recv_into(memory[received:nbytes])
+        connection.sendall(ACK)
+
+
+def tcp_echo() -> None:
+    """A raw TCP echo of one connection, for messages that fit into one read."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    _say("{}:{}".format(*listener.getsockname()))
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := connection.recv(4096):
+        connection.sendall(data)
+
+
+def _bind(own: zmq.Socket[bytes], endpoint: str) -> None:
+    own.bind(endpoint)
+    _say(own.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def _say(endpoint: str) -> None:
+    print(endpoint, flush=True)
+
+
+# ---- the parent's side
+
+
+@contextmanager
+def running(name: str, *arguments: str) -> Iterator[tuple[str, int]]:
+    """One of the processes above; yields (its endpoint, its pid)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.echoes", name, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        assert process.stdout is not None
+        endpoint = process.stdout.readline().strip()
+        if not endpoint:
+            raise RuntimeError(f"bench.echoes {name} ended with status {process.wait()}")
+        yield endpoint, process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def front_and_back(endpoint: str, back_endpoint: str) -> Iterator[tuple[str, list[int]]]:
+    """Both processes; yields (the endpoint in front, the two pids)."""
+    with (
+        running("front", endpoint, back_endpoint) as (bound, front_pid),
+        running("back", back_endpoint) as (_, back_pid),
+    ):
+        yield bound, [front_pid, back_pid]
+
+
+PROCESSES = {one.__name__: one for one in (router, front, back, tcp, tcp_echo)}
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    PROCESSES[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,283 @@
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from djinn_zmq.bus import lease as lease_bus
+from djinn_zmq.bus.lease import PACKET_LIMIT, LeaseSocket
+from djinn_zmq.errors import AccessDenied, Busy, Lost, ProtocolError, Unreachable
+from djinn_zmq.wire.codec import encode_lease
+from djinn_zmq.wire.messages import Granted, Join, Refused, Retire, Share, Want
+
+Ends = tuple[LeaseSocket, LeaseSocket]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """The server's end, which never waits, and the engine's, which does."""
+    ours, theirs = lease_bus.pair()
+    theirs.settimeout(10)
+    server, engine = ours, LeaseSocket(theirs)
+    yield server, engine
+    server.close()
+    engine.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    fd = os.memfd_create("test")
+    os.write(fd, b"shared")
+    yield fd
+    os.close(fd)
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    "packet", [Join(b"t"), Want(1), Granted(2), Retire(3), Refused("busy", "")]
+)
+def test_a_packet_arrives_as_it_was_sent(ends: Ends, packet: object) -> None:
+    for sender, receiver in (ends, ends[::-1]):
+        sender.send(packet)
+        assert receiver.receive() == (packet, None)
+
+
+def test_a_descriptor_arrives_beside_its_packet_and_is_not_inherited(
+    ends: Ends, memory: int
+) -> None:
+    server, engine = ends
+    engine.send(Share(), memory)
+    engine.send(Want(1))
+    packet, fd = server.receive()
+    assert packet == Share() and fd is not None
+    assert os.pread(fd, 10, 0) == b"shared"
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+    assert server.receive() == (Want(1), None)
+
+
+def test_where_nothing_came_the_server_does_not_wait(ends: Ends) -> None:
+    with pytest.raises(BlockingIOError):
+        ends[0].receive()
+
+
+def test_a_question_is_answered_with_a_number_and_a_descriptor(ends: Ends, memory: int) -> None:
+    server, engine = ends
+    server.send(Granted(7), memory)
+    number, fd = engine.ask(Want(7))
+    assert server.receive() == (Want(7), None)
+    assert number == 7 and fd is not None
+    assert os.pread(fd, 10, 0) == b"shared"
+    os.close(fd)
+
+
+def test_a_refusal_is_raised_as_what_it_was(ends: Ends) -> None:
+    server, engine = ends
+    server.send(Refused("busy", "come back later"))
+    with pytest.raises(Busy, match="come back later"):
+        engine.ask(Want(7))
+    server.send(Granted(8))
+    assert engine.ask(Want(8)) == (8, None)
+
+
+def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:
+    server, engine = ends
+    for packet in (Retire(1), Retire(2), Granted(5)):
+        server.send(packet)
+    assert engine.ask(Want(5)) == (5, None)
+    assert engine.late() == [Retire(1), Retire(2)]
+    assert engine.late() == []
+
+
+def test_the_end_of_either_side_is_the_loss_of_it(ends: Ends) -> None:
+    server, engine = ends
+    engine.close()
+    with pytest.raises(Lost, match="is gone"):
+        server.receive()
+    with pytest.raises(Lost, match="is gone"):
+        server.send(Retire(1))
+
+
+def test_an_end_that_dies_with_unread_packets_is_lost_as_well(ends: Ends) -> None:
+    server, engine = ends
+    server.send(Retire(1))
+    engine.send(Want(1))
+    engine.close()
+    with pytest.raises(Lost):
+        while True:
+            server.receive()
+
+
+def test_a_peer_that_does_not_read_does_not_make_the_server_wait(ends: Ends) -> None:
+    with pytest.raises(BlockingIOError):
+        for number in range(1_000_000):
+            ends[0].send(Retire(number))
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(ends: Ends) -> None:
+    server, engine = ends
+    engine.socket.settimeout(0.01)
+    with pytest.raises(Lost, match="did not answer in 0.01 s"):
+        engine.ask(Want(1))
+    with pytest.raises(Lost):
+        server.receive(), server.send(Granted(1))
+    with pytest.raises(Lost):
+        engine.ask(Want(2))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xc1", b"hello", encode_lease(Want(1))[:-1], encode_lease(Want(1)) + b"\0", b"\x91\x09"],
+)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_is_no_packet_is_refused_and_its_descriptors_closed(
+    ends: Ends, memory: int, data: bytes, count: int
+) -> None:
+    server, engine = ends
+    before = open_fds()
+    socket.send_fds(engine.socket, [data], [memory] * count)
+    with pytest.raises(ProtocolError, match="not a packet"):
+        server.receive()
+    assert open_fds() == before
+    engine.send(Want(1))
+    assert server.receive() == (Want(1), None)
+
+
+def test_a_packet_over_the_limit_is_refused(ends: Ends) -> None:
+    ends[1].send(Join(bytes(PACKET_LIMIT)))
+    with pytest.raises(ProtocolError):
+        ends[0].receive()
+
+
+@pytest.mark.parametrize("count", [2, 16, 100])
+def test_more_descriptors_than_one_are_closed(ends: Ends, memory: int, count: int) -> None:
+    server, engine = ends
+    before = open_fds()
+    socket.send_fds(engine.socket, [encode_lease(Share())], [memory] * count)
+    _, fd = server.receive()
+    assert open_fds() == before + 1
+    assert fd is not None
+    os.close(fd)
+
+
+def test_descriptors_beside_an_empty_packet_are_closed(ends: Ends, memory: int) -> None:
+    server, engine = ends
+    before = open_fds()
+    socket.send_fds(engine.socket, [b""], [memory] * 2)
+    with pytest.raises(Lost):
+        server.receive()
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("answer", [Refused("busy", ""), Retire(1)])
+def test_descriptors_beside_an_answer_that_has_none_are_closed(
+    ends: Ends, memory: int, answer: Refused | Retire
+) -> None:
+    server, engine = ends
+    before = open_fds()
+    server.send(answer, memory)
+    server.send(Refused("busy", ""))
+    with pytest.raises(Busy):
+        engine.ask(Want(1))
+    assert open_fds() == before
+
+
+# ---- by path
+
+
+def test_the_listening_socket_is_its_users_alone_whatever_the_umask(directory: Path) -> None:
+    path = directory / "lease"
+    mask = os.umask(0)
+    try:
+        listener = lease_bus.listen(path)
+        assert os.umask(0) == 0
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    listener.close()
+
+
+def test_a_socket_file_that_a_dead_server_left_is_replaced(directory: Path) -> None:
+    path = directory / "lease"
+    lease_bus.listen(path).close()
+    assert path.exists()
+    lease_bus.listen(path).close()
+
+
+def test_a_place_that_cannot_be_listened_at_leaves_nothing_open(directory: Path) -> None:
+    with pytest.raises(OSError):
+        lease_bus.listen(directory / "no" / "such" / "place")
+
+
+def test_a_client_joins_with_its_token_and_both_see_whose_process_it_is(directory: Path) -> None:
+    path = directory / "lease"
+    with lease_bus.listen(path) as listener:
+        # The answer is there before the question: one thread plays both sides.
+        client_socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client_socket.connect(os.fspath(path))
+        server = LeaseSocket(listener.accept()[0])
+        client = LeaseSocket(client_socket)
+        server.send(Granted(0))
+        assert client.ask(Join(b"token")) == (0, None)
+        assert server.receive() == (Join(b"token"), None)
+        assert client.peer_uid() == server.peer_uid() == os.getuid()
+        client.close()
+        server.close()
+
+
+class Answering:
+    """A process that accepts one client and answers its first packet."""
+
+    def __init__(self, listener: socket.socket, answer: bytes) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            listener.setblocking(True)
+            accepted, _ = listener.accept()
+            accepted.recv(PACKET_LIMIT)
+            if answer:
+                accepted.send(answer)
+                accepted.recv(PACKET_LIMIT)
+            os._exit(0)
+
+    def wait(self) -> None:
+        assert os.waitpid(self.pid, 0)[1] == 0
+
+
+def test_connecting_waits_until_the_server_lets_in(directory: Path) -> None:
+    with lease_bus.listen(directory / "lease") as listener:
+        server = Answering(listener, encode_lease(Granted(0)))
+        client = LeaseSocket.connect(directory / "lease", b"token")
+        assert client.peer_uid() == os.getuid()
+        client.close()
+        server.wait()
+
+
+def test_connecting_raises_what_the_server_refuses_with(directory: Path) -> None:
+    with lease_bus.listen(directory / "lease") as listener:
+        server = Answering(listener, encode_lease(Refused("access", "no such token")))
+        with pytest.raises(AccessDenied, match="no such token"):
+            LeaseSocket.connect(directory / "lease", b"token")
+        server.wait()
+
+
+def test_a_server_that_hangs_up_while_one_connects_is_lost(directory: Path) -> None:
+    with lease_bus.listen(directory / "lease") as listener:
+        server = Answering(listener, b"")
+        with pytest.raises(Lost):
+            LeaseSocket.connect(directory / "lease", b"token")
+        server.wait()
+
+
+@pytest.mark.parametrize("name", ["nothing", "file", "dead", "x" * 300])
+def test_where_nobody_listens_it_says_so(directory: Path, name: str) -> None:
+    (directory / "file").touch()
+    lease_bus.listen(directory / "dead").close()
+    with pytest.raises(Unreachable, match=r"no lease socket at .*: \w+"):
+        LeaseSocket.connect(directory / name, b"token")

@@ -1,0 +1,651 @@
+"""The commands, as a user types them: what they say, their exit status, and what they leave."""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq.cli.main import COMMANDS
+from djinn_zmq.errors import DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
+
+FRANCE = "the capital of france is"
+TINY = Path(djinn.__file__).parent / "models" / "tiny"
+WAIT_S = 60.0
+
+
+class Started:
+    """A command that runs on, and what it has said so far, its engine's words among it."""
+
+    def __init__(self, arguments, environment, **options) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment,
+            stdin=options.pop("stdin", subprocess.DEVNULL),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+        self.words = ""
+        self._ended = False
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            with self._news:
+                self.words += line.decode()
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait_for(self, *either: str) -> None:
+        """Until it has said one of these, or has ended."""
+
+        def said() -> bool:
+            return any(words in self.words for words in either)
+
+        with self._news:
+            self._news.wait_for(lambda: said() or self._ended, WAIT_S)
+        assert said(), self.words
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        status = self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        return status
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        self.process.stdout.close()
+        assert "Traceback" not in self.words, self.words
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A user's runtime directory."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def environment(home, tmp_path) -> dict[str, str]:
+    """A user's environment, with nothing of this one's servers and models in it."""
+    clean = {name: value for name, value in os.environ.items() if name != "DJINN_ENDPOINT"}
+    return clean | {"XDG_RUNTIME_DIR": str(home), "DJINN_CACHE": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def start(environment) -> Iterator:
+    """Start `python -m djinn_zmq.server` with options; ended with the test, whatever it is at."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options, **more) -> Started:
+            arguments = ["-m", "djinn_zmq.server", "--threads=1", *map(str, options)]
+            started = Started(arguments, environment, **more)
+            stack.callback(started.close)
+            return started
+
+        yield start
+
+
+@pytest.fixture
+def run(environment):
+    """`djinn …` to its end: (exit status, what it said on stdout, on stderr)."""
+
+    def run(*arguments, module="djinn_zmq.cli.main", **more) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env=environment | more,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """A command that ends at once, with exit status 1 and a single sentence, which it returns."""
+
+    def refused(*arguments, **more) -> str:
+        status, said, complaint = run(*arguments, **more)
+        assert (status, said) == (1, ""), (status, said, complaint)
+        assert complaint.startswith("Error: ") and len(complaint.splitlines()) == 1, complaint
+        return complaint
+
+    return refused
+
+
+@pytest.fixture
+def refused_server(refused):
+    return lambda *options, **more: refused(*options, module="djinn_zmq.server", **more)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_gone(pid: int) -> None:
+    """Blocks until *pid* has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            assert poll.poll(WAIT_S * 1000), f"process {pid} goes on"
+        finally:
+            os.close(handle)
+
+
+def engine_of(endpoint: str) -> int:
+    with djinn.connect(endpoint) as server:
+        return server.status().engines[0].pid
+
+
+# ---- serving
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has a GPU")
+def test_without_a_gpu_the_server_says_so_and_answers_before_its_model_is_loaded(start, home):
+    port = free_port()
+    started = start("--port", port, "--gpu", 0, "--model", "tiny")
+    started.wait_for("djinn: serving at")
+    ipc, tcp = f"ipc://{home}/djinn/djinn.sock", f"tcp://127.0.0.1:{port}"
+    with djinn.connect(ipc) as here, djinn.connect(tcp) as there:
+        assert (here.ping(), there.ping()) == ("serving", "serving")
+        status = here.status()
+        assert status.engines[0].state in ("starting", "loading")
+        assert status.models == ()
+        assert status.endpoints == (ipc, tcp)
+        assert status.pid == started.process.pid
+        for server in (here, there):  # both wait for the model, and get it
+            assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+        engine = here.status().engines[0]
+        assert (engine.state, engine.device) == ("ready", "cpu")
+    assert "djinn: no NVIDIA GPU on this machine (--gpu 0): serving on the CPU" in started.words
+    assert started.end() == 0
+    wait_gone(engine.pid)
+    assert os.listdir(home / "djinn") == []
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lamma"}))
+
+
+@pytest.mark.parametrize(
+    ("breaking", "reason"),
+    [
+        (broken_json, "config.json"),
+        (no_weights, "model.safetensors"),
+        (unknown_architecture, "lamma"),
+    ],
+)
+def test_a_broken_model_directory_is_refused_with_the_reason_and_others_are_served(
+    served, server, tmp_path, breaking, reason
+):
+    folder = tmp_path / "broken"
+    shutil.copytree(TINY, folder)
+    breaking(folder)
+    for _ in range(2):  # it is tried again each time: the user may have mended it
+        with pytest.raises((UnknownModel, ModelRefused), match=reason) as refused:
+            server.model(folder)
+        assert str(folder) in str(refused.value)
+    shutil.rmtree(folder)
+    shutil.copytree(TINY, folder)
+    mended = server.model(folder)
+    assert mended.run(FRANCE).logits.tobytes() == server.model("tiny").run(FRANCE).logits.tobytes()
+    mended.close()
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """A server with float32 and a broken model: its endpoint, and that model's directory."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(TINY, folder / "broken")
+    broken_json(folder / "broken")
+    endpoint, model = folder / "run" / "djinn.sock", folder / "broken"
+    options = ["--port=0", f"--ipc={endpoint}", "--dtype=float32", "--threads=1"]
+    started = Started(["-m", "djinn_zmq.server", *options, f"--model={model}"], os.environ)
+    try:
+        started.wait_for("djinn: serving at")
+        yield f"ipc://{endpoint}", model
+        assert started.end() == 0
+        assert os.listdir(endpoint.parent) == []
+    finally:
+        started.close()
+
+
+def test_a_server_started_with_a_broken_model_answers_and_gives_the_reason(odd):
+    endpoint, folder = odd
+    with djinn.connect(endpoint) as server:
+        assert server.ping() == "serving"
+        with pytest.raises(DjinnError, match=r"config\.json"):
+            server.model(folder)
+        assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+        assert [model.name for model in server.status().models] == ["tiny"]
+
+
+def test_dtype_float32_serves_float32_whatever_is_stored(odd, tiny, run):
+    endpoint, _ = odd
+    stored = tiny.run(FRANCE, stop_at=2).checkpoint.hidden.fetch()
+    assert stored.dtype == ml_dtypes.bfloat16
+    with djinn.connect(endpoint) as server:
+        model = server.model("tiny")
+        assert (model.dtype, model.info.nbytes) == ("float32", 2 * tiny.info.nbytes)
+        point = model.run(FRANCE, stop_at=2).checkpoint
+        assert point.dtype == point.hidden.fetch().dtype == np.float32
+        assert point.nbytes == 2 * stored.nbytes
+        near = np.abs(point.hidden.fetch() - stored.astype(np.float32)).max()
+        assert 0 < near < 0.1 * np.abs(stored.astype(np.float32)).max()
+        done = point.resume()
+        assert done.logits.dtype == np.float32 and done.top(1)[0].token == "paris"
+        assert done.logits.tobytes() == model.run(FRANCE).logits.tobytes()
+        assert "float32" in run("ps", "--server", endpoint)[1]
+
+
+# ---- refusing to serve
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines: give --keys"),
+        (["--host", "::"], "--host :: can be reached from other machines: give --keys"),
+        (["--host", "example.org"], "--host example.org can be reached from other machines"),
+        (["--model", "nonsense"], '"nonsense" is no served name (tiny), no directory, and no hub'),
+        (["--model", "./nothing"], '"./nothing" is no served name (tiny), no directory'),
+        (["--model", str(TINY.parent)], "models holds no model: it has no config.json"),
+        (["--keys", "/nowhere"], "no /nowhere/server.key: make it with 'djinn keys new server"),
+        (["--ipc", "/" + "x" * 120], "is too long: with its suffixes 131 bytes, at most 107 fit"),
+    ],
+)
+def test_a_server_that_cannot_serve_says_why_in_one_sentence(refused_server, home, options, words):
+    assert words in refused_server("--port", free_port(), *options)
+    folder = home / "djinn"
+    assert not folder.exists() or os.listdir(folder) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "65536"],
+        ["--port", "-1"],
+        ["--port", "http"],
+        ["--gpu", "-1"],
+        ["--threads", "0"],
+        ["--host-memory", "0"],
+        ["--grace-s", "0"],
+        ["--dtype", "int8"],
+        ["--device", "cuda"],
+        ["--frobnicate"],
+        ["tiny"],
+    ],
+)
+def test_a_wrong_option_is_a_usage_error_that_names_it(run, home, options):
+    status, said, complaint = run("serve", *options)
+    assert (status, said) == (2, "")
+    assert complaint.splitlines()[-1].startswith("Error: ")
+    assert options[0] in complaint
+    assert os.listdir(home) == []
+
+
+def test_a_second_server_on_a_socket_is_refused_by_name_and_the_first_goes_on(
+    served, tiny, refused_server
+):
+    files = sorted(os.listdir(served.path.parent))
+    complaint = refused_server("--port", 0, "--ipc", served.path)
+    assert f"a server already serves {served.path}: stop it with 'djinn stop'" in complaint
+    assert sorted(os.listdir(served.path.parent)) == files
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+    with served.connect() as newcomer:
+        assert newcomer.ping() == "serving"
+
+
+def test_a_port_in_use_is_refused_by_name_and_nothing_of_the_second_server_stays(
+    served, tiny, refused_server, home
+):
+    port = served.tcp.rpartition(":")[2]
+    complaint = refused_server("--port", port)
+    assert f"tcp://127.0.0.1:{port} is in use by another process" in complaint
+    assert os.listdir(home / "djinn") == []
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_the_ipc_path_never_costs_a_file_that_is_no_socket(refused_server, home):
+    precious = home / "notes.txt"
+    precious.write_text("keep me")
+    (home / "folder").mkdir()
+    for path in (precious, home / "folder"):
+        assert f"{path} exists and is no socket" in refused_server("--port", 0, "--ipc", path)
+    assert precious.read_text() == "keep me"
+    assert sorted(os.listdir(home)) == ["folder", "notes.txt"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_a_runtime_directory_that_others_can_enter_is_refused(refused, refused_server, home, mode):
+    (home / "djinn").mkdir()
+    (home / "djinn").chmod(mode)
+    words = f"{home}/djinn must be a directory of uid {os.getuid()} with mode 0700: it belongs to"
+    assert words in refused_server("--port", 0)
+    assert words in refused("ps")
+    assert words in refused_server("--port", 0, "--ipc", home / "djinn" / "x.sock")
+    assert os.listdir(home / "djinn") == []
+
+
+def test_a_runtime_directory_that_is_a_link_is_refused(refused_server, home, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (home / "djinn").symlink_to(tmp_path / "elsewhere")
+    assert "must be a directory of uid" in refused_server("--port", 0)
+
+
+def test_an_ipv6_loopback_is_served_or_refused_by_name(start):
+    port = free_port()
+    started = start("--port", port, "--host", "::1")
+    started.wait_for("djinn: serving at", "Error: ")
+    if "Error: " in started.words:
+        assert started.wait() == 1
+        assert f"cannot bind tcp://[::1]:{port}" in started.words
+        return
+    with djinn.connect(f"tcp://[::1]:{port}") as server:
+        assert server.ping() == "serving"
+    assert started.end() == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
+def test_any_loopback_address_is_served_without_keys(start, host):
+    port = free_port()
+    started = start("--port", port, "--host", host)
+    started.wait_for("djinn: serving at")
+    with djinn.connect(f"tcp://{host}:{port}") as server:
+        assert server.ping() == "serving"
+    assert started.end() == 0
+
+
+# ---- looking
+
+
+def test_ps_shows_models_engines_sessions_checkpoints_and_memory(served, server, tiny, run):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    status = server.status()
+    code, said, complaint = run("ps", "--server", served.endpoint)
+    assert (code, complaint) == (0, "")
+    blocks = said.strip().split("\n\n")
+    assert blocks[0].startswith(f"djinn {status.version}, pid {status.pid}, up ")
+    assert served.endpoint in blocks[0] and served.tcp in blocks[0]
+    assert "can serve by name: tiny" in said
+    heads = [block.split() for block in blocks]
+    engines, models, sessions = (
+        next(block for block, head in zip(blocks, heads, strict=True) if head[0] == name)
+        for name in ("ENGINE", "MODEL", "SESSION")
+    )
+    assert engines.splitlines()[1].split()[:4] == ["0", "cpu", "ready", str(status.engines[0].pid)]
+    assert models.splitlines()[1].split()[:4] == ["tiny", "LlamaForCausalLM", "4", "64"]
+    mine = next(line for line in sessions.splitlines() if f"{tiny.session:016x}" in line)
+    assert mine.split()[:6] == [
+        f"{tiny.session:016x}",
+        "*",
+        f"uid:{os.getuid()}",
+        "tiny",
+        "open",
+        "1",
+    ]
+    assert blocks[-1].startswith(f"memory: {status.memory.checkpoints} checkpoint")
+    assert point.nbytes <= status.memory.used
+
+
+def test_ps_prints_everything_as_json_too(served, server, tiny, run):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    code, said, _ = run("ps", "--json", "--server", served.endpoint)
+    assert code == 0
+    shown = json.loads(said)
+    status = server.status()
+    assert shown["pid"] == status.pid and shown["endpoints"] == list(status.endpoints)
+    assert shown["models"][0]["name"] == "tiny" and shown["models"][0]["num_layers"] == 4
+    assert shown["engines"][0]["state"] == "ready"
+    mine = next(one for one in shown["sessions"] if one["id"] == tiny.session)
+    assert (mine["checkpoints"], mine["state"], mine["yours"]) == (1, "open", True)
+    assert shown["memory"]["checkpoints"] >= 1 and shown["memory"]["used"] >= point.nbytes
+
+
+def test_ps_goes_to_the_endpoint_of_the_environment_and_over_tcp(served, run):
+    for endpoint in (served.endpoint, served.tcp):
+        code, said, _ = run("ps", DJINN_ENDPOINT=endpoint)
+        assert code == 0 and f"pid {served.process.pid}," in said
+
+
+def test_connect_goes_to_the_endpoint_of_the_environment(served, monkeypatch):
+    monkeypatch.setenv("DJINN_ENDPOINT", served.endpoint)
+    with djinn.connect() as server:
+        assert server.welcome.pid == served.process.pid
+
+
+@pytest.mark.parametrize("command", ["ps", "stop"])
+def test_without_a_server_a_command_says_so_in_one_sentence(refused, home, command):
+    complaint = refused(command)
+    assert f"no server at ipc://{home}/djinn/djinn.sock: start one with 'djinn serve'" in complaint
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("nonsense", "use ipc://PATH or tcp://HOST:PORT"),
+        ("http://localhost", "use ipc://PATH or tcp://HOST:PORT"),
+        ("tcp://localhost", "cannot connect to tcp://localhost"),
+        ("ipc:///nowhere/djinn.sock", "no server at ipc:///nowhere/djinn.sock"),
+    ],
+)
+def test_an_endpoint_that_leads_nowhere_is_refused_in_one_sentence(refused, endpoint, words):
+    assert words in refused("ps", "--server", endpoint)
+    assert words in refused("ps", DJINN_ENDPOINT=endpoint)
+
+
+# ---- ending
+
+
+def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run, home):
+    started = start("--port", free_port(), "--model", "tiny")
+    started.wait_for("djinn: serving at")
+    endpoint = f"ipc://{home}/djinn/djinn.sock"
+    with djinn.connect(endpoint) as server:
+        server.model("tiny").run(FRANCE, stop_at=1)
+        engine = engine_of(endpoint)
+        code, said, complaint = run("stop")
+        assert (code, said, complaint) == (
+            0,
+            f"stopped the server with pid {started.process.pid}\n",
+            "",
+        )
+        with pytest.raises(Lost):
+            server.ping()
+    assert started.wait() == 0
+    assert started.words.endswith("djinn: stopped\n")
+    wait_gone(engine)
+    assert os.listdir(home / "djinn") == []
+    assert run("ps")[0] == 1
+
+
+def test_stop_over_tcp_is_refused(served, refused):
+    assert "only the user who runs the server may stop it" in refused(
+        "stop", "--server", served.tcp
+    )
+    assert served.status().pid == served.process.pid
+
+
+def test_the_files_of_a_killed_server_are_taken_over_by_the_next(start, home):
+    endpoint = f"ipc://{home}/djinn/djinn.sock"
+    first = start("--port", 0)
+    first.wait_for("djinn: serving at")
+    engine = engine_of(endpoint)
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    wait_gone(engine)
+    stale = sorted(os.listdir(home / "djinn"))
+    assert stale[0] == "djinn.sock"
+    with pytest.raises(Unreachable, match="no server answers"):
+        djinn.connect(endpoint, timeout_s=0.2)
+    second = start("--port", 0, "--model", "tiny")
+    second.wait_for("djinn: serving at")
+    with djinn.connect(endpoint) as server:
+        assert server.welcome.pid == second.process.pid
+        assert server.connection.lease is not None  # shared memory works over the new sockets
+        assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+    assert second.end() == 0
+    assert os.listdir(home / "djinn") == []
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["serving", "starting"])
+def test_ctrl_c_in_a_terminal_ends_server_and_engine_and_leaves_nothing(environment, home, loaded):
+    """The terminal sends SIGINT to all of its foreground processes."""
+    master, slave = pty.openpty()
+
+    own_terminal = (
+        "import fcntl, os, sys, termios\n"
+        "os.setsid()\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    serving = ["-m", "djinn_zmq.server", "--port=0", "--threads=1", "--model=tiny"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", own_terminal, *serving],
+        env=environment,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    try:
+        words = read_until(master, "djinn: serving at")
+        endpoint = f"ipc://{home}/djinn/djinn.sock"
+        engine = engine_of(endpoint)
+        if loaded:
+            with djinn.connect(endpoint) as server:
+                server.model("tiny").run(FRANCE, stop_at=1)
+        os.write(master, b"\x03")
+        words += read_until(master, "djinn: stopped")
+        assert process.wait(WAIT_S) == 0
+        assert "Traceback" not in words
+        wait_gone(engine)
+        assert os.listdir(home / "djinn") == []
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(master)
+
+
+def read_until(master: int, words: str) -> str:
+    said = ""
+    limit = time.monotonic() + WAIT_S
+    while words not in said:
+        assert select.select([master], [], [], limit - time.monotonic())[0], said
+        try:
+            said += os.read(master, 4096).decode()
+        except OSError:  # the last process at the other end is gone
+            break
+    assert words in said
+    return said
+
+
+def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environment, home):
+    program = (
+        "import os, djinn_zmq as djinn\n"
+        "with djinn.local('tiny') as model:\n"
+        "    status = model.server.status()\n"
+        "    print(status.pid, status.engines[0].pid, flush=True)\n"
+        "    os.read(0, 1)\n"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with started:
+        try:
+            pids = [int(word) for word in started.stdout.readline().split()]
+            assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+        finally:
+            started.kill()
+    for pid in pids:
+        wait_gone(pid)
+    assert os.listdir(home / "djinn") == []
+
+
+# ---- the rest
+
+
+def test_help_of_every_command_is_there_without_torch(environment):
+    program = (
+        "import sys\n"
+        "from djinn_zmq.cli.main import main\n"
+        "for words in [[], *([name] for name in sys.argv[1:]), ['keys', 'new'], ['keys', 'allow']]:\n"
+        "    main([*words, '--help'], prog_name='djinn', standalone_mode=False)\n"
+        "    for heavy in ('torch', 'transformers', 'cupy'):\n"
+        "        assert heavy not in sys.modules, (words, heavy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *COMMANDS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"Usage: djinn {name}" in done.stdout
+    assert "--private" not in done.stdout
+
+
+def test_a_command_that_does_not_exist_is_a_usage_error(run):
+    status, _, complaint = run("frobnicate")
+    assert status == 2 and "No such command 'frobnicate'" in complaint
+    assert run("--version")[1].startswith("djinn, version ")
+
+
+def test_the_demo_does_the_main_job_and_holds_what_it_shows(run, home):
+    status, said, complaint = run("demo")
+    assert status == 0, (said, complaint)
+    assert complaint == ""
+    assert said.count("✓") >= 4 and "✗" not in said
+    assert "paris" in said and "berlin" in said
+    assert "all of it held, in " in said.splitlines()[-1]
+    assert os.listdir(home / "djinn") == []

@@ -1,0 +1,430 @@
+"""What an engine keeps, with the server's own arenas at the other end of a real lease socket."""
+
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from djinn_zmq.bus import lease as lease_bus
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping
+from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.errors import (
+    AccessDenied,
+    ArenaFull,
+    Lost,
+    ProtocolError,
+    StaleSlot,
+    UnknownCheckpoint,
+)
+from djinn_zmq.memory.arena import GRANULE, OwnArena
+from djinn_zmq.server.arenas import Arenas
+from djinn_zmq.settings import KIB, Settings
+from djinn_zmq.wire.messages import Granted, Join, Kept, Retire
+from djinn_zmq.wire.tensors import Device, Frame, Inline, Slot, Tensor
+
+LIMITS = Settings(host_memory=2048 * KIB, arena=512 * KIB)
+ENGINE = 3  # its index
+IDS = np.arange(10, dtype=np.int64).reshape(2, 5)
+
+
+class ServerSide:
+    """The server's arenas and its ends of engines' lease sockets, answered by a thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self.arenas = Arenas(directory / "lease", LIMITS, lambda peer: None)
+        self._ends: dict[int, LeaseSocket] = {}
+        self._wake, self._stop = socket.socketpair()
+        self._hung_up = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def engine(self) -> Keeping:
+        """A fresh engine's Keeping, with a lease socket of its own."""
+        ours, theirs = lease_bus.pair()
+        self._ends[ours.socket.fileno()] = ours
+        self._stop.send(b"w")  # look at the new one too
+        return Keeping(LIMITS, LeaseSocket(theirs), ENGINE)
+
+    def foreign(self, data: bytes) -> Slot:
+        """A slot with *data* in an arena that is not the engine's: the server's staging."""
+        lease = self.arenas.staging.lease(len(data), 1)
+        lease.view[:] = data
+        return lease.slot
+
+    def settle(self) -> None:
+        """Wait until the end of an engine has been seen."""
+        assert self._hung_up.acquire(timeout=10)
+
+    def _answer(self) -> None:
+        while True:
+            poll = select.poll()
+            for end in (self._wake, *(lease.socket for lease in self._ends.values())):
+                poll.register(end, select.POLLIN)
+            for fd, _ in poll.poll():
+                if fd == self._wake.fileno():
+                    if self._wake.recv(1) == b"s":
+                        return
+                    continue
+                try:
+                    packet, sent_fd = self._ends[fd].receive()
+                except Lost:
+                    self._ends.pop(fd).close()
+                    self._hung_up.release()
+                else:
+                    self.arenas.answer(self._ends[fd], packet, sent_fd, ENGINE)
+
+    def close(self) -> None:
+        self._stop.send(b"s")
+        self._thread.join()
+        for end in (self._wake, self._stop, *self._ends.values()):
+            end.close()
+        self.arenas.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerSide]:
+    with closing(ServerSide(tmp_path)) as answering:
+        yield answering
+
+
+def end(keeping: Keeping) -> None:
+    """As `EngineLoop.close` does, or the kernel."""
+    keeping.close()
+    keeping._lease.close()
+
+
+@contextmanager
+def running(server: ServerSide) -> Iterator[Keeping]:
+    keeping = server.engine()
+    try:
+        yield keeping
+    finally:
+        end(keeping)
+
+
+@pytest.fixture
+def keeping(server: ServerSide) -> Iterator[Keeping]:
+    with running(server) as kept:
+        yield kept
+
+
+def keep(keeping: Keeping, data: torch.Tensor, session: int = 1, layer: int = 2) -> Kept:
+    return keeping.keep(data, session=session, owner="me", run=7, layer=layer, ids=IDS)
+
+
+def kib(count: int, value: int = 0) -> torch.Tensor:
+    return torch.full((count, KIB), value, dtype=torch.uint8)
+
+
+def state_of(keeping: Keeping) -> tuple[int, int, list[int]]:
+    return keeping.pool.used, keeping.pool.mapped, sorted(keeping.entries)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# ---- in and out
+
+
+def test_the_first_arena_is_there_before_anything_is_kept(keeping: Keeping) -> None:
+    assert keeping.pool.mapped == LIMITS.arena and keeping.pool.used == 0
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=TORCH_DTYPES)
+def test_what_is_kept_comes_back_bit_for_bit(keeping: Keeping, dtype: torch.dtype) -> None:
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (2, 5, 8 * 8), dtype=torch.uint8)
+    data = raw.view(dtype)
+    kept = keep(keeping, data)
+    assert kept.tensor.shape == tuple(data.shape) and TORCH_DTYPES[kept.tensor.dtype] == dtype
+    assert (kept.session, kept.run, kept.layer) == (1, 7, 2)
+    assert same_bits(keeping.load(kept.tensor), data)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (1, 1, 1), (2, 5, 8)])
+def test_any_shape_is_kept_and_loaded(keeping: Keeping, shape: tuple[int, ...]) -> None:
+    data = torch.randn(shape)
+    assert same_bits(keeping.load(keep(keeping, data).tensor), data)
+
+
+def test_a_strided_tensor_is_kept_by_its_values(keeping: Keeping) -> None:
+    data = torch.randn(4, 6).T
+    assert same_bits(keeping.load(keep(keeping, data).tensor), data.contiguous())
+
+
+def test_what_is_kept_is_a_copy_and_what_is_loaded_another(keeping: Keeping) -> None:
+    data = torch.randn(2, 5, 8)
+    kept, before = keep(keeping, data), data.clone()
+    data.zero_()
+    loaded = keeping.load(kept.tensor)
+    assert same_bits(loaded, before)
+    loaded.zero_()
+    assert same_bits(keeping.load(kept.tensor), before)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (2, 3)])
+@pytest.mark.parametrize("framed", [False, True], ids=["inline", "frame"])
+def test_tensors_in_a_message_are_loaded(
+    keeping: Keeping, shape: tuple[int, ...], framed: bool
+) -> None:
+    data = torch.randn(shape).bfloat16()
+    raw = data.reshape(-1).view(torch.uint8).numpy().tobytes()
+    where = Frame(1) if framed else Inline(raw)
+    loaded = keeping.load_sent(Tensor("bfloat16", shape, where), [b"other", raw])
+    assert same_bits(loaded, data)
+
+
+def test_a_tensor_in_somebody_elses_arena_is_loaded(server: ServerSide, keeping: Keeping) -> None:
+    data = torch.randn(3, 4)
+    slot = server.foreign(data.numpy().tobytes())
+    assert same_bits(keeping.load_sent(Tensor("float32", (3, 4), slot), ()), data)
+
+
+def test_a_retired_arena_is_let_go_and_its_slots_are_lost(
+    server: ServerSide, keeping: Keeping
+) -> None:
+    slot = server.foreign(b"12345678")
+    tensor = Tensor("uint8", (8,), slot)
+    keeping.load_sent(tensor, ())
+    with pytest.raises(Lost):  # answered after the server's thread is done with the one before
+        keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
+    before = open_descriptors()
+    server.arenas.retire(None)
+    keeping.on_packet(Retire(slot.arena))
+    assert open_descriptors() == before - 3  # the server's, the engine's, and its map's
+    with pytest.raises(Lost, match=f"arena {slot.arena} is gone"):
+        keeping.load_sent(tensor, ())
+
+
+def test_news_of_arenas_never_seen_is_no_news(keeping: Keeping) -> None:
+    keeping.on_packet(Retire(12345))
+    keeping.on_packet(Granted(1))
+    with pytest.raises(ProtocolError, match="Join is not for an engine"):
+        keeping.on_packet(Join(b"token"))
+
+
+# ---- what is refused
+
+
+def test_an_arena_nobody_has_is_lost(keeping: Keeping) -> None:
+    with pytest.raises(Lost, match="arena 999 is gone"):
+        keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
+
+
+def test_a_client_cannot_name_a_slot_where_checkpoints_are_kept(keeping: Keeping) -> None:
+    kept = keep(keeping, torch.randn(2, 5, 8))
+    with pytest.raises(AccessDenied):
+        keeping.load_sent(kept.tensor, ())
+
+
+@pytest.mark.parametrize("nbytes", [GRANULE + 1, 1 << 43])
+def test_a_slot_smaller_than_what_is_claimed_is_refused_before_that_is_allocated(
+    server: ServerSide, keeping: Keeping, nbytes: int
+) -> None:
+    slot = server.foreign(b"12345678")
+    with pytest.raises(ProtocolError, match=f"{nbytes} bytes of slot 0, which has {GRANULE}"):
+        keeping.load_sent(Tensor("uint8", (nbytes,), slot), ())
+
+
+@pytest.mark.parametrize("index", [-1, 128, 1 << 40])
+def test_a_slot_an_arena_does_not_have_is_refused(
+    server: ServerSide, keeping: Keeping, index: int
+) -> None:
+    slot = server.foreign(b"12345678")
+    with pytest.raises(ProtocolError, match=f"slot {index} of an arena"):
+        keeping.load_sent(Tensor("uint8", (8,), Slot(slot.arena, index, 1)), ())
+
+
+def test_a_tensor_on_a_device_is_refused(keeping: Keeping) -> None:
+    with pytest.raises(ProtocolError, match="device tensors are not in the message"):
+        keeping.load(Tensor("uint8", (8,), Device(0, 0, 1)))
+
+
+def test_a_kept_tensor_is_found_by_its_owner_alone(keeping: Keeping) -> None:
+    kept = keep(keeping, torch.randn(2, 5, 8))
+    assert keeping.find(kept.id, "me").kept == kept
+    for number, owner in ((kept.id, "you"), (kept.id + 1, "me"), (0, "me")):
+        with pytest.raises(UnknownCheckpoint, match=f"checkpoint {number:x} does not exist or"):
+            keeping.find(number, owner)
+
+
+def test_a_dtype_that_no_tensor_has_takes_no_slot(keeping: Keeping) -> None:
+    before = state_of(keeping)
+    with pytest.raises(KeyError):
+        keep(keeping, torch.zeros(4, dtype=torch.complex64))
+    assert state_of(keeping) == before
+
+
+def test_where_there_is_no_room_nothing_changes_and_sizes_are_told(keeping: Keeping) -> None:
+    kepts = [keep(keeping, kib(384, number)) for number in range(4)]  # of 512 each
+    before = state_of(keeping)
+    with pytest.raises(ArenaFull) as refused:
+        keep(keeping, kib(384))
+    assert "384.0 KiB asked, 128.0 KiB free in one piece, 512.0 KiB free in" in str(refused.value)
+    assert "limit 2.0 MiB" in str(refused.value)
+    assert state_of(keeping) == before
+    for number, kept in enumerate(kepts):
+        assert same_bits(keeping.load(kept.tensor), kib(384, number))
+    keep(keeping, kib(128))  # what does fit still goes in
+
+
+def test_more_than_the_limit_never_fits(keeping: Keeping) -> None:
+    before = state_of(keeping)
+    with pytest.raises(ArenaFull, match="4.0 MiB asked"):
+        keep(keeping, kib(4096))
+    assert state_of(keeping) == before
+
+
+# ---- ends
+
+
+def test_what_is_dropped_is_gone_and_its_room_free(keeping: Keeping) -> None:
+    kepts = [keep(keeping, kib(8)) for _ in range(3)]
+    keeping.drop([kepts[0].id, kepts[2].id, 12345])
+    assert list(keeping.entries) == [kepts[1].id]
+    assert keeping.pool.used == 8 * KIB
+    with pytest.raises(StaleSlot):
+        keeping.load(kepts[0].tensor)
+    with pytest.raises(UnknownCheckpoint):
+        keeping.find(kepts[0].id, "me")
+    keeping.drop([kepts[0].id])  # a second time: nothing
+    assert keeping.pool.used == 8 * KIB
+
+
+def test_a_slot_that_is_used_again_is_stale_to_those_who_knew_it(keeping: Keeping) -> None:
+    old = keep(keeping, kib(8, 1))
+    keeping.drop([old.id])
+    new = keep(keeping, kib(8, 2))
+    assert new.tensor.where.index == old.tensor.where.index
+    with pytest.raises(StaleSlot):
+        keeping.load(old.tensor)
+    assert same_bits(keeping.load(new.tensor), kib(8, 2))
+
+
+def test_a_session_that_ends_leaves_nothing_and_the_others_all(keeping: Keeping) -> None:
+    mine = [keep(keeping, kib(8), session=1, layer=layer) for layer in (0, 3, -1)]
+    other = keep(keeping, kib(8, 5), session=2)
+    keeping.drop_session(1)
+    assert list(keeping.entries) == [other.id]
+    assert keeping.pool.used == 8 * KIB
+    for kept in mine:
+        with pytest.raises(StaleSlot):
+            keeping.load(kept.tensor)
+    assert same_bits(keeping.load(other.tensor), kib(8, 5))
+    keeping.drop_session(1)
+    keeping.drop_session(2)
+    assert state_of(keeping) == (0, LIMITS.arena, [])
+
+
+def test_closing_closes_every_descriptor(server: ServerSide) -> None:
+    slot = server.foreign(b"1")
+    before = open_descriptors()
+    keeping = server.engine()
+    for _ in range(3):
+        keep(keeping, kib(400))
+    keeping.load_sent(Tensor("uint8", (1,), slot), ())
+    end(keeping)
+    server.settle()
+    server.arenas.retire(ENGINE)
+    assert open_descriptors() == before
+
+
+# ---- a successor
+
+
+def test_a_successor_takes_over_what_its_predecessor_kept(server: ServerSide) -> None:
+    dead = server.engine()
+    data = torch.randn(2, 5, 8)
+    kept, more = keep(dead, data), keep(dead, kib(48, 9), session=2)
+    end(dead)
+    with running(server) as keeping:
+        assert keeping.adopt([kept], IDS, "me") == []
+        assert keeping.adopt([more], IDS, "you") == []
+        assert same_bits(keeping.load(kept.tensor), data)
+        entry = keeping.find(kept.id, "me")
+        assert entry.kept == kept and (entry.ids == IDS).all()
+        with pytest.raises(UnknownCheckpoint):
+            keeping.find(more.id, "me")
+        keeping.drop_session(1)
+        with pytest.raises(StaleSlot):
+            keeping.load(kept.tensor)
+        assert same_bits(keeping.load(more.tensor), kib(48, 9))
+
+
+def test_an_adopted_tensor_is_not_written_over(server: ServerSide) -> None:
+    dead = server.engine()
+    kept = keep(dead, kib(16, 1))
+    end(dead)
+    with running(server) as keeping:
+        keeping.adopt([kept], IDS, "me")
+        keeping.finish_adopting()
+        with pytest.raises(ArenaFull):
+            while True:
+                keep(keeping, kib(64, 2))
+        assert same_bits(keeping.load(kept.tensor), kib(16, 1))
+
+
+def test_what_nobody_adopts_is_free_again(server: ServerSide) -> None:
+    dead = server.engine()
+    kept, unclaimed = keep(dead, kib(16)), keep(dead, kib(16))
+    end(dead)
+    with running(server) as keeping:
+        keeping.adopt([kept], IDS, "me")
+        assert keeping.pool.used == 32 * KIB
+        keeping.finish_adopting()
+        assert keeping.pool.used == 16 * KIB
+        with pytest.raises(StaleSlot):
+            keeping.load(unclaimed.tensor)
+
+
+def test_what_cannot_be_adopted_is_named_lost_and_the_rest_is_taken(server: ServerSide) -> None:
+    dead = server.engine()
+    good, dropped = keep(dead, kib(16, 1)), keep(dead, kib(16, 2))
+    dead.drop([dropped.id])
+    end(dead)
+    good_slot = good.tensor.where
+    wheres = [Slot(999, 0, 1), Slot(good_slot.arena, 1 << 30, 1), Device(0, 0, 1)]
+    others = [Kept(100 + n, 1, 7, 2, Tensor("uint8", (8,), w)) for n, w in enumerate(wheres)]
+    too_large = Kept(200, 1, 7, 2, Tensor("uint8", (17 * KIB,), good_slot))
+    with running(server) as keeping:
+        lost = keeping.adopt([*others, too_large, good, dropped], IDS, "me")
+        assert lost == [100, 101, 102, 200, dropped.id]
+        assert list(keeping.entries) == [good.id]
+        assert same_bits(keeping.load(good.tensor), kib(16, 1))
+
+
+def test_a_successor_starts_also_where_its_predecessor_used_all_the_memory(
+    server: ServerSide,
+) -> None:
+    dead = server.engine()
+    kepts = [keep(dead, kib(512, number)) for number in range(4)]
+    end(dead)
+    with running(server) as keeping:
+        assert keeping.adopt(kepts, IDS, "me") == []
+        for number, kept in enumerate(kepts):
+            assert same_bits(keeping.load(kept.tensor), kib(512, number))
+        with pytest.raises(ArenaFull):
+            keep(keeping, kib(1))
+        keeping.drop([kepts[0].id])
+        keep(keeping, kib(512))
+
+
+def test_an_arena_of_a_dead_engine_is_leased_from_by_its_successor_alone(
+    server: ServerSide,
+) -> None:
+    dead = server.engine()
+    kept = keep(dead, kib(16))
+    end(dead)
+    with running(server) as keeping:
+        keeping.adopt([kept], IDS, "me")
+        arena = keeping.pool.arenas[kept.tensor.where.arena]
+        assert isinstance(arena, OwnArena) and len(arena.leases) == 1

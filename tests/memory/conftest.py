@@ -1,0 +1,17 @@
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """Every test ends with the descriptors it began with, and with nothing in /dev/shm."""
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    yield
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert not [path for path in Path("/dev/shm").iterdir() if "djinn" in path.name]
