@@ -102,6 +102,7 @@ def running(name: str, *arguments: str) -> Iterator[tuple[str, int]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # as Djinn's processes: the scheduler shares time by session
         cwd=Path(__file__).parent.parent,
     )
     try:

@@ -57,6 +57,7 @@ def running(kind: str) -> Iterator[tuple[str, int]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # as Djinn's processes: the scheduler shares time by session
         cwd=Path(__file__).parent.parent,
     )
     try:

@@ -119,14 +119,17 @@ def main(samples: int | None, pin: bool, path: Path | None, quick: bool) -> None
     click.echo(results.machine)
     begin = time.monotonic()
     pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
-    with sockets_folder() as folder, own_server(folder) as served:
-        with cases(served, array) as (calls, pids):
-            results.pinned += [
-                pinning.pin("client", [os.getpid()], client_cpus),
-                pinning.pin("servers", [*served.pids, *pids], server_cpus),
-            ]
-            click.echo("\n" + "\n".join(str(one) for one in results.pinned))
-            taken = interleaved(calls, Plan.of(count, 20, warm_up=3, settle=1))
+    with (
+        sockets_folder() as folder,
+        own_server(folder) as served,
+        cases(served, array) as (calls, pids),
+    ):
+        results.pinned += [
+            pinning.pin("client", [os.getpid()], client_cpus),
+            pinning.pin("servers", [*served.pids, *pids], server_cpus),
+        ]
+        click.echo("\n" + "\n".join(str(one) for one in results.pinned))
+        taken = interleaved(calls, Plan.of(count, 20, warm_up=3, settle=1))
     results.samples += taken.values()
     results.ratios += [
         ratio(taken[name], taken[RAW], limit=limit) for name, limit in LIMITS.items()

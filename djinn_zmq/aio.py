@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation
+from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation, Parcel
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
@@ -122,7 +122,7 @@ class AsyncConnection(Connection):
             return
         while self._take_one():
             pass
-        if not self.alive():
+        if not self._watched or not self.alive():  # once gone it stays gone
             self._stop_watching()
             self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
         self._tell_waiting()
@@ -161,6 +161,10 @@ class AsyncConnection(Connection):
         for fd in self._watched:
             self._loop.remove_reader(fd)
         self._watched.clear()
+
+    def settle(self, parcel: Parcel) -> None:
+        if not self.closed:  # else its memory went with the connection
+            super().settle(parcel)
 
     def close(self) -> None:
         self._stop_watching()

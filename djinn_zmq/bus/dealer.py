@@ -11,6 +11,8 @@ from djinn_zmq.bus.router import (
     HEARTBEAT_MS,
     HEARTBEAT_TIMEOUT_MS,
     KERNEL_BUFFER,
+    LAST_PORT,
+    port_fits,
 )
 from djinn_zmq.errors import Busy, ProtocolError, RequestError, Unreachable
 from djinn_zmq.settings import Settings
@@ -33,6 +35,8 @@ class Dealer:
             raise RequestError(
                 f'endpoint "{endpoint}" is not understood: use ipc://PATH or tcp://HOST:PORT'
             )
+        if not port_fits(endpoint):
+            raise RequestError(f"cannot connect to {endpoint}: a port is at most {LAST_PORT}")
         if scheme == "ipc" and not os.path.exists(rest):
             raise Unreachable(f"no server at {endpoint}: start one with 'djinn serve'")
         # A context of its own: closing this client cannot wait for another's messages.

@@ -97,8 +97,10 @@ class LeaseSocket:
             self.socket.shutdown(socket.SHUT_RDWR)
         return Lost(f"the lease socket did not answer in {self.socket.gettimeout():g} s")
 
-    def ask(self, packet: messages.Lease, fd: int | None = None) -> tuple[int, int | None]:
-        """Send, wait for the answer; (arena number, descriptor). Needs a blocking socket.
+    def ask(
+        self, packet: messages.Lease, fd: int | None = None
+    ) -> tuple[messages.Granted, int | None]:
+        """Send, wait for the answer; what was granted, and a descriptor. Needs a blocking socket.
 
         Raises what the other end refused with.
         """
@@ -106,7 +108,7 @@ class LeaseSocket:
         while True:
             answer, answer_fd = self.receive()
             if isinstance(answer, messages.Granted):
-                return answer.arena, answer_fd
+                return answer, answer_fd
             if answer_fd is not None:
                 os.close(answer_fd)
             if isinstance(answer, messages.Refused):

@@ -18,6 +18,7 @@ KERNEL_BUFFER = 8 * 1024 * 1024  # bytes; with 1 MiB messages this is raw TCP's 
 HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose machine went away
 HEARTBEAT_TIMEOUT_MS = 30_000
 HANDSHAKE_MS = 5_000
+LAST_PORT = 65535
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Router:
 
         Raises AddressInUse for a port that is taken, StartError for an address that is not ours.
         """
+        if not port_fits(endpoint):
+            raise StartError(f"cannot bind {endpoint}: a port is at most {LAST_PORT}")
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as exc:
@@ -147,6 +150,12 @@ class Router:
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
                 _unlink_socket(Path(endpoint.removeprefix("ipc://")))
+
+
+def port_fits(endpoint: str) -> bool:
+    """False for a tcp port beyond the last one: libzmq takes it modulo 65536, without a word."""
+    scheme, _, port = endpoint.rpartition(":")
+    return not scheme.startswith("tcp") or not port.isdecimal() or int(port) <= LAST_PORT
 
 
 def _property(frame: zmq.Frame, name: str) -> str:

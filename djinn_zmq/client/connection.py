@@ -305,8 +305,8 @@ class Connection:
 
     def _share(self, arena: OwnArena) -> int:
         assert self.lease is not None
-        number, _ = self.lease.ask(messages.Share(), arena.fd)
-        return number
+        granted, _ = self.lease.ask(messages.Share(), arena.fd)
+        return granted.arena
 
     def settle(self, parcel: "Parcel") -> None:
         """The request is answered: what travelled with it comes back."""

@@ -52,30 +52,35 @@ class Keeping:
         self.pool = Pool(settings.host_memory, settings.arena, self._share, f"engine-{index}")
         self.entries: dict[int, Entry] = {}
         self._lease = lease
-        self._foreign: dict[int, Arena] = {}  # clients' and the server's staging arenas
+        self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
         self.prepare()
 
     # ---- arenas
 
     def _share(self, arena: OwnArena) -> int:
-        number, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
+        granted, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
         self.device.attach(arena)
-        return number
+        return granted.arena
 
     def _arena(self, number: int) -> Arena:
-        arena: Arena | None = self.pool.arenas.get(number) or self._foreign.get(number)
-        if arena is None:
-            _, fd = self._lease.ask(Want(number))
+        own = self.pool.arenas.get(number)
+        return self._foreign_arena(number)[0] if own is None else own
+
+    def _foreign_arena(self, number: int) -> tuple[Arena, str]:
+        """An arena that somebody else leases, and whose tensors it carries. Mapped on first use."""
+        found = self._foreign.get(number)
+        if found is None:
+            granted, fd = self._lease.ask(Want(number))
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
-            arena = self._foreign[number] = Arena(number, fd)
-            self.device.attach(arena)
-        return arena
+            found = self._foreign[number] = (Arena(number, fd), granted.owner)
+            self.device.attach(found[0])
+        return found
 
     def on_packet(self, packet: object) -> None:
         """News from the server on the lease socket."""
         if isinstance(packet, Retire) and packet.arena in self._foreign:
-            arena = self._foreign.pop(packet.arena)
+            arena, _ = self._foreign.pop(packet.arena)
             self.device.detach(arena)
             arena.close()
         elif not isinstance(packet, (Retire, Granted)):
@@ -124,17 +129,21 @@ class Keeping:
             return np.frombuffer(arena.view(tensor.where, tensor.nbytes), np.uint8)
         return view(tensor, buffers).reshape(-1).view(np.uint8)
 
-    def load_sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> torch.Tensor:
-        """The same for a client's own tensor. Never out of the arenas where checkpoints are kept.
+    def load_sent(
+        self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
+    ) -> torch.Tensor:
+        """The same for a tensor that a client of *owner*'s sent.
 
-        Raises AccessDenied for those: whoever guesses a slot there must not read it.
+        Raises AccessDenied for a slot of somebody else's: whoever guesses one must not read it.
         """
-        self._refuse_own(tensor)
+        self._check_owner(tensor, owner)
         return self.load(tensor, buffers)
 
-    def ids_sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> np.ndarray:
+    def ids_sent(
+        self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
+    ) -> np.ndarray:
         """A client's token ids, int64, copied to host memory whatever the device."""
-        self._refuse_own(tensor)
+        self._check_owner(tensor, owner)
         if tensor.dtype != "int64":
             raise ProtocolError(f"token ids of dtype {tensor.dtype}: int64")
         ids = self._bytes(tensor, buffers).copy()
@@ -142,9 +151,12 @@ class Keeping:
             self._arena(tensor.where.arena).check(tensor.where)
         return ids.view(np.int64).reshape(tensor.shape)
 
-    def _refuse_own(self, tensor: Tensor) -> None:
-        if isinstance(tensor.where, Slot) and tensor.where.arena in self.pool.arenas:
-            raise AccessDenied(f"arena {tensor.where.arena} is the engine's own")
+    def _check_owner(self, tensor: Tensor, owner: str) -> None:
+        if not isinstance(tensor.where, Slot):
+            return
+        number = tensor.where.arena
+        if number in self.pool.arenas or self._foreign_arena(number)[1] != owner:
+            raise AccessDenied(f"arena {number} is not yours to send tensors in")
 
     def find(self, number: int, owner: str) -> Entry:
         """The kept tensor *number*, if *owner* may see it."""
@@ -200,5 +212,5 @@ class Keeping:
 
     def close(self) -> None:
         self.pool.close()
-        for arena in self._foreign.values():
-            arena.close()
+        for foreign, _ in self._foreign.values():
+            foreign.close()

@@ -31,6 +31,7 @@ from djinn_zmq.errors import (
     DeadlineExceeded,
     DjinnError,
     Lost,
+    PromptError,
     RunError,
     UnknownSession,
 )
@@ -43,6 +44,7 @@ from djinn_zmq.wire.tensors import view
 
 _log = logging.getLogger(__name__)
 
+PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 ANSWERS_LIMIT = 16  # of each session, for a retry
 ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs again
 
@@ -212,13 +214,17 @@ class EngineLoop:
             if active.header.request == header.request:
                 active.envelope = envelope  # asked again while it runs: answer the newer asker
                 return
-        model = self._models.get(session.model)
-        if model is None:
-            raise Lost(f'"{session.model}" could not be loaded again after the engine\'s restart')
+        model = self._model_of(session)
         begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
         shared = bool(header.flags & Flag.SHARED)
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
         self._turns.add(Active(job, turns, envelope, header))
+
+    def _model_of(self, session: EngineSession) -> ServedModel:
+        model = self._models.get(session.model)
+        if model is None:
+            raise Lost(f'"{session.model}" could not be loaded again after the engine\'s restart')
+        return model
 
     def _cancel(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -232,14 +238,16 @@ class EngineLoop:
     def _tokens(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
-        model = self._models[session.model]
+        model = self._model_of(session)
         asked: messages.Tokens = message.meta
         if asked.ids is None:
             ids = model.encode((asked.text,))[0]
         else:
-            ids = self._keeping.ids_sent(asked.ids, message.buffers).reshape(-1)
+            ids = self._keeping.ids_sent(asked.ids, message.buffers, session.owner).reshape(-1)
             if ids.size:
                 model.check_ids(ids.reshape(-1, 1))
+        if ids.size > PIECES_LIMIT:
+            raise PromptError(f"{ids.size} tokens to spell out: at most {PIECES_LIMIT} at once")
         meta, buffers = replies.of_tokens(ids, model.pieces(ids))
         self._answer(envelope, message.header, meta, buffers)
 

@@ -85,7 +85,7 @@ class Runner:
         """A job for a fresh run. Raises RequestError for what cannot be run; nothing is done yet."""
         with watch.span("decode"):
             if asked.ids is not None:
-                ids = self._keeping.ids_sent(asked.ids, buffers)
+                ids = self._keeping.ids_sent(asked.ids, buffers, session.owner)
             else:
                 ids = model.encode(asked.text)
             model.check_ids(ids)
@@ -117,7 +117,7 @@ class Runner:
                 _check_hidden(asked.hidden, entry.kept.tensor)
         with watch.span("restore"):
             if asked.hidden is not None:
-                hidden = self._keeping.load_sent(asked.hidden, buffers)
+                hidden = self._keeping.load_sent(asked.hidden, buffers, session.owner)
             else:
                 hidden = self._keeping.load(entry.kept.tensor)
         if asked.edits:
@@ -125,7 +125,7 @@ class Runner:
                 hidden = editing.apply(
                     hidden,
                     asked.edits,
-                    lambda tensor: self._keeping.load_sent(tensor, buffers),
+                    lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
                     lambda number: self._source(number, session, model),
                 )
         job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch)

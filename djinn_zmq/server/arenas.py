@@ -15,7 +15,7 @@ from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.errors import AccessDenied, ArenaFull, DjinnError, Lost, ProtocolError
 from djinn_zmq.memory import shared
-from djinn_zmq.memory.arena import Arena, OwnArena, Pool
+from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena, Pool
 from djinn_zmq.server.registry import Peer
 from djinn_zmq.settings import Settings, format_bytes
 from djinn_zmq.wire import messages
@@ -24,12 +24,15 @@ from djinn_zmq.wire.tensors import Slot
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """An arena as the server keeps it. by: the Peer or the engine's index that leases its slots;
-    None for the server's own."""
+    """An arena as the server keeps it.
+
+    by: the Peer or the engine's index that leases its slots; for the server's own, the owner whose
+    uploads it holds.
+    """
 
     fd: int
     nbytes: int
-    by: Peer | int | None
+    by: Peer | int | str
     mapped: Arena | None = None
 
 
@@ -47,7 +50,7 @@ class Arenas:
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         self._connections: dict[int, tuple[LeaseSocket, Peer | None]] = {}
-        self.staging = Pool(settings.client_arenas, settings.arena, self._register_own, "staging")
+        self._staging: dict[str, Pool] = {}  # by owner: an arena never holds two owners' bytes
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -85,7 +88,7 @@ class Arenas:
             packet, sent_fd = connection.receive()
             if isinstance(packet, messages.Join) and peer is None:
                 peer = self._join(fd, connection, packet)
-                connection.send(messages.Granted(0))
+                connection.send(messages.Granted(0, ""))
             elif peer is not None:
                 self.answer(connection, packet, sent_fd, peer)
             else:
@@ -132,7 +135,7 @@ class Arenas:
         """Answer one packet of a client or an engine; *fd* came with it and is taken over."""
         try:
             if isinstance(packet, messages.Share) and fd is not None:
-                connection.send(messages.Granted(self._take(fd, by)))
+                connection.send(messages.Granted(self._take(fd, by), ""))
             elif isinstance(packet, messages.Want):
                 self._hand_over(connection, packet.arena, by)
             else:
@@ -147,8 +150,9 @@ class Arenas:
                 self._settings.client_arenas if isinstance(by, Peer) else self._settings.host_memory
             )
             already = sum(arena.nbytes for arena in self._shared.values() if arena.by == by)
-            # The table of an arena comes on top of what it can hold: an eighth of a percent or so.
-            if already + nbytes > limit + limit // 64:
+            count = 1 + sum(arena.by == by for arena in self._shared.values())
+            # Tables come on top of what arenas hold: 8 bytes a granule, a header, and rounding.
+            if already + nbytes > limit + limit // 512 + count * 2 * GRANULE:
                 raise ArenaFull(
                     f"{format_bytes(nbytes)} shared, {format_bytes(max(0, limit - already))} free, "
                     f"limit {format_bytes(limit)}"
@@ -163,8 +167,29 @@ class Arenas:
         self._shared[self._last] = arena
         return self._last
 
-    def _register_own(self, arena: OwnArena) -> int:
-        return self._number(Shared(os.dup(arena.fd), arena.nbytes, None))
+    def staging(self, owner: str) -> Pool:
+        """Where *owner*'s uploads go."""
+        pool = self._staging.get(owner)
+        if pool is None:
+            limit, nbytes = self._settings.client_arenas, self._settings.arena // 4
+
+            def register(arena: OwnArena) -> int:
+                return self._number(Shared(os.dup(arena.fd), arena.nbytes, owner))
+
+            pool = self._staging[owner] = Pool(limit, nbytes, register, "staging")
+        return pool
+
+    def staged(self) -> int:
+        """Bytes in slots of uploads."""
+        return sum(pool.used for pool in self._staging.values())
+
+    def end_staging(self, owner: str) -> list[int]:
+        """*owner* has no connection any more: let go of its arenas. Returns their numbers."""
+        pool = self._staging.pop(owner, None)
+        if pool is None:
+            return []
+        pool.close()
+        return self.retire(owner)
 
     def _hand_over(self, connection: LeaseSocket, number: int, by: Peer | int) -> None:
         arena = self._shared.get(number)
@@ -172,13 +197,14 @@ class Arenas:
             raise Lost(f"arena {number} is gone")
         # Only the leasing side writes. An engine that follows a dead one takes over its arenas.
         if by == arena.by and isinstance(by, int):
-            connection.send(messages.Granted(number), arena.fd)
+            connection.send(messages.Granted(number, ""), arena.fd)
             return
         if isinstance(by, Peer) and not isinstance(arena.by, int):
             raise AccessDenied(f"arena {number} is not an engine's")
         fd = shared.read_only(arena.fd)
         try:
-            connection.send(messages.Granted(number), fd)
+            owner = arena.by.owner if isinstance(arena.by, Peer) else arena.by
+            connection.send(messages.Granted(number, owner if isinstance(owner, str) else ""), fd)
         finally:
             os.close(fd)
 
@@ -197,7 +223,7 @@ class Arenas:
             arena.mapped = Arena(slot.arena, os.dup(arena.fd))
         return arena.mapped
 
-    def retire(self, by: Peer | int, keep: frozenset[int] = frozenset()) -> list[int]:
+    def retire(self, by: Peer | int | str, keep: frozenset[int] = frozenset()) -> list[int]:
         """Let go of the arenas *by* shared, but for those in *keep*. Returns their numbers.
 
         A live process might still write into them, so they are never handed out again.
@@ -216,7 +242,8 @@ class Arenas:
     def close(self) -> None:
         for fd in list(self._connections):
             self._hang_up(fd)
-        self.staging.close()
+        for pool in self._staging.values():
+            pool.close()
         for arena in self._shared.values():
             if arena.mapped is not None:
                 arena.mapped.close()

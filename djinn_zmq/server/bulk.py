@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from djinn_zmq.errors import ProtocolError, RequestError
-from djinn_zmq.memory.arena import Lease
+from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.registry import KeptRecord
 from djinn_zmq.settings import MIB, Settings
@@ -64,9 +64,9 @@ class Arriving:
         return self.received == self.nbytes
 
 
-def begin(header: Header, asked: Upload, arenas: Arenas, settings: Settings) -> Arriving:
+def begin(header: Header, asked: Upload, staging: Pool, settings: Settings) -> Arriving:
     """A slot for an upload. Raises RequestError for a size it cannot have, ArenaFull for no room."""
     if not 0 < asked.nbytes <= settings.client_arenas:
         raise RequestError(f"an upload of {asked.nbytes} bytes: 1 to {settings.client_arenas}")
-    lease = arenas.staging.lease(asked.nbytes, header.session)
+    lease = staging.lease(asked.nbytes, header.session)
     return Arriving(header, lease, asked.nbytes)

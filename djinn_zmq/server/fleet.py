@@ -127,7 +127,7 @@ class Fleet:
     def close(self, session: Session) -> None:
         """End *session*, wherever it stands: runs are cancelled, slots come back."""
         self._registry.close(session)
-        self._arenas.staging.reclaim(session.id)
+        self._arenas.staging(session.owner).reclaim(session.id)
         engine = self.engines[session.engine]
         try:
             engine.tell(Op.LEAVE, Leave(), session=session.id)

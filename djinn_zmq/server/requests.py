@@ -109,7 +109,7 @@ class Requests:
                     limit=self._settings.host_memory,
                     arenas=self._arenas.nbytes(),
                     used=sum(record.kept.tensor.nbytes for record in kept)
-                    + self._arenas.staging.used,
+                    + self._arenas.staged(),
                     checkpoints=sum(record.kept.layer >= 0 for record in kept),
                 ),
             ),
@@ -148,7 +148,7 @@ class Requests:
                 kept.append(number)
             else:
                 _, tensor = self._uploads.pop(number)
-                self._arenas.staging.give_back(tensor.where)
+                self._arenas.staging(session.owner).give_back(tensor.where)
         if kept:
             engine = self._fleet.engines[session.engine]
             engine.tell(Op.DROP, messages.Drop(tuple(kept)), session=session.id)
@@ -164,7 +164,7 @@ class Requests:
         key = (peer.envelope, header.request)
         if key in self._arriving:
             raise ProtocolError(f"request {header.request} is an upload already")
-        self._arriving[key] = bulk.begin(header, meta, self._arenas, self._settings)
+        self._arriving[key] = bulk.begin(header, meta, self._arenas.staging(peer.owner), self._settings)
 
     def _chunk(
         self, peer: Peer, header: Header, meta: messages.Chunk, buffers: list[memoryview]
@@ -177,7 +177,7 @@ class Requests:
             whole = arriving.take(meta, buffers)
         except DjinnError:
             self._arriving.pop(key)
-            self._arenas.staging.give_back(arriving.lease.slot)
+            self._arenas.staging(peer.owner).give_back(arriving.lease.slot)
             raise
         if not whole:
             return None
@@ -191,7 +191,7 @@ class Requests:
     def forget_peer(self, peer: Peer) -> None:
         """Drop what *peer* was still sending."""
         for key in [key for key in self._arriving if key[0] == peer.envelope]:
-            self._arenas.staging.give_back(self._arriving.pop(key).lease.slot)
+            self._arenas.staging(peer.owner).give_back(self._arriving.pop(key).lease.slot)
 
     def forget_uploads(self, session_id: int) -> None:
         """The session's slots were reclaimed with it: drop the numbers too."""

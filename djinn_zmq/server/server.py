@@ -151,6 +151,7 @@ class Server:
             return
         for session in self.registry.overdue():
             self._close_session(session)
+            self._end_staging(session.owner)
 
     def _watch(self, socket: Any, ready: Callable[[], None]) -> None:
         self._poller.register(socket, zmq.POLLIN)
@@ -284,6 +285,14 @@ class Server:
                 self.registry.keep_open(session, self.settings.grace_s)
             else:
                 self._close_session(session)
+        self._end_staging(peer.owner)
+
+    def _end_staging(self, owner: str) -> None:
+        """The last connection and session of *owner* is gone: so is what it uploaded."""
+        peers = any(peer.owner == owner for peer in self.registry.peers.values())
+        sessions = any(one.owner == owner for one in self.registry.sessions.values())
+        if not peers and not sessions:
+            self.fleet.retire(self.arenas.end_staging(owner))
 
     def _close_session(self, session: Any) -> None:
         self.fleet.close(session)

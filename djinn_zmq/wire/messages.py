@@ -409,7 +409,10 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag=2, forbid_unknown_f
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True, tag=3, forbid_unknown_fields=True):
+    """owner: whose tensors the arena carries to an engine; "" for an engine's own."""
+
     arena: int
+    owner: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4, forbid_unknown_fields=True):

@@ -31,11 +31,11 @@ def zero_copy_thread() -> None:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """Every test ends with the descriptors it began with."""
-    gc.collect()
-    before = os.listdir("/proc/self/fd")
+    before = len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    if len(os.listdir("/proc/self/fd")) > before:
+        gc.collect()  # takes 0.1 s once torch is loaded
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def directory() -> Iterator[Path]:
 def context() -> Iterator[Any]:
     context = zmq.Context()
     yield context
-    context.term()
+    context.destroy(linger=0)
 
 
 class Bus:

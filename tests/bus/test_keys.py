@@ -101,7 +101,7 @@ def test_a_public_key_may_be_read_by_all(directory: Path) -> None:
         b"secret = " + b"0" * 40,
         b"public = " + b"0" * 40 + b"\nsecret = 1",
         b"\xff\xfe",
-        "public = ".encode() + "é".encode() * 20,
+        b"public = " + "é".encode() * 20,
     ],
 )
 def test_what_is_no_key_file_is_refused_by_name(directory: Path, text: bytes) -> None:

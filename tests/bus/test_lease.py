@@ -69,9 +69,9 @@ def test_where_nothing_came_the_server_does_not_wait(ends: Ends) -> None:
 def test_a_question_is_answered_with_a_number_and_a_descriptor(ends: Ends, memory: int) -> None:
     server, engine = ends
     server.send(Granted(7), memory)
-    number, fd = engine.ask(Want(7))
+    granted, fd = engine.ask(Want(7))
     assert server.receive() == (Want(7), None)
-    assert number == 7 and fd is not None
+    assert granted == Granted(7) and fd is not None
     assert os.pread(fd, 10, 0) == b"shared"
     os.close(fd)
 
@@ -82,14 +82,14 @@ def test_a_refusal_is_raised_as_what_it_was(ends: Ends) -> None:
     with pytest.raises(Busy, match="come back later"):
         engine.ask(Want(7))
     server.send(Granted(8))
-    assert engine.ask(Want(8)) == (8, None)
+    assert engine.ask(Want(8)) == (Granted(8), None)
 
 
 def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:
     server, engine = ends
     for packet in (Retire(1), Retire(2), Granted(5)):
         server.send(packet)
-    assert engine.ask(Want(5)) == (5, None)
+    assert engine.ask(Want(5)) == (Granted(5), None)
     assert engine.late() == [Retire(1), Retire(2)]
     assert engine.late() == []
 
@@ -225,7 +225,7 @@ def test_a_client_joins_with_its_token_and_both_see_whose_process_it_is(director
         server = LeaseSocket(listener.accept()[0])
         client = LeaseSocket(client_socket)
         server.send(Granted(0))
-        assert client.ask(Join(b"token")) == (0, None)
+        assert client.ask(Join(b"token")) == (Granted(0), None)
         assert server.receive() == (Join(b"token"), None)
         assert client.peer_uid() == server.peer_uid() == os.getuid()
         client.close()

@@ -33,6 +33,7 @@ from djinn_zmq.wire.tensors import Device, Frame, Inline, Slot, Tensor
 
 LIMITS = Settings(host_memory=2048 * KIB, arena=512 * KIB)
 ENGINE = 3  # its index
+OWNER = "me"
 IDS = np.arange(10, dtype=np.int64).reshape(2, 5)
 
 
@@ -56,7 +57,7 @@ class ServerSide:
 
     def foreign(self, data: bytes) -> Slot:
         """A slot with *data* in an arena that is not the engine's: the server's staging."""
-        lease = self.arenas.staging.lease(len(data), 1)
+        lease = self.arenas.staging(OWNER).lease(len(data), 1)
         lease.view[:] = data
         return lease.slot
 
@@ -118,7 +119,7 @@ def keeping(server: ServerSide) -> Iterator[Keeping]:
 
 
 def keep(keeping: Keeping, data: torch.Tensor, session: int = 1, layer: int = 2) -> Kept:
-    return keeping.keep(data, session=session, owner="me", run=7, layer=layer, ids=IDS)
+    return keeping.keep(data, session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
 
 
 def kib(count: int, value: int = 0) -> torch.Tensor:
@@ -179,14 +180,14 @@ def test_tensors_in_a_message_are_loaded(
     data = torch.randn(shape).bfloat16()
     raw = data.reshape(-1).view(torch.uint8).numpy().tobytes()
     where = Frame(1) if framed else Inline(raw)
-    loaded = keeping.load_sent(Tensor("bfloat16", shape, where), [b"other", raw])
+    loaded = keeping.load_sent(Tensor("bfloat16", shape, where), [b"other", raw], OWNER)
     assert same_bits(loaded, data)
 
 
 def test_a_tensor_in_somebody_elses_arena_is_loaded(server: ServerSide, keeping: Keeping) -> None:
     data = torch.randn(3, 4)
     slot = server.foreign(data.numpy().tobytes())
-    assert same_bits(keeping.load_sent(Tensor("float32", (3, 4), slot), ()), data)
+    assert same_bits(keeping.load_sent(Tensor("float32", (3, 4), slot), (), OWNER), data)
 
 
 def test_a_retired_arena_is_let_go_and_its_slots_are_lost(
@@ -194,15 +195,15 @@ def test_a_retired_arena_is_let_go_and_its_slots_are_lost(
 ) -> None:
     slot = server.foreign(b"12345678")
     tensor = Tensor("uint8", (8,), slot)
-    keeping.load_sent(tensor, ())
+    keeping.load_sent(tensor, (), OWNER)
     with pytest.raises(Lost):  # answered after the server's thread is done with the one before
         keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
     before = open_descriptors()
-    server.arenas.retire(None)
+    server.arenas.end_staging(OWNER)
     keeping.on_packet(Retire(slot.arena))
-    assert open_descriptors() == before - 3  # the server's, the engine's, and its map's
+    assert open_descriptors() == before - 5  # two and a map of the server's, one and a map here
     with pytest.raises(Lost, match=f"arena {slot.arena} is gone"):
-        keeping.load_sent(tensor, ())
+        keeping.load_sent(tensor, (), OWNER)
 
 
 def test_news_of_arenas_never_seen_is_no_news(keeping: Keeping) -> None:
@@ -223,7 +224,7 @@ def test_an_arena_nobody_has_is_lost(keeping: Keeping) -> None:
 def test_a_client_cannot_name_a_slot_where_checkpoints_are_kept(keeping: Keeping) -> None:
     kept = keep(keeping, torch.randn(2, 5, 8))
     with pytest.raises(AccessDenied):
-        keeping.load_sent(kept.tensor, ())
+        keeping.load_sent(kept.tensor, (), OWNER)
 
 
 @pytest.mark.parametrize("nbytes", [GRANULE + 1, 1 << 43])
@@ -232,7 +233,7 @@ def test_a_slot_smaller_than_what_is_claimed_is_refused_before_that_is_allocated
 ) -> None:
     slot = server.foreign(b"12345678")
     with pytest.raises(ProtocolError, match=f"{nbytes} bytes of slot 0, which has {GRANULE}"):
-        keeping.load_sent(Tensor("uint8", (nbytes,), slot), ())
+        keeping.load_sent(Tensor("uint8", (nbytes,), slot), (), OWNER)
 
 
 @pytest.mark.parametrize("index", [-1, 128, 1 << 40])
@@ -241,7 +242,7 @@ def test_a_slot_an_arena_does_not_have_is_refused(
 ) -> None:
     slot = server.foreign(b"12345678")
     with pytest.raises(ProtocolError, match=f"slot {index} of an arena"):
-        keeping.load_sent(Tensor("uint8", (8,), Slot(slot.arena, index, 1)), ())
+        keeping.load_sent(Tensor("uint8", (8,), Slot(slot.arena, index, 1)), (), OWNER)
 
 
 def test_a_tensor_on_a_device_is_refused(keeping: Keeping) -> None:
@@ -331,7 +332,7 @@ def test_closing_closes_every_descriptor(server: ServerSide) -> None:
     keeping = server.engine()
     for _ in range(3):
         keep(keeping, kib(400))
-    keeping.load_sent(Tensor("uint8", (1,), slot), ())
+    keeping.load_sent(Tensor("uint8", (1,), slot), (), OWNER)
     end(keeping)
     server.settle()
     server.arenas.retire(ENGINE)
@@ -428,3 +429,13 @@ def test_an_arena_of_a_dead_engine_is_leased_from_by_its_successor_alone(
         keeping.adopt([kept], IDS, "me")
         arena = keeping.pool.arenas[kept.tensor.where.arena]
         assert isinstance(arena, OwnArena) and len(arena.leases) == 1
+
+
+def test_a_client_cannot_name_a_slot_of_another_owners_upload(
+    keeping: Keeping, server: ServerSide
+) -> None:
+    slot = server.foreign(b"somebody's")
+    tensor = Tensor("uint8", (10,), slot)
+    assert bytes(keeping.load_sent(tensor, (), OWNER).numpy()) == b"somebody's"
+    with pytest.raises(AccessDenied, match="not yours"):
+        keeping.load_sent(tensor, (), "key:somebody-else")

@@ -9,9 +9,9 @@ import pytest
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """Every test ends with the descriptors it began with, and with nothing in /dev/shm."""
-    gc.collect()
-    before = os.listdir("/proc/self/fd")
+    before = len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    if len(os.listdir("/proc/self/fd")) > before:
+        gc.collect()  # takes 0.1 s once torch is loaded
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert not [path for path in Path("/dev/shm").iterdir() if "djinn" in path.name]
