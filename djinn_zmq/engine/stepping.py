@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from djinn_zmq.engine import tails
+from djinn_zmq.engine.tails import Tail
 from djinn_zmq.errors import ModelRefused
 
 CHECK_SHAPES = ((1, 7), (2, 5))  # (batch, positions) of the self-check's prompts
@@ -56,6 +58,7 @@ class Stepper:
         self._own = [layer.forward for layer in self.layers]
         self._tuples = [0] * self.num_layers  # length of the tuple a layer returns; 0: a tensor
         self._at_layer: Callable[..., Any] = self._pass_through
+        self._short_tail: Tail | None = None  # found by `check`
         for index, layer in enumerate(self.layers):
             layer.forward = self._stub(index)
 
@@ -126,8 +129,15 @@ class Stepper:
         """What the model does after its last layer: logits (batch, positions, vocab).
 
         All positions, as the plain model computes them: a head run on the last position alone is
-        another matrix product and differs in the last bits.
+        another matrix product and differs in the last bits. Takes the short way where `check` has
+        found one.
         """
+        if self._short_tail is not None:
+            return self._short_tail(hidden)
+        return self.own_tail(ids, hidden)
+
+    def own_tail(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The tail by calling the model; always exact, and its preamble is run again."""
 
         def hand_on(index: int, embedded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             last = index == self.num_layers - 1
@@ -143,7 +153,8 @@ class Stepper:
         """Compare stepping with the plain model, bit for bit; says what was compared.
 
         max_positions: the longest prompt the model takes; 0: any.
-        Raises ModelRefused with the first difference. Also learns which layers return tuples.
+        Raises ModelRefused with the first difference. Also learns which layers return tuples, and
+        whether there is a short way for the tail.
         """
         generator = torch.Generator().manual_seed(CHECK_SEED)
         shapes = [(batch, min(long, max_positions or long)) for batch, long in CHECK_SHAPES]
@@ -151,6 +162,8 @@ class Stepper:
             ids = torch.randint(0, vocab_size, shape, generator=generator).to(device)
             plain = self.plain(ids)
             recording = self.record(ids)
+            if self._short_tail is None:
+                self._short_tail = tails.find(self.model, self.layers, ids, same_bits)
             hidden = recording.embedded.clone()
             if hidden.ndim != 3:
                 raise ModelRefused(
@@ -166,7 +179,8 @@ class Stepper:
                     f"{_difference(plain, stepped)} for a prompt of shape {shape}"
                 )
         named = " and ".join(f"{batch}×{positions}" for batch, positions in shapes)
-        return f"logits of {named} tokens equal bit for bit, stepped and plain"
+        way = "its own" if self._short_tail is None else "direct"
+        return f"logits of {named} tokens equal bit for bit, stepped and plain; tail: {way}"
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
