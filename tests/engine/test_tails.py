@@ -4,9 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from djinn_zmq.engine import tails  # noqa: E402
-from djinn_zmq.engine.stepping import Stepper, same_bits  # noqa: E402
-from tests.engine.architectures import NAMES, tiny_model  # noqa: E402
+from djinn_zmq.engine import tails
+from djinn_zmq.engine.stepping import Stepper, same_bits
+from tests.engine.architectures import NAMES, tiny_model
 
 # What these do behind their head: soft-capping, or a scale.
 MORE_THAN_A_CHAIN = {"Gemma2", "Granite", "Cohere", "Cohere2"}

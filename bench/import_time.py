@@ -1,0 +1,48 @@
+"""What does importing the client cost? `python -m bench.import_time`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from djinn_zmq.probe import tables
+from djinn_zmq.probe.machine import this_machine
+from djinn_zmq.probe.results import Results, write
+from djinn_zmq.probe.rounds import Plan, interleaved
+from djinn_zmq.probe.samples import ratio
+
+CLIENT, DEPENDENCIES, NOTHING = "import djinn_zmq", "import numpy, zmq, msgspec", "pass"
+
+
+def importing(statement: str) -> None:
+    subprocess.run([sys.executable, "-c", statement], check=True)
+
+
+@click.command()
+@click.option("--samples", default=40, show_default=True, help="Processes started for each case.")
+@click.option(
+    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
+)
+def main(samples: int, path: Path | None) -> None:
+    """Start python and import the client, or only what it depends on, or nothing.
+
+    Target: at most 1.5 times numpy, zmq and msgspec alone, python's own start included.
+    """
+    cases = {text: lambda text=text: importing(text) for text in (CLIENT, DEPENDENCIES, NOTHING)}
+    taken = interleaved(cases, Plan.of(samples, 10, warm_up=1, settle=0))
+    results = Results(
+        "import_time",
+        this_machine(),
+        {"samples": samples},
+        samples=list(taken.values()),
+        ratios=[ratio(taken[CLIENT], taken[DEPENDENCIES], limit=1.5)],
+    )
+    click.echo(f"{results.machine}\n\n{tables.of_samples('whole process', results.samples, 'ms')}")
+    click.echo("\n" + tables.of_ratios("at the median", results.ratios))
+    if path is not None:
+        write(results, path)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.import_time")
