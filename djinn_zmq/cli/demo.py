@@ -66,7 +66,7 @@ def _patch_at_every_layer(model: Model) -> None:
     layers = range(model.num_layers + 1)
     here = model.run(PROMPT, save_at=layers).checkpoints
     there = model.run(OTHER, save_at=layers).checkpoints
-    _say(f"patch one position's residual from “{OTHER}”, after each layer, and resume")
+    _say(f'patch one position\'s residual from "{OTHER}", and resume')
     at_subject, at_last = f'at "{SUBJECT}"', 'at "is"'
     click.echo(f"  {'layer':<6} {at_subject:<24} {at_last:<24}")
     flipped = []

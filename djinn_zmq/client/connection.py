@@ -21,7 +21,16 @@ import zmq
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.errors import ArenaFull, Closed, DjinnError, Lost, ProtocolError, Unreachable
+from djinn_zmq.errors import (
+    ArenaFull,
+    Busy,
+    Closed,
+    DjinnError,
+    Lost,
+    ProtocolError,
+    RequestError,
+    Unreachable,
+)
 from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
@@ -37,6 +46,7 @@ PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this siz
 WINDOW = 8  # pieces asked for at once
 LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
 PROGRESS_CREDIT = 1000
+DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
 
 
 @dataclass(slots=True, eq=False)
@@ -175,7 +185,7 @@ class Connection:
             request=request,
             session=call.session,
             buffers=len(call.buffers),
-            deadline_ms=0 if call.timeout_s is None else max(1, int(call.timeout_s * 1000)),
+            deadline_ms=_deadline_ms(call.timeout_s),
             credit=PROGRESS_CREDIT if call.progress is not None else 0,
         )
         self._dealer.send(frame, call.buffers)
@@ -353,7 +363,8 @@ class Connection:
         while self._garbage:
             session, number = self._garbage.popleft()
             by_session.setdefault(session, []).append(number)
-        for session, numbers in by_session.items():
+        while by_session:
+            session, numbers = by_session.popitem()
             frame = codec.encode(
                 Op.RELEASE,
                 messages.Release(tuple(numbers)),
@@ -361,7 +372,12 @@ class Connection:
                 request=self._next_request(),
                 session=session,
             )
-            self._dealer.send(frame)
+            try:
+                self._dealer.send(frame)
+            except Busy:
+                by_session[session] = numbers
+                self._garbage.extend((s, n) for s, ns in by_session.items() for n in ns)
+                raise
 
     def close(self) -> None:
         """Close sockets and maps. Everything the server holds for this client ends with it."""
@@ -377,6 +393,16 @@ class Connection:
         self._dealer.socket.disable_monitor()
         self._monitor.close(linger=0)
         self._dealer.close()
+
+
+def _deadline_ms(timeout_s: float | None) -> int:
+    """A timeout as the header carries it: 0 for none. Raises RequestError for one that is not
+    positive."""
+    if timeout_s is None or timeout_s * 1000 > DEADLINE_LIMIT_MS:
+        return 0
+    if not timeout_s > 0:
+        raise RequestError(f"timeout_s={timeout_s}: a positive number of seconds, or None")
+    return max(1, int(timeout_s * 1000))
 
 
 class Parcel:

@@ -4,6 +4,7 @@ Ends with the server: by the end of file on the lease socket, and by the kernel 
 the server was killed while this process was deep in a layer.
 """
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -42,20 +43,24 @@ def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> N
     # Here, not above: torch takes seconds, and the server's death is watched for from the start.
     import torch
 
-    from djinn_zmq.engine.devices import open_device
+    from djinn_zmq.engine.devices import Cpu, Device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
     limits = Settings(**json.loads(settings))
     if limits.threads is not None:
         torch.set_num_threads(limits.threads)
-    loop = EngineLoop(*connect(link, lease_fd, limits), open_device(device), limits, index)
-    try:
-        loop.serve()
-    except Lost:
-        pass  # the server is gone, and so is the reason to be here
-    finally:
-        loop.close()
+    on: Device = Cpu()
+    if device != "cpu":
+        from djinn_zmq.engine.cuda import Cuda  # a CPU engine never touches CUDA
+
+        on = Cuda(device)
+    with contextlib.suppress(Lost):  # the server is gone, and so is the reason to be here
+        loop = EngineLoop(*connect(link, lease_fd, limits), on, limits, index)
+        try:
+            loop.serve()
+        finally:
+            loop.close()
     # Tearing down torch takes a second that nobody needs, and a server waits for.
     sys.stderr.flush()
     os._exit(0)

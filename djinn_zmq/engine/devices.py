@@ -40,12 +40,3 @@ class Cpu:
 
 
 Device = Cpu  # what `cuda.Cuda` also is
-
-
-def open_device(name: str) -> Cpu:
-    """The device *name*: "cpu" or "cuda:N". Raises StartError where it cannot be used."""
-    if name == "cpu":
-        return Cpu()
-    from djinn_zmq.engine.cuda import Cuda  # only here: a CPU engine never touches CUDA
-
-    return Cuda(name)

@@ -86,6 +86,9 @@ class Arenas:
         connection, peer = self._connections[fd]
         try:
             packet, sent_fd = connection.receive()
+            if peer is None and sent_fd is not None:
+                os.close(sent_fd)
+                raise ProtocolError("a descriptor from a stranger")
             if isinstance(packet, messages.Join) and peer is None:
                 peer = self._join(fd, connection, packet)
                 connection.send(messages.Granted(0, ""))
@@ -134,6 +137,9 @@ class Arenas:
     ) -> None:
         """Answer one packet of a client or an engine; *fd* came with it and is taken over."""
         try:
+            if fd is not None and not isinstance(packet, messages.Share):
+                os.close(fd)
+                raise ProtocolError(f"{type(packet).__name__} comes without a descriptor")
             if isinstance(packet, messages.Share) and fd is not None:
                 connection.send(messages.Granted(self._take(fd, by), ""))
             elif isinstance(packet, messages.Want):

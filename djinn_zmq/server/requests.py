@@ -17,7 +17,7 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Op
+from djinn_zmq.wire.messages import Flag, Op
 from djinn_zmq.wire.tensors import Tensor
 
 UPLOADS_LIMIT = 16  # under way at once from one peer
@@ -108,8 +108,7 @@ class Requests:
                 memory=messages.MemoryInfo(
                     limit=self._settings.host_memory,
                     arenas=self._arenas.nbytes(),
-                    used=sum(record.kept.tensor.nbytes for record in kept)
-                    + self._arenas.staged(),
+                    used=sum(record.kept.tensor.nbytes for record in kept) + self._arenas.staged(),
                     checkpoints=sum(record.kept.layer >= 0 for record in kept),
                 ),
             ),
@@ -137,7 +136,8 @@ class Requests:
             for number in meta.ids
             if number not in session.kept and self._uploads.get(number, (0,))[0] != session.id
         ]
-        if unknown:
+        # What a client's garbage collection finds may be gone already, with an engine for example.
+        if unknown and not header.flags & Flag.ONE_WAY:
             raise UnknownCheckpoint(
                 f"checkpoint {unknown[0]:x} is not one of this session: it may have been released"
             )
@@ -146,7 +146,7 @@ class Requests:
             if number in session.kept:
                 del session.kept[number]
                 kept.append(number)
-            else:
+            elif number not in unknown:
                 _, tensor = self._uploads.pop(number)
                 self._arenas.staging(session.owner).give_back(tensor.where)
         if kept:
@@ -164,7 +164,9 @@ class Requests:
         key = (peer.envelope, header.request)
         if key in self._arriving:
             raise ProtocolError(f"request {header.request} is an upload already")
-        self._arriving[key] = bulk.begin(header, meta, self._arenas.staging(peer.owner), self._settings)
+        self._arriving[key] = bulk.begin(
+            header, meta, self._arenas.staging(peer.owner), self._settings
+        )
 
     def _chunk(
         self, peer: Peer, header: Header, meta: messages.Chunk, buffers: list[memoryview]

@@ -334,7 +334,7 @@ class Server:
             self.arenas.answer(lease, packet, fd, engine.index)
         except BlockingIOError:
             return
-        except DjinnError:
+        except (DjinnError, OSError):
             self._on_engine_gone(engine)
 
     def _on_engine_gone(self, engine: Engine) -> None:

@@ -258,3 +258,14 @@ def test_memory_that_is_not_sealed_or_no_arena_is_refused_on_the_lease_socket(se
             lease.ask(messages.Want(4242))
         os.close(loose)
         assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_a_release_that_wants_no_answer_frees_what_there_is_and_passes_over_the_rest(raw, session):
+    meta = messages.Run((FRANCE,), None, messages.Wanted(2, (), "last", 0))
+    point = raw.ask(Op.RUN, meta, session).meta.checkpoints[0]
+    assert raw.code(Op.RELEASE, messages.Release((4711, point.id)), session) == (
+        "unknown-checkpoint"
+    )
+    one_way = {"flags": Flag.ONE_WAY, "request": 2**50, "session": session}
+    raw.send(codec.encode(Op.RELEASE, messages.Release((4711, point.id)), **one_way))
+    assert raw.code(Op.RELEASE, messages.Release((point.id,)), session) == "unknown-checkpoint"
