@@ -77,10 +77,9 @@ class Dealers:
             for place, dealer, frame in by_fd.values():
                 sent[place] = clock()
                 dealer.send(frame)
-                dealer.get(EVENTS)
             under_way = clients
+            ready = [(fd, select.EPOLLIN) for fd in by_fd]  # sending may have taken the news
             while under_way:
-                ready = epoll.poll(ANSWER_S)
                 if not ready:
                     raise Lost(f"{under_way} answers did not come in {ANSWER_S:g} s")
                 for fd, _ in ready:
@@ -95,6 +94,8 @@ class Dealers:
                             dealer.send(frame)
                         else:
                             under_way -= 1
+                if under_way:
+                    ready = epoll.poll(ANSWER_S)
         return Window(clock() - begin, np.array(latencies))
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Size:
         return [
             Plan.of(self.samples, 20),
             Plan.of(max(10, self.samples // 5), 20, gap_s=0.002),
-            Plan.of(max(6, self.samples // 40), 10, gap_s=0.05, settle=1, warm_up=1),
+            Plan.of(max(4, self.samples // 40), 10, gap_s=0.05, settle=1, warm_up=1),
         ]
 
 

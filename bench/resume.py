@@ -117,6 +117,19 @@ def saving_cases(model: Model, baseline: Baseline, ids: np.ndarray, layer: int) 
     }
 
 
+def spans_of(resume: Callable[[], djinn.Run], count: int) -> list[dict[str, Any]]:
+    """Where a resume's time goes: the median of each span, in the order of the path."""
+    runs = [resume().spans for _ in range(count)]
+    return [
+        {
+            "span": f"{place}: {name}",
+            "median_us": float(np.median([spans[place][1] for spans in runs])) / 1e3,
+            "n": count,
+        }
+        for place, (name, _) in enumerate(runs[0])
+    ]
+
+
 def slope_ms(layers: list[int], samples: list[Samples]) -> tuple[float, float, float]:
     """Milliseconds a layer, and the 95 % interval, of a line through all samples."""
     x = np.concatenate([np.full(one.n, layer) for layer, one in zip(layers, samples, strict=True)])
@@ -205,6 +218,8 @@ def main(
         for layer in chosen:
             by_name |= interleaved(cases_at(layer, model, baseline, ids), plan)
             click.echo(f"layer {layer} measured")
+        point = model.run(ids, stop_at=deepest).checkpoint
+        spans = spans_of(point.resume, plan.samples)
         saved = chosen[len(chosen) // 2]
         by_name |= interleaved(saving_cases(model, baseline, ids, saved), plan)
         memory = {
@@ -219,7 +234,11 @@ def main(
         | memory,
         samples=list(by_name.values()),
         ratios=ratios_of(chosen, by_name, saved),
-        tables={"overhead": overheads(chosen, by_name), "slopes": _slopes(chosen, by_name)},
+        tables={
+            "overhead": overheads(chosen, by_name),
+            "slopes": _slopes(chosen, by_name),
+            f"spans of a resume after layer {deepest}": spans,
+        },
     )
     report(results)
     if path is not None:
@@ -227,6 +246,8 @@ def main(
 
 
 def _slopes(layers: list[int], by_name: dict[str, Samples]) -> list[dict[str, Any]]:
+    if len(layers) < 3:
+        return []  # no line worth its interval
     rows = []
     for what in ("recompute to N", "manual offload"):
         samples = [by_name[f"{layer}: {what}"] for layer in layers]
@@ -241,6 +262,11 @@ def report(results: Results) -> None:
     click.echo(tables.of_samples("by layer", results.samples, "ms"))
     click.echo()
     click.echo(tables.of_ratios("at the medians", results.ratios))
+    for title, rows in results.tables.items():
+        if title.startswith("spans"):
+            click.echo(f"\n{title}")
+            for row in rows:
+                click.echo(f"  {row['span']:<14} {row['median_us']:10.1f} us  n = {row['n']}")
     for row in results.tables["slopes"]:
         click.echo(
             f"{row['of']}: {row['ms_a_layer']:.4f} ms a layer "

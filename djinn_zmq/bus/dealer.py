@@ -5,15 +5,8 @@ from collections.abc import Sequence
 
 import zmq
 
+from djinn_zmq.bus import limits
 from djinn_zmq.bus.keys import ClientKeys
-from djinn_zmq.bus.router import (
-    HANDSHAKE_MS,
-    HEARTBEAT_MS,
-    HEARTBEAT_TIMEOUT_MS,
-    KERNEL_BUFFER,
-    LAST_PORT,
-    port_fits,
-)
 from djinn_zmq.errors import Busy, ProtocolError, RequestError, Unreachable
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import BUFFERS_LIMIT
@@ -35,25 +28,16 @@ class Dealer:
             raise RequestError(
                 f'endpoint "{endpoint}" is not understood: use ipc://PATH or tcp://HOST:PORT'
             )
-        if not port_fits(endpoint):
-            raise RequestError(f"cannot connect to {endpoint}: a port is at most {LAST_PORT}")
+        if not limits.port_fits(endpoint):
+            raise RequestError(
+                f"cannot connect to {endpoint}: a port is at most {limits.LAST_PORT}"
+            )
         if scheme == "ipc" and not os.path.exists(rest):
             raise Unreachable(f"no server at {endpoint}: start one with 'djinn serve'")
         # A context of its own: closing this client cannot wait for another's messages.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.MAXMSGSIZE, settings.frame_limit),
-            (zmq.SNDHWM, settings.high_water),
-            (zmq.RCVHWM, settings.high_water),
-            (zmq.SNDBUF, KERNEL_BUFFER),
-            (zmq.RCVBUF, KERNEL_BUFFER),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-        ):
-            self.socket.setsockopt(option, value)
+        limits.apply(self.socket, settings)
         if keys is not None:
             keys.secure(self.socket)
         try:

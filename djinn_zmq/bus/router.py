@@ -8,17 +8,12 @@ from typing import NamedTuple
 
 import zmq
 
+from djinn_zmq.bus import limits
 from djinn_zmq.bus.keys import ServerKeys
 from djinn_zmq.errors import AddressInUse, Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import BUFFERS_LIMIT
 from djinn_zmq.wire.tensors import SLOT_FROM
-
-KERNEL_BUFFER = 8 * 1024 * 1024  # bytes; with 1 MiB messages this is raw TCP's speed
-HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose machine went away
-HEARTBEAT_TIMEOUT_MS = 30_000
-HANDSHAKE_MS = 5_000
-LAST_PORT = 65535
 
 _log = logging.getLogger(__name__)
 
@@ -43,19 +38,8 @@ class Router:
         self._users = keys is not None
         self._fresh: set[bytes] = set()
         self._known: dict[bytes, tuple[str, str]] = {}
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.MAXMSGSIZE, settings.frame_limit),
-            (zmq.SNDHWM, settings.high_water),
-            (zmq.RCVHWM, settings.high_water),
-            (zmq.SNDBUF, KERNEL_BUFFER),
-            (zmq.RCVBUF, KERNEL_BUFFER),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-        ):
-            self.socket.setsockopt(option, value)
+        limits.apply(self.socket, settings)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure(self.socket)
         self._receive = self.socket.recv
@@ -66,8 +50,8 @@ class Router:
 
         Raises AddressInUse for a port that is taken, StartError for an address that is not ours.
         """
-        if not port_fits(endpoint):
-            raise StartError(f"cannot bind {endpoint}: a port is at most {LAST_PORT}")
+        if not limits.port_fits(endpoint):
+            raise StartError(f"cannot bind {endpoint}: a port is at most {limits.LAST_PORT}")
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as exc:
@@ -150,12 +134,6 @@ class Router:
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
                 _unlink_socket(Path(endpoint.removeprefix("ipc://")))
-
-
-def port_fits(endpoint: str) -> bool:
-    """False for a tcp port beyond the last one: libzmq takes it modulo 65536, without a word."""
-    scheme, _, port = endpoint.rpartition(":")
-    return not scheme.startswith("tcp") or not port.isdecimal() or int(port) <= LAST_PORT
 
 
 def _property(frame: zmq.Frame, name: str) -> str:

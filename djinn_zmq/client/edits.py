@@ -7,7 +7,7 @@ would broadcast to the part chosen. Edits are made in the order given, on the en
 rounded once; only their own values travel.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from djinn_zmq.client.indexing import index_of
 from djinn_zmq.errors import EditError
 from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.tensors import Tensor, dtype_name
-
-if TYPE_CHECKING:
-    from djinn_zmq.client.run import Checkpoint
 
 
 class Edit(Protocol):
@@ -29,6 +26,12 @@ class Edit(Protocol):
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
         """The edit as data, with *tensor* saying where `array` went."""
+
+
+class Kept(Protocol):
+    """What a Patch takes from: a checkpoint."""
+
+    id: int
 
 
 class _Valued:
@@ -130,7 +133,7 @@ class Patch:
     __slots__ = ("at", "source", "source_at")
     array = None
 
-    def __init__(self, source: "Checkpoint", at: Any = ..., source_at: Any = None) -> None:
+    def __init__(self, source: Kept, at: Any = ..., source_at: Any = None) -> None:
         number = getattr(source, "id", None)
         if not isinstance(number, int):
             raise EditError(f"Patch: the source is {type(source).__name__}: give a checkpoint")

@@ -1,22 +1,17 @@
 """A model on a server, as a client sees it."""
 
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from djinn_zmq.client.connection import Call, Connection, Operation, Parcel
-from djinn_zmq.client.run import Logits, Run, wanted_of
-from djinn_zmq.errors import EditError, PromptError
-from djinn_zmq.spans import Spans
+from djinn_zmq.client.run import Logits, Run, ask, wanted_of
+from djinn_zmq.client.session import Session
+from djinn_zmq.errors import PromptError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo, Op
-from djinn_zmq.wire.tensors import dtype_name, inline, view
-
-if TYPE_CHECKING:
-    from djinn_zmq.client.server import Server
+from djinn_zmq.wire.tensors import view
 
 Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, positions)
 
@@ -28,26 +23,22 @@ class Model:
     info: all that is known of it.
     """
 
-    def __init__(self, server: "Server", opened: messages.Opened) -> None:
+    def __init__(self, server: Any, session: Session, on_close: Callable[["Model"], None]) -> None:
+        """server: the `Server` it was opened on. on_close: told when the session is closed."""
         self.server = server
-        self.session: int = opened.session
-        self.info: ModelInfo = opened.model
-        self.name: str = opened.model.name
-        self.num_layers: int = opened.model.num_layers
-        self.hidden_size: int = opened.model.hidden_size
-        self.vocab_size: int = opened.model.vocab_size
-        self.dtype: str = opened.model.dtype
-        self.device: str = opened.model.device
-        self.has_tokenizer: bool = opened.model.has_tokenizer
-        self._pieces: dict[int, str] = {}
-
-    @property
-    def connection(self) -> Connection:
-        return self.server.connection
-
-    @property
-    def drive(self) -> Callable[[Operation[Any]], Any]:
-        return self.server.drive
+        self.session: int = session.id
+        self.info: ModelInfo = session.model
+        self.name: str = self.info.name
+        self.num_layers: int = self.info.num_layers
+        self.hidden_size: int = self.info.hidden_size
+        self.vocab_size: int = self.info.vocab_size
+        self.dtype: str = self.info.dtype
+        self.device: str = self.info.device
+        self.has_tokenizer: bool = self.info.has_tokenizer
+        self.connection: Connection = session.connection
+        self.drive = session.drive
+        self._session = session
+        self._on_close = on_close
 
     def run(
         self,
@@ -80,35 +71,9 @@ class Model:
             if not texts:
                 ids = yield from self.connection.place(_ids(prompt), parcel)
             meta = messages.Run(texts, ids, wanted)
-            return (yield from self.ask(Op.RUN, meta, parcel, timeout_s))
+            return (yield from ask(self._session, Op.RUN, meta, parcel, timeout_s))
         finally:
             self.connection.settle(parcel)
-
-    def ask(
-        self, op: Op, meta: msgspec.Struct, parcel: Parcel, timeout_s: float | None
-    ) -> Operation[Run]:
-        """Send a RUN or RESUME and make a Run of the reply."""
-        call = Call(
-            op,
-            meta,
-            session=self.session,
-            buffers=parcel.buffers,
-            timeout_s=timeout_s,
-            progress=self.server.progress,
-        )
-        reply = yield call
-        run = Run(self, reply)
-        # What the engine did not spend between our sending and the reply's coming is the wire's.
-        inside = sum(elapsed_ns for _, elapsed_ns in reply.meta.spans)
-        run.spans = Spans(
-            (
-                ("encode", call.sent_ns - parcel.begin_ns),
-                ("wire", max(0, call.arrived_ns - call.sent_ns - inside)),
-                *reply.meta.spans,
-                ("decode", time.perf_counter_ns() - call.arrived_ns),
-            )
-        )
-        return run
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""
@@ -134,33 +99,12 @@ class Model:
         reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session)
         return np.array(view(reply.meta.ids, reply.buffers))
 
-    def pieces_of(self, ids: np.ndarray) -> Operation[list[str]]:
-        """Each id's text, asked for once; "" where the model has no tokenizer."""
-        numbers = [int(number) for number in ids]
-        if self.has_tokenizer:
-            missing = [number for number in numbers if number not in self._pieces]
-            for start in range(0, len(missing), 256):  # 256 int64 fit inside the meta
-                part = missing[start : start + 256]
-                meta = messages.Tokens("", inline(np.array(part, np.int64)))
-                reply = yield Call(Op.TOKENS, meta, session=self.session)
-                self._pieces.update(zip(part, reply.meta.pieces, strict=True))
-        return [self._pieces.get(number, "") for number in numbers]
-
-    def as_hidden(self, value: Any) -> np.ndarray:
-        """*value* as an array that can travel. Raises EditError for a dtype no tensor has."""
-        array = np.asarray(value)
-        if dtype_name(array.dtype) is None:
-            raise EditError(
-                f"hidden of dtype {array.dtype}: it must have the checkpoint's, {self.dtype}"
-            )
-        return array
-
     def close(self) -> Any:
         """End the session: its runs are cancelled, its checkpoints released."""
         return self.drive(self._close())
 
     def _close(self) -> Operation[None]:
-        self.server.forget(self)
+        self._on_close(self)
         yield Call(Op.CLOSE, messages.Close(), session=self.session)
 
     def __repr__(self) -> str:

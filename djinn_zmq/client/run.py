@@ -1,23 +1,23 @@
 """Runs and their checkpoints."""
 
+import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation, Parcel
 from djinn_zmq.client.edits import Edit
-from djinn_zmq.errors import LayerError, RequestError
+from djinn_zmq.client.session import Session
+from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Kept, Op, RunReply
-from djinn_zmq.wire.tensors import DTYPES, Slot, view
-
-if TYPE_CHECKING:
-    from djinn_zmq.client.model import Model
+from djinn_zmq.wire.tensors import DTYPES, Slot, dtype_name, view
 
 Logits = str | int
 
@@ -39,15 +39,15 @@ class Checkpoint:
     It is kept on the server until `release`, or until nothing refers to this object any more.
     """
 
-    def __init__(self, model: "Model", kept: Kept) -> None:
-        self._model = model
+    def __init__(self, session: Session, kept: Kept) -> None:
+        self._session = session
         self._kept = kept
         self.id: int = kept.id
         self.layer: int = kept.layer
         self.shape: tuple[int, ...] = kept.tensor.shape
         self.dtype: np.dtype = DTYPES[kept.tensor.dtype]
         self.nbytes: int = kept.tensor.nbytes
-        self._released = weakref.finalize(self, model.connection.forget, kept.session, kept.id)
+        self._released = weakref.finalize(self, session.connection.forget, kept.session, kept.id)
         self._released.atexit = False
 
     @property
@@ -57,7 +57,7 @@ class Checkpoint:
     @property
     def hidden(self) -> RemoteArray:
         """The hidden state, read when indexed: (batch, positions, hidden_size)."""
-        return RemoteArray(self._model.connection, self._model.drive, self._kept, self)
+        return RemoteArray(self._session.connection, self._session.drive, self._kept, self)
 
     def resume(
         self,
@@ -78,7 +78,7 @@ class Checkpoint:
         checkpoint with a host copy outlives that: resume again).
         """
         edits = list(edits) if isinstance(edits, (list, tuple)) else [edits]
-        return self._model.drive(
+        return self._session.drive(
             self._resume(edits, hidden, wanted_of(stop_at, save_at, logits), timeout_s)
         )
 
@@ -89,7 +89,7 @@ class Checkpoint:
         wanted: messages.Wanted,
         timeout_s: float | None,
     ) -> Operation["Run"]:
-        connection = self._model.connection
+        connection = self._session.connection
         parcel = Parcel(self._kept.session)
         try:
             on_wire = []
@@ -102,15 +102,15 @@ class Checkpoint:
                 on_wire.append(edit.on_wire(tensor))
             placed = None
             if hidden is not None:
-                placed = yield from connection.place(self._model.as_hidden(hidden), parcel)
+                placed = yield from connection.place(as_hidden(hidden, self.dtype), parcel)
             meta = messages.Resume(self.id, placed, tuple(on_wire), wanted)
-            return (yield from self._model.ask(Op.RESUME, meta, parcel, timeout_s))
+            return (yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s))
         finally:
             connection.settle(parcel)
 
     def release(self) -> Any:
         """Give its memory back now. Resuming it afterwards raises UnknownCheckpoint."""
-        return self._model.drive(self._release())
+        return self._session.drive(self._release())
 
     def _release(self) -> Operation[None]:
         self._released.detach()
@@ -129,9 +129,9 @@ class Run:
     spans: where the time went; print it.
     """
 
-    def __init__(self, model: "Model", message: Message) -> None:
+    def __init__(self, session: Session, message: Message) -> None:
         reply: RunReply = message.meta
-        self._model = model
+        self._session = session
         self._message = message
         self._logits: np.ndarray | None = None
         self.id: int = reply.run
@@ -139,11 +139,9 @@ class Run:
         self.layer: int = reply.layer
         self.spans = Spans()
         self.ids = np.array(view(reply.ids, message.buffers))
-        self.checkpoints = {kept.layer: Checkpoint(model, kept) for kept in reply.checkpoints}
+        self.checkpoints = {kept.layer: Checkpoint(session, kept) for kept in reply.checkpoints}
         if reply.logits_id:
-            release = weakref.finalize(
-                self, model.connection.forget, model.session, reply.logits_id
-            )
+            release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
 
     @property
@@ -164,7 +162,7 @@ class Run:
         "last": (batch, vocab); "all": (batch, positions, vocab). Raises RequestError where the run
         has none: it is stopped, or only the top few were asked for.
         """
-        return self._model.drive(self._fetch_logits())
+        return self._session.drive(self._fetch_logits())
 
     def _fetch_logits(self) -> Operation[np.ndarray]:
         if self._logits is None:
@@ -172,8 +170,8 @@ class Run:
             if reply.logits is None:
                 raise RequestError(self._why_no_logits())
             if reply.logits_id:
-                kept = Kept(reply.logits_id, self._model.session, self.id, -1, reply.logits)
-                remote = RemoteArray(self._model.connection, self._model.drive, kept, self)
+                kept = Kept(reply.logits_id, self._session.id, self.id, -1, reply.logits)
+                remote = RemoteArray(self._session.connection, self._session.drive, kept, self)
                 self._logits = yield from remote._read(())
             else:
                 self._logits = np.array(view(reply.logits, self._message.buffers))
@@ -186,7 +184,7 @@ class Run:
 
     def top(self, k: int = 5, *, batch: int = 0) -> Any:
         """The *k* likeliest next tokens of one prompt, likeliest first: a list of `Top`."""
-        return self._model.drive(self._top(k, batch))
+        return self._session.drive(self._top(k, batch))
 
     def _top(self, k: int, batch: int) -> Operation[list[Top]]:
         reply: RunReply = self._message.meta
@@ -207,7 +205,7 @@ class Run:
             values = row[ids]
             peak = row.max()
             log_norm = peak + np.log(np.exp(row - peak).sum())
-        pieces = yield from self._model.pieces_of(ids)
+        pieces = yield from self._session.pieces_of(ids)
         return [
             Top(piece, int(number), float(np.exp(value - log_norm)), float(value))
             for piece, number, value in zip(pieces, ids, values, strict=True)
@@ -242,3 +240,38 @@ def _layer(what: str, value: Any) -> int:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
     raise LayerError(f"{what}={value!r}: a layer is a whole number")
+
+
+def ask(
+    session: Session, op: Op, meta: msgspec.Struct, parcel: Parcel, timeout_s: float | None
+) -> Operation[Run]:
+    """Send a RUN or RESUME and make a Run of the reply."""
+    call = Call(
+        op,
+        meta,
+        session=session.id,
+        buffers=parcel.buffers,
+        timeout_s=timeout_s,
+        progress=session.progress,
+    )
+    reply = yield call
+    run = Run(session, reply)
+    # What the engine did not spend between our sending and the reply's coming is the wire's.
+    inside = sum(elapsed_ns for _, elapsed_ns in reply.meta.spans)
+    run.spans = Spans(
+        (
+            ("encode", call.sent_ns - parcel.begin_ns),
+            ("wire", max(0, call.arrived_ns - call.sent_ns - inside)),
+            *reply.meta.spans,
+            ("decode", time.perf_counter_ns() - call.arrived_ns),
+        )
+    )
+    return run
+
+
+def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:
+    """*value* as an array that can travel. Raises EditError for a dtype no tensor has."""
+    array = np.asarray(value)
+    if dtype_name(array.dtype) is None:
+        raise EditError(f"hidden of dtype {array.dtype}: it must have the checkpoint's, {dtype}")
+    return array

@@ -9,6 +9,7 @@ from typing import Any, Self
 from djinn_zmq.bus.keys import client_keys
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.model import Model
+from djinn_zmq.client.session import Session
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
@@ -53,10 +54,11 @@ class Server:
         model = self._models.get(name)
         if model is None:
             reply = yield Call(Op.OPEN, messages.Open(name), progress=self.progress)
-            model = self._models[name] = Model(self, reply.meta)
+            session = Session(self.connection, self.drive, self.progress, reply.meta)
+            model = self._models[name] = Model(self, session, self._forget)
         return model
 
-    def forget(self, model: Model) -> None:
+    def _forget(self, model: Model) -> None:
         self._models = {name: one for name, one in self._models.items() if one is not model}
 
     def ping(self) -> Any:

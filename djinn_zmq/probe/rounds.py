@@ -33,8 +33,8 @@ class Plan:
     def of(
         cls, samples: int, rounds: int, *, gap_s: float = 0.0, warm_up: int = 20, settle: int = 2
     ) -> "Plan":
-        """At least *samples* for each case, spread over *rounds*."""
-        rounds = max(1, min(rounds, samples))
+        """At least *samples* for each case, spread over *rounds*, or fewer: two a round or more."""
+        rounds = max(1, min(rounds, samples // 2))
         return cls(rounds, -(-samples // rounds), gap_s, warm_up, settle)
 
     @property

@@ -1,0 +1,33 @@
+"""What both ends of the bus set on their socket before it is bound or connected."""
+
+import zmq
+
+from djinn_zmq.settings import Settings
+
+KERNEL_BUFFER = 8 * 1024 * 1024  # bytes; with 1 MiB messages this is raw TCP's speed
+HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose machine went away
+HEARTBEAT_TIMEOUT_MS = 30_000
+HANDSHAKE_MS = 5_000
+LAST_PORT = 65535
+
+
+def apply(socket: "zmq.Socket[bytes]", settings: Settings) -> None:
+    """Bound queues, frames and waits; nothing keeps a closed socket alive."""
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.MAXMSGSIZE, settings.frame_limit),
+        (zmq.SNDHWM, settings.high_water),
+        (zmq.RCVHWM, settings.high_water),
+        (zmq.SNDBUF, KERNEL_BUFFER),
+        (zmq.RCVBUF, KERNEL_BUFFER),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+        (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+        (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+    ):
+        socket.setsockopt(option, value)
+
+
+def port_fits(endpoint: str) -> bool:
+    """False for a tcp port beyond the last one: libzmq takes it modulo 65536, without a word."""
+    scheme, _, port = endpoint.rpartition(":")
+    return not scheme.startswith("tcp") or not port.isdecimal() or int(port) <= LAST_PORT
