@@ -20,6 +20,7 @@ from pathlib import Path
 import zmq
 import zmq.utils.z85
 
+from djinn_zmq.bus.poll import has_message
 from djinn_zmq.errors import AccessDenied, RequestError
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
@@ -198,7 +199,11 @@ class Admission:
         self._keys = keys
 
     def answer(self) -> None:
-        """Answer one waiting question: 200 and the key's name, or 400."""
+        """Answer every waiting question: 200 and the key's name, or 400."""
+        while has_message(self.socket):
+            self._answer_one()
+
+    def _answer_one(self) -> None:
         frames = self.socket.recv_multipart(zmq.DONTWAIT)
         version, request = (frames + [b"", b""])[:2]
         name = None

@@ -6,7 +6,6 @@ session's run waits for one layer, never for a whole prompt.
 
 import logging
 import os
-import select
 import socket
 import time
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import zmq
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link, Parcel
+from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import models, replies
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.keeping import Keeping
@@ -63,11 +63,9 @@ class EngineLoop:
         self._turns = Turns()
         self._answers: dict[int, OrderedDict[int, tuple[bytes, list[bytes | memoryview]]]] = {}
         self._adopting = False
-        self._news = select.poll()
-        self._news.register(lease.socket, select.POLLIN)
-        self._poller = zmq.Poller()
-        self._poller.register(link.socket, zmq.POLLIN)
-        self._poller.register(lease.socket, zmq.POLLIN)
+        self._poll = Poll()
+        self._poll.watch(link.socket, self._on_link, sent_on=True)
+        self._poll.watch(lease.socket, self._on_lease)
         self._notices = {
             Op.LOAD: self._load,
             Op.ENTER: self._enter,
@@ -88,29 +86,31 @@ class EngineLoop:
         self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid()))
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
-                self._receive(wait=not self._turns)
+                self._poll.turn(0 if self._turns else None)
                 if self._turns:
                     self._work(self._turns.next())
 
     def close(self) -> None:
+        self._poll.close()
         self._keeping.close()
         self._link.close()
         self._lease.close()
 
     # ---- taking
 
-    def _receive(self, *, wait: bool) -> None:
-        if wait:
-            self._poller.poll()
-        if self._news.poll(0):
-            packet, fd = self._lease.receive()
-            if fd is not None:
-                os.close(fd)
-            self._keeping.on_packet(packet)
-        for packet in self._lease.late():
-            self._keeping.on_packet(packet)
-        while (parcel := self._link.receive()) is not None:
+    def _on_link(self, count: int) -> None:
+        for _ in range(count):
+            parcel = self._link.receive()
+            if parcel is None:
+                return
             self._take(parcel)
+
+    def _on_lease(self, _: int) -> None:
+        packet, fd = self._lease.receive()
+        if fd is not None:
+            os.close(fd)
+        for news in (packet, *self._lease.late()):
+            self._keeping.on_packet(news)
 
     def _take(self, parcel: Parcel) -> None:
         watch = Stopwatch()

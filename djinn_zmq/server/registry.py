@@ -68,6 +68,7 @@ class Registry:
     def __init__(self, sessions_limit: int) -> None:
         self.peers: dict[bytes, Peer] = {}
         self.sessions: dict[int, Session] = {}
+        self.due_s = float("inf")  # monotonic: when the next kept session is to be closed
         self._sessions_limit = sessions_limit
 
     def open(self, peer: Peer, model: str, engine: int) -> Session:
@@ -99,6 +100,7 @@ class Registry:
         if session.state is states.Session.KEPT:
             session.state = states.advance(states.SESSION, session.state, "return")
             session.closes_s = float("inf")
+            self._plan()
         session.peer = peer
         peer.sessions.add(session.id)
 
@@ -107,19 +109,22 @@ class Registry:
         session.state = states.advance(states.SESSION, session.state, "leave")
         session.peer = None
         session.closes_s = time.monotonic() + grace_s
+        self._plan()
 
     def close(self, session: Session) -> None:
         session.state = states.advance(states.SESSION, session.state, "close")
         del self.sessions[session.id]
         if session.peer is not None:
             session.peer.sessions.discard(session.id)
+        self._plan()
 
     def overdue(self) -> list[Session]:
         now = time.monotonic()
         return [session for session in self.sessions.values() if session.closes_s <= now]
 
-    def next_due_s(self) -> float:
-        return min((session.closes_s for session in self.sessions.values()), default=float("inf"))
+    def _plan(self) -> None:
+        closing = (session.closes_s for session in self.sessions.values())
+        self.due_s = min(closing, default=float("inf"))
 
     def kept_of(self, session: Session, number: int) -> KeptRecord:
         """The kept tensor *number* of *session*."""

@@ -13,19 +13,20 @@ import os
 import signal
 import socket as pysocket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
+from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Incoming, Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
-from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.engines import HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
@@ -37,7 +38,6 @@ from djinn_zmq.wire.messages import Flag, Op, Pong, Progress
 _log = logging.getLogger(__name__)
 
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-DRAIN = 64  # messages taken from one socket before the others are looked at
 TO_ENGINE = frozenset({Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS})
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
@@ -94,16 +94,15 @@ class Server:
             self.endpoints,
             self.stop,
         )
-        self._poller = zmq.Poller()
-        self._ready: dict[Any, Callable[[], None]] = {}
-        self._watch(self._wake_read.fileno(), self._on_wake)
-        self._watch(self.arenas.fileno(), self.arenas.serve)
+        self._poll = Poll()
+        self._poll.watch(self._wake_read, self._on_wake)
+        self._poll.watch(self.arenas, lambda _: self.arenas.serve())
         for tag, router in self._routers.items():
-            self._watch(router.socket, lambda tag=tag, router=router: self._on_bus(tag, router))
+            self._poll.watch(router.socket, partial(self._on_bus, tag, router), sent_on=True)
             monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._watch(monitor, lambda m=monitor, tag=tag: self._on_disconnect(m, tag))
+            self._poll.watch(monitor, partial(self._on_disconnect, monitor, tag))
         if self._admission is not None:
-            self._watch(self._admission.socket, self._admission.answer)
+            self._poll.watch(self._admission.socket, lambda _: self._admission.answer())
 
     def _bind(self, tag: bytes, endpoint: str, keys: ServerKeys | None) -> None:
         router = Router(self._context, self.settings, keys)
@@ -122,10 +121,7 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
-            for socket, _ in self._poller.poll(self._wait_ms()):
-                ready = self._ready.get(socket)
-                if ready is not None:  # closed by what was ready before it
-                    ready()
+            self._poll.turn(self._until_due_s())
             self._close_overdue()
 
     def stop(self) -> None:
@@ -137,34 +133,25 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.stop())
 
-    def _on_wake(self) -> None:
+    def _on_wake(self, _: int) -> None:
         self._wake_read.recv(64)
 
-    def _wait_ms(self) -> int | None:
-        due_s = self.registry.next_due_s()
-        if due_s == float("inf"):
-            return None
-        return max(0, int((due_s - time.monotonic()) * 1000) + 1)
+    def _until_due_s(self) -> float | None:
+        """How long nothing is due for; None: nothing is."""
+        due_s = self.registry.due_s
+        return None if due_s == float("inf") else max(0.0, due_s - time.monotonic() + 0.001)
 
     def _close_overdue(self) -> None:
-        if self.registry.next_due_s() == float("inf"):
+        if self.registry.due_s == float("inf"):
             return
         for session in self.registry.overdue():
             self._close_session(session)
             self._end_staging(session.owner)
 
-    def _watch(self, socket: Any, ready: Callable[[], None]) -> None:
-        self._poller.register(socket, zmq.POLLIN)
-        self._ready[socket] = ready
-
-    def _unwatch(self, socket: Any) -> None:
-        self._poller.unregister(socket)
-        del self._ready[socket]
-
     # ---- the bus
 
-    def _on_bus(self, tag: bytes, router: Router) -> None:
-        for _ in range(DRAIN):
+    def _on_bus(self, tag: bytes, router: Router, count: int) -> None:
+        for _ in range(count):
             incoming = router.receive()
             if incoming is None:
                 return
@@ -262,9 +249,10 @@ class Server:
 
     # ---- the end of a client
 
-    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes) -> None:
+    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes, _: int) -> None:
         """Some connection ended; libzmq does not say whose. Knock at those who could be meant."""
-        recv_monitor_message(monitor)
+        while has_message(monitor):
+            monitor.recv_multipart()
         frame = codec.encode(Op.PING, Pong("knock"), flags=Flag.REPLY)
         for envelope, peer in list(self.registry.peers.items()):
             if envelope[:1] == tag and peer.lease is None:
@@ -306,11 +294,11 @@ class Server:
 
     def _watch_engine(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._watch(engine.link.socket, lambda: self._on_link(engine))
-        self._watch(engine.lease.socket.fileno(), lambda: self._on_engine_lease(engine))
+        self._poll.watch(engine.link.socket, partial(self._on_link, engine), sent_on=True)
+        self._poll.watch(engine.lease.socket, partial(self._on_engine_lease, engine))
 
-    def _on_link(self, engine: Engine) -> None:
-        for _ in range(DRAIN):
+    def _on_link(self, engine: Engine, count: int) -> None:
+        for _ in range(count):
             parcel = engine.link.receive() if engine.link is not None else None
             if parcel is None:
                 return
@@ -325,7 +313,7 @@ class Server:
                     session.waiting -= 1
             self._reply(parcel.envelope, parcel.frame, parcel.buffers)
 
-    def _on_engine_lease(self, engine: Engine) -> None:
+    def _on_engine_lease(self, engine: Engine, _: int) -> None:
         lease = engine.lease
         if lease is None:
             return
@@ -339,9 +327,9 @@ class Server:
 
     def _on_engine_gone(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._on_link(engine)  # what it still said before it died
-        self._unwatch(engine.link.socket)
-        self._unwatch(engine.lease.socket.fileno())
+        self._on_link(engine, HELD_LIMIT)  # what it still said before it died
+        self._poll.unwatch(engine.link.socket)
+        self._poll.unwatch(engine.lease.socket)
         self.fleet.on_death(engine)
         if engine.link is not None:
             self._watch_engine(engine)
