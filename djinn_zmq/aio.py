@@ -101,6 +101,9 @@ class AsyncConnection(Connection):
                 with suppress(DjinnError):  # who cancels is not to get another error
                     self.cancel(request, call.session)
                 self._look_again()
+                reply = self.reply_to(request)
+                if isinstance(reply, Message):
+                    self.give_back(reply)
             raise
         finally:
             self._forget(request)

@@ -38,8 +38,13 @@ class Dealer:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         limits.apply(self.socket, settings)
+        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         if keys is not None:
             keys.secure(self.socket)
+        # Before connecting: a refusal that comes at once would go untold.
+        self.monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        )
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as exc:
@@ -83,5 +88,8 @@ class Dealer:
         return frame, buffers
 
     def close(self) -> None:
-        self.socket.close(linger=0)
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self.monitor.close(linger=0)
+            self.socket.close(linger=0)
         self.context.term()

@@ -24,6 +24,7 @@ class Poll:
         self._epoll = select.epoll()
         self._ready: dict[int, Ready] = {}  # by descriptor
         self._used: dict[int, zmq.Socket[bytes]] = {}  # sockets that are sent on, by descriptor
+        self._new: dict[int, zmq.Socket[bytes]] = {}  # not asked yet: until then they say nothing
 
     def watch(self, source: Any, ready: Ready, *, sent_on: bool = False) -> None:
         """Call *ready* when *source*, a ZeroMQ socket or a descriptor, has something to take.
@@ -34,6 +35,8 @@ class Poll:
         self._ready[fd] = ready
         if sent_on:
             self._used[fd] = source
+        elif isinstance(source, zmq.Socket):
+            self._new[fd] = source
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, source: Any) -> None:
@@ -42,6 +45,7 @@ class Poll:
         self._epoll.unregister(fd)
         self._ready.pop(fd)
         self._used.pop(fd, None)
+        self._new.pop(fd, None)
 
     def turn(self, timeout_s: float | None) -> None:
         """Call whoever is ready; where nobody is, wait for somebody up to *timeout_s* (None: for
@@ -51,6 +55,9 @@ class Poll:
         costs less than failing to receive. Whoever has more then hands over MANY.
         """
         fds, count = [fd for fd, socket in self._used.items() if has_message(socket)], MANY
+        if self._new:
+            fds += [fd for fd, socket in self._new.items() if has_message(socket)]
+            self._new.clear()
         if not fds:
             fds, count = [fd for fd, _ in self._epoll.poll(timeout_s)], FEW
         for fd in fds:

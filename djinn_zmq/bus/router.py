@@ -53,6 +53,7 @@ class Router:
         if not limits.port_fits(endpoint):
             raise StartError(f"cannot bind {endpoint}: a port is at most {limits.LAST_PORT}")
         try:
+            self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
             self.socket.bind(endpoint)
         except zmq.ZMQError as exc:
             if exc.errno == zmq.EADDRINUSE:

@@ -1,6 +1,6 @@
 """Arrays that stay on the server until somebody looks at them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ class RemoteArray:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without it Python would index until an IndexError, which no awaitable raises in time.
+        return (self[row] for row in range(len(self)))
 
     def __getitem__(self, at: Any) -> Any:
         return self._drive(self._read(index_of(at)))

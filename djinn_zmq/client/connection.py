@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
@@ -84,7 +85,8 @@ class Connection:
         self._want_shared = shared
         self._dealer = Dealer(endpoint, settings, keys)
         self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
-        self._monitor = self._dealer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._dealer.monitor
+        self._gone = False  # disconnected, and not connected again since
         # Random, so that a client that comes back never asks under a number of its past life.
         self._last_request = secrets.randbits(40) << 20
         self._waiting: dict[int, Message | DjinnError | None] = {}
@@ -217,10 +219,23 @@ class Connection:
     def take(self, frame: bytes, buffers: list[memoryview]) -> None:
         header = codec.peek(frame)
         call = self._calls.get(header.request)
-        if call is None:
-            return  # given up, or the server's knock
+        if call is None:  # given up, or the server's knock
+            if not header.flags & (Flag.ERROR | Flag.PROGRESS):
+                self.give_back(codec.decode(frame, buffers, header))
+            return
         call.arrived_ns = time.perf_counter_ns()
         self._waiting[header.request] = self._decoded(header, frame, buffers)
+
+    def give_back(self, message: Message) -> None:
+        """*message* answers a request nobody waits for any more: release what it keeps."""
+        session, meta = message.header.session, message.meta
+        if isinstance(meta, messages.RunReply):
+            for kept in meta.checkpoints:
+                self.forget(session, kept.id)
+            if meta.logits_id:
+                self.forget(session, meta.logits_id)
+        elif isinstance(meta, messages.Uploaded):
+            self.forget(session, meta.id)
 
     def _decoded(
         self, header: Header, frame: bytes, buffers: list[memoryview]
@@ -250,8 +265,11 @@ class Connection:
 
     def alive(self) -> bool:
         """Is the other end still there, as far as this machine can tell?"""
-        if self._monitor.poll(0):
-            self._monitor.recv_multipart()
+        lost = self._gone
+        while self._monitor.poll(0):
+            self._gone = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+            lost = lost or self._gone
+        if lost:  # also where it is back: what was asked before is not answered any more
             return False
         if self.lease is not None:
             poll = select.poll()
@@ -270,7 +288,7 @@ class Connection:
             reply = yield Call(
                 Op.HELLO, messages.Hello(__version__, os.getpid()), timeout_s=timeout_s
             )
-        except Lost as exc:
+        except (Busy, Lost) as exc:  # Busy: refused before the question was sent
             raise Unreachable(
                 f"no server answers at {self.endpoint} within {timeout_s:g} s: start one with "
                 "'djinn serve', or check the endpoint and the key"
@@ -390,8 +408,6 @@ class Connection:
             self._pool.close()
         if self.lease is not None:
             self.lease.close()
-        self._dealer.socket.disable_monitor()
-        self._monitor.close(linger=0)
         self._dealer.close()
 
 

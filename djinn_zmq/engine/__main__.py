@@ -29,12 +29,15 @@ def _end_with(parent: int) -> None:
 @click.command()
 @click.option("--link", type=click.Path(path_type=Path), required=True)
 @click.option("--lease-fd", type=int, required=True)
+@click.option("--server-pid", type=int, required=True)
 @click.option("--device", required=True)
 @click.option("--index", type=int, required=True)
 @click.option("--settings", required=True)
-def main(link: Path, lease_fd: int, device: str, index: int, settings: str) -> None:
+def main(
+    link: Path, lease_fd: int, server_pid: int, device: str, index: int, settings: str
+) -> None:
     """One engine. Its options are the server's to give."""
-    _end_with(os.getppid())
+    _end_with(server_pid)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s engine-{index} %(message)s", stream=sys.stderr
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -81,6 +82,7 @@ class Engine:
                     "djinn_zmq.engine",
                     f"--link={self._link_path}",
                     f"--lease-fd={theirs.fileno()}",
+                    f"--server-pid={os.getpid()}",
                     f"--device={self.device}",
                     f"--index={self.index}",
                     f"--settings={json.dumps(dataclasses.asdict(self._settings))}",
@@ -176,6 +178,8 @@ class Engine:
 
     def stop(self, timeout_s: float) -> None:
         """End the process: its lease socket closes, it has *timeout_s*, then it is killed."""
+        if self.state is states.Engine.STARTING:
+            self._end_process()  # it holds nothing yet, and would notice only with torch imported
         self._close_ends()
         if self._process is not None:
             try:

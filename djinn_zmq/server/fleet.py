@@ -175,7 +175,7 @@ class Fleet:
         if header.flags & Flag.PROGRESS:
             if engine.state is states.Engine.READY:
                 engine.advance("load")
-            name, _, _ = meta.stage.partition(":")
+            name = _named_in(meta.stage, engine)
             engine.loading = name
             engine.detail = meta.stage
             for opening in self._opening.get((engine.index, name), ()):
@@ -185,7 +185,8 @@ class Fleet:
             engine.advance("loaded")
         engine.detail = ""
         if header.flags & Flag.ERROR:
-            name, _, text = meta.text.partition(": ")
+            name = _named_in(meta.text, engine)
+            text = meta.text.removeprefix(f"{name}: ")
             engine.sources.pop(name, None)
             self._fail_openings(engine, name, from_wire(meta.code, f"{name}: {text}"))
         else:
@@ -241,3 +242,9 @@ class Fleet:
             run = list(records)
             meta = Adopt(run[0].ids, tuple(record.kept for record in run))
             engine.tell(Op.ADOPT, meta, session=session.id)
+
+
+def _named_in(text: str, engine: Engine) -> str:
+    """Which of the models *engine* was told to load the words "NAME: …" are about. A directory's
+    name may hold anything, ": " too."""
+    return max((name for name in engine.sources if text.startswith(f"{name}: ")), key=len)

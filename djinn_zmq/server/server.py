@@ -28,6 +28,7 @@ from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.engines import HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.settings import Settings, private_dir
@@ -70,6 +71,7 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_read, self._wake_write = pysocket.socketpair()
         self._stopping = False
+        self._knocks = Knocks()
         self._admission = Admission(self._context, keys) if keys is not None else None
         self.registry = Registry(settings.sessions_limit)
         self._routers: dict[bytes, Router] = {}
@@ -122,10 +124,12 @@ class Server:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
             self._poll.turn(self._until_due_s())
-            self._close_overdue()
+            self._do_what_is_due()
 
     def stop(self) -> None:
         """End `serve`. May be called from a signal handler."""
+        if self._stopping:  # a second Ctrl-C may come when the sockets are closed already
+            return
         self._stopping = True
         self._wake_write.send(b"\0")
 
@@ -138,10 +142,13 @@ class Server:
 
     def _until_due_s(self) -> float | None:
         """How long nothing is due for; None: nothing is."""
-        due_s = self.registry.due_s
+        due_s = min(self.registry.due_s, self._knocks.due_s)
         return None if due_s == float("inf") else max(0.0, due_s - time.monotonic() + 0.001)
 
-    def _close_overdue(self) -> None:
+    def _do_what_is_due(self) -> None:
+        if self._knocks.due_s != float("inf"):
+            for tag in self._knocks.take_due():
+                self._knock(tag)
         if self.registry.due_s == float("inf"):
             return
         for session in self.registry.overdue():
@@ -250,9 +257,13 @@ class Server:
     # ---- the end of a client
 
     def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes, _: int) -> None:
-        """Some connection ended; libzmq does not say whose. Knock at those who could be meant."""
+        """Some connection ended; libzmq does not say whose."""
         while has_message(monitor):
             monitor.recv_multipart()
+        self._knocks.plan(tag)
+
+    def _knock(self, tag: bytes) -> None:
+        """Those peers of a router that are gone are found out by a message to each."""
         frame = codec.encode(Op.PING, Pong("knock"), flags=Flag.REPLY)
         for envelope, peer in list(self.registry.peers.items()):
             if envelope[:1] == tag and peer.lease is None:

@@ -204,6 +204,8 @@ def test_numpy_cannot_await_and_says_what_to_write_instead(endpoint):
                 with pytest.raises(TypeError, match=r"use `await array.fetch\(\)`"):
                     numpys(hidden)
             assert (await hidden.fetch()).shape == (1, 5, 64)
+            (prompt,) = hidden  # as many awaitables as it has rows
+            assert (await prompt).shape == (5, 64)
 
     quiet(main)
 
@@ -322,13 +324,34 @@ def test_cancelling_many_of_many_leaves_the_others_their_answers(endpoint):
             point = (await model.run(FRANCE, stop_at=2)).checkpoint
             tasks = [asyncio.create_task(point.resume()) for _ in range(40)]
             await asyncio.sleep(0)  # each has sent its request
-            for task in tasks[::2]:
-                task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
-            assert all(isinstance(one, asyncio.CancelledError) for one in done[::2])
-            logits = {bits(await one.logits) for one in done[1::2]}
+            cancelled = {task for task in tasks[::2] if task.cancel()}  # False: done already
+            await asyncio.wait(tasks)
+            assert all(task.cancelled() for task in cancelled)
+            logits = {bits(await task.result().logits) for task in tasks if task not in cancelled}
             assert len(logits) == 1
             assert (await (await point.resume()).top(1))[0].token == "paris"
+
+    quiet(main)
+
+
+def test_what_a_cancelled_run_had_kept_already_is_released(endpoint, server):
+    before = server.status().memory.checkpoints
+
+    async def main() -> None:
+        async with aio.connect(endpoint) as client:
+            model = await client.model("tiny")
+            task = asyncio.create_task(model.run(FRANCE, save_at=range(5)))
+            await asyncio.sleep(0)
+            while server.status().memory.checkpoints < before + 5:
+                pass  # its answer is there before this loop looks again
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+            async def released() -> bool:
+                return (await client.status()).memory.checkpoints == before
+
+            await until(released, "the checkpoints nobody can name are released")
 
     quiet(main)
 

@@ -223,7 +223,7 @@ def unknown_architecture(folder: Path) -> None:
 def test_a_broken_model_directory_is_refused_with_the_reason_and_others_are_served(
     served, server, tmp_path, breaking, reason
 ):
-    folder = tmp_path / "broken"
+    folder = tmp_path / "a: b"  # what a message says of it starts with "NAME: " too
     shutil.copytree(TINY, folder)
     breaking(folder)
     for _ in range(2):  # it is tried again each time: the user may have mended it
@@ -378,14 +378,11 @@ def test_a_runtime_directory_that_is_a_link_is_refused(refused_server, home, tmp
     assert "must be a directory of uid" in refused_server("--port", 0)
 
 
-def test_an_ipv6_loopback_is_served_or_refused_by_name(start):
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_the_ipv6_loopback_is_served_without_keys(start):
     port = free_port()
     started = start("--port", port, "--host", "::1")
-    started.wait_for("djinn: serving at", "Error: ")
-    if "Error: " in started.words:
-        assert started.wait() == 1
-        assert f"cannot bind tcp://[::1]:{port}" in started.words
-        return
+    started.wait_for("djinn: serving at")
     with djinn.connect(f"tcp://[::1]:{port}") as server:
         assert server.ping() == "serving"
     assert started.end() == 0

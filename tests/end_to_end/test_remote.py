@@ -18,6 +18,7 @@ from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import client_keys
 from djinn_zmq.errors import (
     AccessDenied,
+    Lost,
     RequestError,
     UnknownCheckpoint,
     UnknownSession,
@@ -246,7 +247,7 @@ def sessions_of(server) -> dict[int, messages.SessionInfo]:
 def test_a_killed_client_without_a_key_leaves_no_session_and_no_checkpoint(served, server):
     before = server.status()
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(paused(served.tcp)) for _ in range(4)]
+        clients = [stack.enter_context(paused(served.tcp)) for _ in range(3)]
         assert {session for _, session, _ in clients} <= set(sessions_of(server))
         for process, _, _ in clients:
             process.kill()
@@ -255,6 +256,31 @@ def test_a_killed_client_without_a_key_leaves_no_session_and_no_checkpoint(serve
     after = server.status()
     assert after.memory.checkpoints == before.memory.checkpoints
     assert after.memory.used <= before.memory.used
+
+
+CROWD = """
+import os, signal, sys, djinn_zmq as djinn
+servers = [djinn.connect(sys.argv[1]) for _ in range(8)]
+models = [server.model("tiny") for server in servers]
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_many_connections_that_end_at_once_are_all_noticed(served, server):
+    before = set(sessions_of(server))
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", CROWD, served.tcp], check=False)
+        until(lambda: set(sessions_of(server)) <= before, "their sessions end")
+
+
+def test_once_its_server_is_gone_every_request_of_a_client_says_so(serve):
+    with serve(port=free_port()) as running, djinn.connect(running.tcp) as server:
+        assert server.ping() == "serving"
+        running.process.kill()
+        for _ in range(3):
+            with pytest.raises(Lost, match="the server at tcp://.* is gone"):
+                server.ping()
+        running.process.wait()
 
 
 def test_a_server_that_is_not_there_is_reported_within_the_timeout():
