@@ -119,7 +119,7 @@ class EngineLoop:
             message = codec.decode(parcel.frame, parcel.buffers, header)
             if not parcel.envelope:
                 self._finish_adopting(header)
-                self._notices[Op(header.op)](message)
+                self._notices[header.op](message)
             else:
                 self._finish_adopting(header)
                 self._request(parcel.envelope, message, watch)
@@ -139,7 +139,7 @@ class EngineLoop:
         session = self._sessions.get(header.session)
         if session is None:
             raise UnknownSession(f"session {header.session:016x} is not on this engine")
-        self._requests[Op(header.op)](envelope, message, session, watch)
+        self._requests[header.op](envelope, message, session, watch)
 
     # ---- the server's notices
 

@@ -65,7 +65,7 @@ class Requests:
         self, peer: Peer, header: Header, meta: msgspec.Struct, buffers: Sequence[memoryview]
     ) -> Answer | None:
         """The reply to a request, or None where it is still to come. Raises DjinnError to refuse."""
-        return self._answers[Op(header.op)](peer, header, meta, buffers)
+        return self._answers[header.op](peer, header, meta, buffers)
 
     def _hello(self, peer: Peer, header: Header, meta: messages.Hello, _: object) -> Answer:
         same_user = peer.uid == os.getuid() and peer.lease is None

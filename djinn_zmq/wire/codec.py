@@ -53,8 +53,12 @@ _KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS
 _FAILED = Flag.REPLY | Flag.ERROR
 
 _encoder = msgspec.msgpack.Encoder()
-_requests = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REQUESTS.items()}
-_replies = {op: msgspec.msgpack.Decoder(kind) for op, kind in messages.REPLIES.items()}
+# By (the flags that say which side speaks, op): one look-up for every message on its way.
+_decoders = {
+    (side, int(op)): msgspec.msgpack.Decoder(kind)
+    for side, table in ((0, messages.REQUESTS), (int(Flag.REPLY), messages.REPLIES))
+    for op, kind in table.items()
+}
 _progress = msgspec.msgpack.Decoder(messages.Progress)
 _failure = msgspec.msgpack.Decoder(messages.Failure)
 _lease = msgspec.msgpack.Decoder(messages.Lease)
@@ -91,7 +95,7 @@ def peek(frame: Buffer) -> Header:
     """The header of frame 0. Raises ProtocolError for what is not one."""
     if len(frame) < HEADER_SIZE:
         raise ProtocolError(f"{len(frame)} bytes are no header: it has {HEADER_SIZE}")
-    header = Header._make(HEADER.unpack_from(frame))
+    header = Header(*HEADER.unpack_from(frame))
     if header.magic != MAGIC:
         raise ProtocolError(f"magic {header.magic!r}: a message starts with {MAGIC!r}")
     if header.version != VERSION:
@@ -105,19 +109,21 @@ def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None 
     header: what `peek` gave for *frame*, where it has been called already.
     """
     header = header or peek(frame)
-    decoder = _decoder_for(header)
+    decoder = _decoders.get((header.flags & _KINDS, header.op)) or _odd_decoder(header)
     try:
         meta = decoder.decode(memoryview(frame)[HEADER_SIZE:])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
         raise ProtocolError(f"the meta of {_name(header.op)} does not decode: {exc}") from exc
     if header.buffers != len(buffers):
         raise ProtocolError(f"{header.buffers} buffers announced, {len(buffers)} came")
-    for tensor in tensors_of(meta):
-        check(tensor, buffers)
+    if type(meta) in _TENSORS:
+        for tensor in tensors_of(meta):
+            check(tensor, buffers)
     return Message(header, meta, buffers)
 
 
-def _decoder_for(header: Header) -> msgspec.msgpack.Decoder[Any]:
+def _odd_decoder(header: Header) -> msgspec.msgpack.Decoder[Any]:
+    """For progress and failures; raises ProtocolError where there is none."""
     kind = header.flags & _KINDS
     if kind == Flag.PROGRESS:
         return _progress
@@ -125,12 +131,8 @@ def _decoder_for(header: Header) -> msgspec.msgpack.Decoder[Any]:
         return _failure
     if kind & ~Flag.REPLY:
         raise ProtocolError(f"flags {header.flags:#x} are neither a reply, an error nor progress")
-    table = _replies if header.flags & Flag.REPLY else _requests
-    decoder = table.get(header.op)
-    if decoder is None:
-        side = "reply" if header.flags & Flag.REPLY else "request"
-        raise ProtocolError(f"op {header.op} is no {side} of this protocol")
-    return decoder
+    side = "reply" if header.flags & Flag.REPLY else "request"
+    raise ProtocolError(f"op {header.op} is no {side} of this protocol")
 
 
 def _name(op: int) -> str:
