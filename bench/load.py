@@ -39,6 +39,8 @@ class Window:
         return len(self.latencies_s)
 
 
+REQUEST = slice(8, 16)  # the bytes of a header that hold the request's number
+
 Generator = Callable[[int, float], Window]  # (clients, seconds) → what was answered
 
 
@@ -86,7 +88,8 @@ class Dealers:
                     place, dealer, frame = by_fd[fd]
                     # The descriptor tells once; only a socket that was found empty tells again.
                     while _readable(dealer):
-                        dealer.recv(DONTWAIT)
+                        if dealer.recv(DONTWAIT)[REQUEST] != frame[REQUEST]:
+                            continue  # the server's knock, after other clients have gone
                         now = clock()
                         latencies.append(now - sent[place])
                         if now < end:

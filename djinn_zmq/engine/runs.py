@@ -147,8 +147,7 @@ class Runner:
         job.advance("start")
         stepper, watch, wanted = job.model.stepper, job.watch, job.wanted
         with watch.span("record"):
-            ids = torch.from_numpy(job.ids).to(job.model.device)
-            recording = self._recording(job, ids)
+            recording = self._recording(job)
         if hidden is None:
             # Some models' first layer writes into what it is given, and the recording is kept.
             hidden = recording.embedded.clone()
@@ -162,7 +161,7 @@ class Runner:
         if wanted.stop_at is None and wanted.logits != "none":
             yield
             with watch.span("compute"):
-                logits = stepper.tail(ids, hidden)
+                logits = stepper.tail(recording.ids, hidden)
                 job.logits = logits if wanted.logits == "all" else logits[:, -1]
             self._keep_large_logits(job)
         yield from self._until_done(job)
@@ -201,13 +200,14 @@ class Runner:
         job.kept.clear()
         job.logits_kept = None
 
-    def _recording(self, job: Job, ids: torch.Tensor) -> Recording:
+    def _recording(self, job: Job) -> Recording:
         """What the model hands its layers for this prompt: the last few prompts' are at hand."""
         key = b"\0".join(
             (job.model.info.name.encode(), repr(job.ids.shape).encode(), job.ids.tobytes())
         )
         recording = self._recordings.get(key)
         if recording is None:
+            ids = torch.from_numpy(job.ids).to(job.model.device)
             recording = self._recordings[key] = job.model.stepper.record(ids)
             self._recordings_nbytes += recording.nbytes
             while self._recordings_nbytes > RECORDINGS_NBYTES and len(self._recordings) > 1:

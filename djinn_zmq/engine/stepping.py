@@ -34,6 +34,7 @@ class _Noted(Exception):
 class Recording:
     """What the model hands to its layers for one prompt."""
 
+    ids: torch.Tensor  # int64 (batch, positions), on the device
     embedded: torch.Tensor  # (batch, positions, hidden_size): the input of layer 0
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, without hidden
 
@@ -117,7 +118,7 @@ class Stepper:
             raise ModelRefused(
                 f"its forward calls {len(arguments)} of its {self.num_layers} layers"
             )
-        return Recording(embedded[0], arguments)
+        return Recording(ids, embedded[0], arguments)
 
     def step(self, index: int, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
         """Run layer *index* (0-based): hidden (batch, positions, hidden_size) in and out."""
