@@ -58,7 +58,9 @@ class Poll:
         if self._new:
             fds += [fd for fd, socket in self._new.items() if has_message(socket)]
             self._new.clear()
-        if not fds:
+        if fds:  # a busy socket must not keep the others from being heard
+            fds += [fd for fd, _ in self._epoll.poll(0) if fd not in self._used]
+        else:
             fds, count = [fd for fd, _ in self._epoll.poll(timeout_s)], FEW
         for fd in fds:
             ready = self._ready.get(fd)

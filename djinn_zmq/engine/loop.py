@@ -87,6 +87,8 @@ class EngineLoop:
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
                 self._poll.turn(0 if self._turns else None)
+                for news in self._lease.late():  # came while an answer was waited for
+                    self._keeping.on_packet(news)
                 if self._turns:
                     self._work(self._turns.next())
 
@@ -109,8 +111,7 @@ class EngineLoop:
         packet, fd = self._lease.receive()
         if fd is not None:
             os.close(fd)
-        for news in (packet, *self._lease.late()):
-            self._keeping.on_packet(news)
+        self._keeping.on_packet(packet)
 
     def _take(self, parcel: Parcel) -> None:
         watch = Stopwatch()

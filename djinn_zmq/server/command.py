@@ -14,6 +14,7 @@ import click
 
 from djinn_zmq.bus.keys import server_keys
 from djinn_zmq.errors import DjinnError, RequestError
+from djinn_zmq.server.malloc import keep_freed_memory
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import MIB, Settings, socket_path
 
@@ -172,6 +173,7 @@ def serve(
       djinn serve --model tiny --port 0
       djinn serve --host 0.0.0.0 --keys ~/.djinn-keys --model smollm2
     """
+    keep_freed_memory()
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(name)s %(message)s",

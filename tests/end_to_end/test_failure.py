@@ -69,8 +69,10 @@ def test_an_engine_that_keeps_dying_stays_down_and_says_so(fresh):
             pid = server.status().engines[0].pid
             os.kill(pid, signal.SIGKILL)
             until(
-                lambda pid=pid: server.status().engines[0].pid != pid
-                or server.status().engines[0].state == "failed",
+                lambda pid=pid: (
+                    server.status().engines[0].pid != pid
+                    or server.status().engines[0].state == "failed"
+                ),
                 "another engine, or none any more",
             )
         engine = server.status().engines[0]

@@ -37,8 +37,9 @@ def plain():
         with torch.inference_mode():
             out = model(torch.as_tensor(ids), use_cache=False, output_hidden_states=True)
         logits = out.logits.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return logits, [h.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for h in
-                        out.hidden_states]
+        return logits, [
+            h.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for h in out.hidden_states
+        ]
 
     yield run
     torch.set_num_threads(threads)

@@ -111,9 +111,7 @@ def test_valid_headers_with_junk_behind_them_never_stop_the_server(
     served, op, flags, junk, buffers
 ):
     raw = _shared_raw(served)
-    header = codec.HEADER.pack(
-        codec.MAGIC, codec.VERSION, op, flags, len(buffers), 2**60, 1, 0, 0
-    )
+    header = codec.HEADER.pack(codec.MAGIC, codec.VERSION, op, flags, len(buffers), 2**60, 1, 0, 0)
     raw.send(header + junk, *buffers)
     assert answers(raw)
 
@@ -186,9 +184,7 @@ def test_uploads_that_lie_are_refused_once_and_their_slots_come_back(raw, sessio
     assert raw.code(Op.UPLOAD, messages.Upload(0), session) == "bad-request"
     assert raw.code(Op.UPLOAD, messages.Upload(1 << 50), session) == "bad-request"
     raw.request += 1
-    upload = codec.encode(
-        Op.UPLOAD, messages.Upload(100_000), request=raw.request, session=session
-    )
+    upload = codec.encode(Op.UPLOAD, messages.Upload(100_000), request=raw.request, session=session)
     chunk = codec.encode(
         Op.CHUNK,
         messages.Chunk(50_000),

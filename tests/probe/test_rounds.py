@@ -1,0 +1,41 @@
+import time
+
+import pytest
+
+from djinn_zmq.probe.rounds import Plan, interleaved
+
+
+def test_cases_take_turns_a_b_c_a_b_c():
+    calls: list[str] = []
+    cases = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    taken = interleaved(cases, Plan(rounds=3, per_round=2, warm_up=1, settle=0))
+    assert "".join(calls) == "abc" + 3 * "aabbcc"
+    assert all(samples.seconds.shape == (3, 2) for samples in taken.values())
+    assert [samples.name for samples in taken.values()] == list("abc")
+
+
+def test_settling_calls_are_made_and_not_counted():
+    calls: list[str] = []
+    cases = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    taken = interleaved(cases, Plan(rounds=2, per_round=1, warm_up=0, settle=2))
+    assert "".join(calls) == 2 * "aaabbb"
+    assert taken["a"].n == 2
+
+
+def test_the_gap_is_slept_before_each_call_and_not_counted(monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    interleaved({"a": lambda: None}, Plan(2, 3, gap_s=0.5, warm_up=4, settle=1))
+    assert slept == [0.5] * (2 * (3 + 1))
+
+
+@pytest.mark.parametrize("samples", [1, 7, 20, 2000, 2001])
+def test_a_plan_takes_at_least_the_samples_asked_for(samples):
+    plan = Plan.of(samples, 20)
+    assert samples <= plan.samples < samples + 20
+    assert plan.rounds <= 20
+
+
+def test_an_error_of_a_case_is_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        interleaved({"a": lambda: 1 // 0}, Plan(1, 1))
