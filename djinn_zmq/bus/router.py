@@ -36,6 +36,7 @@ class Router:
         self.socket = context.socket(zmq.ROUTER)
         self.endpoints: list[str] = []
         self._users = keys is not None
+        self._told_apart = self._users  # do frames say who sent them?
         self._fresh: set[bytes] = set()
         self._known: dict[bytes, tuple[str, str]] = {}
         limits.apply(self.socket, settings)
@@ -59,6 +60,7 @@ class Router:
             if exc.errno == zmq.EADDRINUSE:
                 raise AddressInUse(f"{endpoint} is in use by another process") from exc
             raise StartError(f"cannot bind {endpoint}: {exc.strerror}") from exc
+        self._told_apart |= endpoint.startswith("ipc:")
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoints.append(bound)
         return bound
@@ -86,8 +88,8 @@ class Router:
 
         Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
         """
-        if not self._users and route in self._known:
-            return True  # our own user over ipc, or a loopback that tells nobody apart anyway
+        if not self._told_apart and route in self._known:
+            return True  # over tcp without keys all have the loopback's address
         who = (_property(first, "Peer-Address"), _property(first, "User-Id") if self._users else "")
         known = self._known.setdefault(route, who)
         if known is who:

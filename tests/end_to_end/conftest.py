@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,6 +110,13 @@ def running(folder: Path, *options: str, port: int | str = 0) -> Iterator[Runnin
     assert sorted(os.listdir("/dev/shm")) == before
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory of mode 0700 whose path leaves room for the sockets' names (107 bytes)."""
+    with tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Running]:
     """One server with tiny for a module's tests, over ipc and over tcp on the loopback."""
@@ -141,8 +150,6 @@ def tiny(server) -> djinn.Model:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

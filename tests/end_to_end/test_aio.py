@@ -472,11 +472,10 @@ def test_a_progress_function_is_told_and_its_own_failure_stops_nobody(served, tm
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
+def home(short_path, monkeypatch) -> Path:
     """A runtime directory of the test's own."""
-    (tmp_path / "run").mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run" / "djinn"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
+    return short_path / "djinn"
 
 
 def test_local_serves_a_model_and_is_gone_with_the_block(home):

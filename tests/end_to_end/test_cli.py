@@ -84,11 +84,9 @@ class Started:
 
 
 @pytest.fixture
-def home(tmp_path) -> Path:
+def home(short_path) -> Path:
     """A user's runtime directory."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    return path
+    return short_path
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ def test_uploads_that_lie_are_refused_once_and_their_slots_come_back(raw, sessio
     def used():
         return served.status().memory.used
 
-    before = used()
+    before = used()  # of peers before this one, too, whose end may not have been noticed yet
     assert raw.code(Op.UPLOAD, messages.Upload(0), session) == "bad-request"
     assert raw.code(Op.UPLOAD, messages.Upload(1 << 50), session) == "bad-request"
     raw.request += 1
@@ -196,7 +196,7 @@ def test_uploads_that_lie_are_refused_once_and_their_slots_come_back(raw, sessio
     raw.send(upload)
     raw.send(chunk, bytes(60_000))
     assert answers(raw)
-    assert used() == before
+    assert used() <= before
 
 
 def test_a_frame_over_the_limit_ends_its_connection_and_no_other(served):
