@@ -9,8 +9,9 @@ with djinn.connect() as server:
     print(done.top(5))
 """
 
+from typing import Any
+
 from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Zero
-from djinn_zmq.client.local import local
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint, Run, Top
 from djinn_zmq.client.server import Server, connect
@@ -35,3 +36,12 @@ __all__ = [
     "connect",
     "local",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`local` on first use: a client of a running server need not import what starts processes."""
+    if name == "local":
+        from djinn_zmq.client.local import local
+
+        return local
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
