@@ -124,12 +124,17 @@ class Connection:
             return self._wait(self.send(step), step)
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
-        for call in step:
-            if len(sent) == WINDOW:
+        try:
+            for call in step:
+                if len(sent) == WINDOW:
+                    replies.append(self._wait(*sent.popleft()))
+                sent.append((self.send(call), call))
+            while sent:
                 replies.append(self._wait(*sent.popleft()))
-            sent.append((self.send(call), call))
-        while sent:
-            replies.append(self._wait(*sent.popleft()))
+        except DjinnError:
+            for request, _ in sent:  # one before them failed: nobody waits for these
+                self.give_up(request)
+            raise
         return replies
 
     def _wait(self, request: int, call: Call) -> Message:

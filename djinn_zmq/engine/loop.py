@@ -279,9 +279,10 @@ class EngineLoop:
         job, header = active.job, active.header
         try:
             meta, buffers = replies.of_run(job)
-        except DjinnError as exc:
+        except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
+            _log.exception("the answer of a run of %s failed", job.model.info.name)
             self._runner.discard(job)
-            self._refuse(active.envelope, header, exc)
+            self._refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
         if job.everything_kept:
             keep = messages.Keep(replies.ids_inline(job), tuple(job.everything_kept))

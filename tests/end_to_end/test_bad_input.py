@@ -110,6 +110,16 @@ def test_a_checkpoint_that_never_was_is_unknown(tiny):
         ask(tiny.server, Op.RESUME, messages.Resume(77, None, (), wanted), session=tiny.session)
 
 
+def test_nothing_is_waited_for_any_more_when_one_of_several_requests_fails(tiny):
+    def operation():
+        pieces = [messages.Read(77 + number, (), 0, 10) for number in range(12)]
+        return (yield [Call(Op.READ, piece, session=tiny.session) for piece in pieces])
+
+    with pytest.raises(errors.UnknownCheckpoint):
+        tiny.server.drive(operation())
+    assert tiny.server.connection._calls == {}
+
+
 def test_wrong_prompts_are_refused(tiny):
     cases = [
         ("", errors.PromptError, "empty prompt"),
