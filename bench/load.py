@@ -20,7 +20,8 @@ from bench.roundtrips import noop_frame
 from bench.serving import MODEL
 from djinn_zmq.errors import Lost
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 
 ANSWER_S = 10.0  # an answer that takes longer is lost
 

@@ -11,7 +11,7 @@ import djinn_zmq as djinn
 from bench import echoes
 from bench.serving import MODEL, Served
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.messages import Op
+from djinn_zmq.wire.ops import Op
 
 Call = Callable[[], object]
 TRANSPORTS = ("ipc", "tcp")

@@ -21,7 +21,7 @@ from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import ratio
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import Op
+from djinn_zmq.wire.ops import Op
 
 SHAPE = (1031, 5120)  # positions, hidden size: one activation of Llama-2-13B
 ITEMSIZE = 2  # bytes of a bfloat16

@@ -9,7 +9,8 @@ from djinn_zmq.client.connection import PIECE, Call, Connection, Operation
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.errors import Lost, StaleSlot
 from djinn_zmq.wire.edits import Index, selection
-from djinn_zmq.wire.messages import Kept, Op, Read
+from djinn_zmq.wire.messages import Kept, Read
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Slot, over
 
 Drive = Callable[[Operation[Any]], Any]

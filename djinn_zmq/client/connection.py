@@ -37,7 +37,8 @@ from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Slot, Tensor, inline
 
 T = TypeVar("T")

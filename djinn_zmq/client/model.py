@@ -10,7 +10,8 @@ from djinn_zmq.client.run import Logits, Run, ask, wanted_of
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import PromptError
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import ModelInfo, Op
+from djinn_zmq.wire.messages import ModelInfo
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
 
 Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, positions)

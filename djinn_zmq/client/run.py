@@ -16,7 +16,8 @@ from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
-from djinn_zmq.wire.messages import Kept, Op, RunReply
+from djinn_zmq.wire.messages import Kept, RunReply
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Slot, dtype_name, view
 
 Logits = str | int

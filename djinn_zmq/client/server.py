@@ -13,7 +13,8 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import Op, SessionInfo, StatusReply
+from djinn_zmq.wire.messages import SessionInfo, StatusReply
+from djinn_zmq.wire.ops import Op
 
 CONNECT_S = 5.0
 CLOSE_S = 1.0

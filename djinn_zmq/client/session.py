@@ -7,7 +7,8 @@ import numpy as np
 
 from djinn_zmq.client.connection import Call, Connection, Operation, Progress
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import ModelInfo, Op
+from djinn_zmq.wire.messages import ModelInfo
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
 
 PIECES_AT_ONCE = 256  # int64 ids of one request: as many fit inside a meta

@@ -39,7 +39,8 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
 
 _log = logging.getLogger(__name__)

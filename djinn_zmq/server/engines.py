@@ -22,7 +22,8 @@ from djinn_zmq.errors import Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Op, Retire
+from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Retire
+from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
 

@@ -15,17 +15,8 @@ from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import (
-    Adopt,
-    Drop,
-    Enter,
-    Flag,
-    Keep,
-    Leave,
-    Op,
-    Opened,
-    Progress,
-)
+from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opened, Progress
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
 
 UPLOADS_LIMIT = 16  # under way at once from one peer

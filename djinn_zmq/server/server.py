@@ -34,7 +34,8 @@ from djinn_zmq.server.requests import Requests
 from djinn_zmq.settings import Settings, private_dir
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Flag, Op, Pong, Progress
+from djinn_zmq.wire.messages import Flag, Pong, Progress
+from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ import msgspec
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.edits import tensors_in
-from djinn_zmq.wire.messages import VERSION, Flag, Op
+from djinn_zmq.wire.messages import VERSION, Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor, check
 
 MAGIC = b"DJ"

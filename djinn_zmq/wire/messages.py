@@ -5,44 +5,14 @@ many is refused. Ids are random or counted 64-bit numbers; 0 is never an id.
 """
 
 from enum import IntEnum
-from typing import Any
 
 import msgspec
 
 from djinn_zmq.wire.edits import Edit, Index
+from djinn_zmq.wire.ops import Op, message
 from djinn_zmq.wire.tensors import Tensor
 
 VERSION = 1
-
-
-class Op(IntEnum):
-    # client → server
-    HELLO = 1
-    PING = 2  # to the server; with a session, through it to the session's engine
-    STATUS = 3
-    OPEN = 4
-    CLOSE = 5
-    READ = 6
-    UPLOAD = 7
-    CHUNK = 8  # one way: a piece of an upload
-    STOP = 9
-    # client → server → engine
-    RUN = 16
-    RESUME = 17
-    RELEASE = 18
-    CANCEL = 19
-    TOKENS = 20
-    # server ↔ engine
-    READY = 32  # engine: the process is up
-    LOAD = 33
-    ENTER = 34  # server: a session begins
-    LEAVE = 35  # server: a session ends
-    KEEP = 36  # engine: these tensors now exist
-    DROP = 37  # engine: these no longer do
-    ADOPT = 38  # server: these survived your predecessor
-    # beside any of them, as a reply
-    PROGRESS = 48
-    FAILURE = 49
 
 
 class Flag(IntEnum):
@@ -53,16 +23,6 @@ class Flag(IntEnum):
     PROGRESS = 4  # the meta is a Progress; the reply itself is still to come
     SHARED = 8  # the sender maps shared arenas: tensors may travel as slots
     ONE_WAY = 16  # no reply is wanted
-
-
-def _message(op: Op, **options: Any) -> dict[str, Any]:
-    return {
-        "tag": int(op),
-        "frozen": True,
-        "array_like": True,
-        "forbid_unknown_fields": True,
-        **options,
-    }
 
 
 Spans = tuple[tuple[str, int], ...]  # (name, nanoseconds), in the order they happened
@@ -130,12 +90,12 @@ class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 # ---- client → server
 
 
-class Hello(msgspec.Struct, **_message(Op.HELLO)):
+class Hello(msgspec.Struct, **message(Op.HELLO)):
     version: str
     pid: int
 
 
-class Welcome(msgspec.Struct, **_message(Op.HELLO)):
+class Welcome(msgspec.Struct, **message(Op.HELLO)):
     version: str
     pid: int
     lease_path: str  # empty: no shared memory for this peer
@@ -144,19 +104,19 @@ class Welcome(msgspec.Struct, **_message(Op.HELLO)):
     frame_limit: int
 
 
-class Ping(msgspec.Struct, **_message(Op.PING)):
+class Ping(msgspec.Struct, **message(Op.PING)):
     pass
 
 
-class Pong(msgspec.Struct, **_message(Op.PING)):
+class Pong(msgspec.Struct, **message(Op.PING)):
     state: str  # the engine's, where the ping went to one
 
 
-class Status(msgspec.Struct, **_message(Op.STATUS)):
+class Status(msgspec.Struct, **message(Op.STATUS)):
     pass
 
 
-class StatusReply(msgspec.Struct, **_message(Op.STATUS)):
+class StatusReply(msgspec.Struct, **message(Op.STATUS)):
     version: str
     pid: int
     uptime_s: float
@@ -168,24 +128,24 @@ class StatusReply(msgspec.Struct, **_message(Op.STATUS)):
     memory: MemoryInfo
 
 
-class Open(msgspec.Struct, **_message(Op.OPEN)):
+class Open(msgspec.Struct, **message(Op.OPEN)):
     model: str
 
 
-class Opened(msgspec.Struct, **_message(Op.OPEN)):
+class Opened(msgspec.Struct, **message(Op.OPEN)):
     session: int
     model: ModelInfo
 
 
-class Close(msgspec.Struct, **_message(Op.CLOSE)):
+class Close(msgspec.Struct, **message(Op.CLOSE)):
     pass
 
 
-class Done(msgspec.Struct, **_message(Op.CLOSE)):
+class Done(msgspec.Struct, **message(Op.CLOSE)):
     """The reply that says only: done. CLOSE, RELEASE, STOP."""
 
 
-class Read(msgspec.Struct, **_message(Op.READ)):
+class Read(msgspec.Struct, **message(Op.READ)):
     """Bytes [offset, offset + nbytes) of `kept[at]`, laid out C-contiguous."""
 
     id: int
@@ -194,28 +154,28 @@ class Read(msgspec.Struct, **_message(Op.READ)):
     nbytes: int
 
 
-class ReadReply(msgspec.Struct, **_message(Op.READ)):
+class ReadReply(msgspec.Struct, **message(Op.READ)):
     dtype: str
     shape: tuple[int, ...]  # of kept[at]
     piece: Tensor  # uint8 (n,)
 
 
-class Upload(msgspec.Struct, **_message(Op.UPLOAD)):
+class Upload(msgspec.Struct, **message(Op.UPLOAD)):
     """Ask for a slot of *nbytes*; the pieces follow at once as CHUNKs with this request's id."""
 
     nbytes: int
 
 
-class Uploaded(msgspec.Struct, **_message(Op.UPLOAD)):
+class Uploaded(msgspec.Struct, **message(Op.UPLOAD)):
     id: int  # to RELEASE it by
     tensor: Tensor  # uint8 (nbytes,)
 
 
-class Chunk(msgspec.Struct, **_message(Op.CHUNK)):
+class Chunk(msgspec.Struct, **message(Op.CHUNK)):
     offset: int
 
 
-class Stop(msgspec.Struct, **_message(Op.STOP)):
+class Stop(msgspec.Struct, **message(Op.STOP)):
     pass
 
 
@@ -231,7 +191,7 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     top: int  # how many, for "top"
 
 
-class Run(msgspec.Struct, **_message(Op.RUN)):
+class Run(msgspec.Struct, **message(Op.RUN)):
     """One forward pass over *text*, or over *ids*: int64 (batch, positions)."""
 
     text: tuple[str, ...]
@@ -239,7 +199,7 @@ class Run(msgspec.Struct, **_message(Op.RUN)):
     wanted: Wanted
 
 
-class Resume(msgspec.Struct, **_message(Op.RESUME)):
+class Resume(msgspec.Struct, **message(Op.RESUME)):
     """Go on from a checkpoint: a new branch, with *hidden* in its place where given, then *edits*."""
 
     checkpoint: int
@@ -248,7 +208,7 @@ class Resume(msgspec.Struct, **_message(Op.RESUME)):
     wanted: Wanted
 
 
-class RunReply(msgspec.Struct, **_message(Op.RUN)):
+class RunReply(msgspec.Struct, **message(Op.RUN)):
     """What a RUN or RESUME came to."""
 
     run: int
@@ -264,26 +224,26 @@ class RunReply(msgspec.Struct, **_message(Op.RUN)):
     spans: Spans
 
 
-class Release(msgspec.Struct, **_message(Op.RELEASE)):
+class Release(msgspec.Struct, **message(Op.RELEASE)):
     ids: tuple[int, ...]
 
 
-class Cancel(msgspec.Struct, **_message(Op.CANCEL)):
+class Cancel(msgspec.Struct, **message(Op.CANCEL)):
     request: int
 
 
-class Cancelled(msgspec.Struct, **_message(Op.CANCEL)):
+class Cancelled(msgspec.Struct, **message(Op.CANCEL)):
     found: bool
 
 
-class Tokens(msgspec.Struct, **_message(Op.TOKENS)):
+class Tokens(msgspec.Struct, **message(Op.TOKENS)):
     """Text to ids (where *ids* is None), or each id to its own piece of text."""
 
     text: str
     ids: Tensor | None
 
 
-class TokensReply(msgspec.Struct, **_message(Op.TOKENS)):
+class TokensReply(msgspec.Struct, **message(Op.TOKENS)):
     ids: Tensor  # int64 (n,)
     pieces: tuple[str, ...]
 
@@ -291,42 +251,42 @@ class TokensReply(msgspec.Struct, **_message(Op.TOKENS)):
 # ---- server ↔ engine
 
 
-class Ready(msgspec.Struct, **_message(Op.READY)):
+class Ready(msgspec.Struct, **message(Op.READY)):
     device: str
     pid: int
 
 
-class Load(msgspec.Struct, **_message(Op.LOAD)):
+class Load(msgspec.Struct, **message(Op.LOAD)):
     name: str
     source: str
     dtype: str  # "auto": as stored
 
 
-class Loaded(msgspec.Struct, **_message(Op.LOAD)):
+class Loaded(msgspec.Struct, **message(Op.LOAD)):
     model: ModelInfo
 
 
-class Enter(msgspec.Struct, **_message(Op.ENTER)):
+class Enter(msgspec.Struct, **message(Op.ENTER)):
     owner: str
     model: str
 
 
-class Leave(msgspec.Struct, **_message(Op.LEAVE)):
+class Leave(msgspec.Struct, **message(Op.LEAVE)):
     pass
 
 
-class Keep(msgspec.Struct, **_message(Op.KEEP)):
+class Keep(msgspec.Struct, **message(Op.KEEP)):
     """These exist now. *ids* (int64 (batch, positions)) is what their run was made of."""
 
     ids: Tensor
     kept: tuple[Kept, ...]
 
 
-class Drop(msgspec.Struct, **_message(Op.DROP)):
+class Drop(msgspec.Struct, **message(Op.DROP)):
     ids: tuple[int, ...]
 
 
-class Adopt(msgspec.Struct, **_message(Op.ADOPT)):
+class Adopt(msgspec.Struct, **message(Op.ADOPT)):
     """As Keep, in the other direction: what a new engine takes over."""
 
     ids: Tensor
@@ -336,13 +296,13 @@ class Adopt(msgspec.Struct, **_message(Op.ADOPT)):
 # ---- beside any request
 
 
-class Progress(msgspec.Struct, **_message(Op.PROGRESS)):
+class Progress(msgspec.Struct, **message(Op.PROGRESS)):
     stage: str
     done: int
     total: int  # 0: not known
 
 
-class Failure(msgspec.Struct, **_message(Op.FAILURE)):
+class Failure(msgspec.Struct, **message(Op.FAILURE)):
     code: str
     text: str
 

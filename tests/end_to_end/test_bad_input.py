@@ -7,7 +7,7 @@ import djinn_zmq as djinn
 from djinn_zmq import errors
 from djinn_zmq.client.connection import Call
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import Op
+from djinn_zmq.wire.ops import Op
 
 FRANCE = "the capital of france is"
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import djinn_zmq as djinn
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Frame, Slot, Tensor
 
 FRANCE = "the capital of france is"

@@ -26,7 +26,8 @@ from djinn_zmq.errors import (
 )
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"

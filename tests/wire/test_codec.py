@@ -9,7 +9,8 @@ from djinn_zmq import errors
 from djinn_zmq.errors import LayerError, ProtocolError
 from djinn_zmq.wire import codec, edits, messages
 from djinn_zmq.wire.codec import HEADER_SIZE, Header, decode, encode, peek
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Frame, Slot, Tensor, inline
 
 LAST = messages.Wanted(None, (), "last", 0)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from djinn_zmq.errors import ProtocolError, SelectionError
 from djinn_zmq.wire import codec, edits, messages, tensors
 from djinn_zmq.wire.codec import HEADER_SIZE, decode, encode
-from djinn_zmq.wire.messages import Flag, Op
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Device, Frame, Inline, Slot, Tensor
 
 FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))

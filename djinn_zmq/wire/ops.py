@@ -1,0 +1,48 @@
+"""The ops: what a message can be about, and how its struct is tagged with that.
+
+A module of its own, so that each family of messages can have one too; `messages` has the tables.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+
+class Op(IntEnum):
+    # client → server
+    HELLO = 1
+    PING = 2  # to the server; with a session, through it to the session's engine
+    STATUS = 3
+    OPEN = 4
+    CLOSE = 5
+    READ = 6
+    UPLOAD = 7
+    CHUNK = 8  # one way: a piece of an upload
+    STOP = 9
+    # client → server → engine
+    RUN = 16
+    RESUME = 17
+    RELEASE = 18
+    CANCEL = 19
+    TOKENS = 20
+    # server ↔ engine
+    READY = 32  # engine: the process is up
+    LOAD = 33
+    ENTER = 34  # server: a session begins
+    LEAVE = 35  # server: a session ends
+    KEEP = 36  # engine: these tensors now exist
+    DROP = 37  # engine: these no longer do
+    ADOPT = 38  # server: these survived your predecessor
+    # beside any of them, as a reply
+    PROGRESS = 48
+    FAILURE = 49
+
+
+def message(op: Op, **options: Any) -> dict[str, Any]:
+    """The options of the struct that travels under *op*."""
+    return {
+        "tag": int(op),
+        "frozen": True,
+        "array_like": True,
+        "forbid_unknown_fields": True,
+        **options,
+    }
