@@ -17,8 +17,8 @@ import zmq
 
 from bench.grpc_echo import METHOD, SERVICE
 from bench.roundtrips import noop_frame
-from bench.serving import MODEL
 from djinn_zmq.errors import Lost
+from djinn_zmq.probe.serving import MODEL
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op

@@ -10,14 +10,14 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench import echoes, grpc_echo, load, roundtrips
+from bench import grpc_echo, load, roundtrips
 from bench.roundtrips import DJINN, FRONT, TRANSPORTS
-from bench.serving import Served, own_server, sockets_folder
-from djinn_zmq.probe import pinning, tables
+from djinn_zmq.probe import echoes, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.probe.serving import Served, own_server, sockets_folder
 
 NOOP_LIMIT = 1.3  # times the bare front and PAIR
 GRPC_FACTOR = 3.0  # times gRPC's requests a second

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 import djinn_zmq as djinn
-from bench.serving import sockets_folder
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.engine import shapes
@@ -19,6 +18,7 @@ from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import Ratio, Samples, ratio
+from djinn_zmq.probe.serving import sockets_folder
 
 SEED = 7
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import zmq
 
 import djinn_zmq as djinn
-from bench import echoes
-from bench.serving import MODEL, Served
+from djinn_zmq.probe import echoes
+from djinn_zmq.probe.serving import MODEL, Served
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.ops import Op
 

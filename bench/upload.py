@@ -11,15 +11,14 @@ import click
 import numpy as np
 
 import djinn_zmq as djinn
-from bench import echoes
-from bench.serving import MODEL, Served, own_server, sockets_folder
 from djinn_zmq.client.connection import Call, Operation, Parcel
 from djinn_zmq.client.model import Model
-from djinn_zmq.probe import pinning, tables
+from djinn_zmq.probe import echoes, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import ratio
+from djinn_zmq.probe.serving import MODEL, Served, own_server, sockets_folder
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 

@@ -1,4 +1,4 @@
-"""A Djinn server of the benchmark's own, over ipc and tcp, with the embedded model loaded."""
+"""A Djinn server of a measurement's own, over ipc and tcp, with the embedded model loaded."""
 
 import socket
 import tempfile

@@ -1,7 +1,7 @@
 """What Djinn is compared with: the barest programs that carry the same bytes the same way.
 
-Each runs in a process of its own, `python -m bench.echoes NAME ...`, says the endpoint it is bound
-to on its first line, and is ended by its parent's SIGTERM, or with its parent.
+Each runs in a process of its own, `python -m djinn_zmq.probe.echoes NAME ...`, says the endpoint it
+is bound to on its first line, and is ended by its parent's SIGTERM, or with its parent.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import zmq
 
@@ -98,18 +97,17 @@ def _say(endpoint: str) -> None:
 def running(name: str, *arguments: str) -> Iterator[tuple[str, int]]:
     """One of the processes above; yields (its endpoint, its pid)."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.echoes", name, *arguments],
+        [sys.executable, "-m", "djinn_zmq.probe.echoes", name, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # as Djinn's processes: the scheduler shares time by session
-        cwd=Path(__file__).parent.parent,
     )
     try:
         assert process.stdout is not None
         endpoint = process.stdout.readline().strip()
         if not endpoint:
-            raise RuntimeError(f"bench.echoes {name} ended with status {process.wait()}")
+            raise RuntimeError(f"djinn_zmq.probe.echoes {name} ended with status {process.wait()}")
         yield endpoint, process.pid
     finally:
         process.terminate()
