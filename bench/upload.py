@@ -11,8 +11,9 @@ import click
 import numpy as np
 
 import djinn_zmq as djinn
-from djinn_zmq.client.connection import Call, Operation, Parcel
+from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.model import Model
+from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.probe import echoes, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
@@ -21,6 +22,7 @@ from djinn_zmq.probe.samples import ratio
 from djinn_zmq.probe.serving import MODEL, Served, own_server, sockets_folder
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import Slot
 
 SHAPE = (1031, 5120)  # positions, hidden size: one activation of Llama-2-13B
 ITEMSIZE = 2  # bytes of a bfloat16
@@ -42,11 +44,11 @@ def upload(model: Model, array: np.ndarray) -> Operation[None]:
     it is copied, and a no-op to the engine, which reads it there, stands for the request.
     """
     connection = model.connection
-    parcel = Parcel(model.session)
-    yield from connection.place(array, parcel)
-    if parcel.leases:
+    parcel = Parcel(connection, model.session)
+    tensor = yield from parcel.place(array)
+    if isinstance(tensor.where, Slot):
         yield Call(Op.PING, messages.Ping(), session=model.session)
-    connection.settle(parcel)
+    parcel.settle()
 
 
 @contextmanager

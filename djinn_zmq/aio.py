@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation, Parcel
+from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
@@ -155,8 +155,8 @@ class AsyncConnection(Connection):
 
     def _watch_lease(self) -> None:
         """Its end of file is how a server on this machine says that it died."""
-        if self.lease is not None and len(self._watched) == 2:
-            fd = self.lease.socket.fileno()
+        if self.sharing.lease is not None and len(self._watched) == 2:
+            fd = self.sharing.lease.socket.fileno()
             self._watched.append(fd)
             self._loop.add_reader(fd, self._on_readable)
 
@@ -164,10 +164,6 @@ class AsyncConnection(Connection):
         for fd in self._watched:
             self._loop.remove_reader(fd)
         self._watched.clear()
-
-    def settle(self, parcel: Parcel) -> None:
-        if not self.closed:  # else its memory went with the connection
-            super().settle(parcel)
 
     def close(self) -> None:
         self._stop_watching()

@@ -68,7 +68,7 @@ class RemoteArray:
 
     def _read(self, index: Index) -> Operation[np.ndarray]:
         chosen = selection(index, self.shape, "the array")
-        if self._connection.can_map(self._kept.tensor):
+        if self._connection.sharing.can_map(self._kept.tensor):
             return self._read_slot(chosen)
         return (yield from self._pull(index))
 
@@ -76,7 +76,7 @@ class RemoteArray:
         """Copied out of the shared slot; nobody is asked."""
         tensor = self._kept.tensor
         assert isinstance(tensor.where, Slot)
-        arena = self._connection.arena(tensor.where.arena)
+        arena = self._connection.sharing.arena(tensor.where.arena)
         try:
             whole = over(arena.view(tensor.where, tensor.nbytes), tensor.dtype, tensor.shape)
             part = np.array(whole[chosen])

@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
-from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
-    ArenaFull,
     Busy,
     Closed,
     DjinnError,
@@ -32,14 +30,12 @@ from djinn_zmq.errors import (
     RequestError,
     Unreachable,
 )
-from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Slot, Tensor, inline
 
 T = TypeVar("T")
 Progress = Callable[[messages.Progress], None]
@@ -84,7 +80,7 @@ class Connection:
         """
         self.endpoint = endpoint
         self.settings = settings
-        self.lease: LeaseSocket | None = None
+        self.sharing = Sharing(settings)
         self._want_shared = shared
         self._dealer = Dealer(endpoint, settings, keys)
         self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
@@ -95,8 +91,6 @@ class Connection:
         self._waiting: dict[int, Message | DjinnError | None] = {}
         self._calls: dict[int, Call] = {}  # what waits, by request
         self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
-        self._arenas: dict[int, Arena] = {}
-        self._pool: Pool | None = None
         self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
         self._closed = False
 
@@ -187,7 +181,7 @@ class Connection:
         if self._garbage:
             self._release_garbage()
         request = self._next_request()
-        flags = Flag.SHARED if self.lease is not None else 0
+        flags = Flag.SHARED if self.sharing.lease is not None else 0
         frame = codec.encode(
             call.op,
             call.meta,
@@ -280,9 +274,9 @@ class Connection:
             lost = lost or self._gone
         if lost:  # also where it is back: what was asked before is not answered any more
             return False
-        if self.lease is not None:
+        if self.sharing.lease is not None:
             poll = select.poll()
-            poll.register(self.lease.socket, select.POLLIN)
+            poll.register(self.sharing.lease.socket, select.POLLIN)
             return not poll.poll(0)  # nothing is ever sent unasked: readable means its end
         return True
 
@@ -305,69 +299,10 @@ class Connection:
         welcome: messages.Welcome = reply.meta
         if welcome.lease_path and self._want_shared:
             try:
-                self.lease = LeaseSocket.connect(welcome.lease_path, welcome.token)
+                self.sharing.join(welcome.lease_path, welcome.token)
             except (Unreachable, Lost):
                 pass  # a container, or another mount: the bus serves as well, only slower
         return welcome
-
-    # ---- tensors out
-
-    def place(self, array: np.ndarray, parcel: "Parcel") -> Operation[Tensor]:
-        """Decide how *array* travels with the request *parcel* belongs to, and bring it there."""
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        if array.nbytes <= INLINE_LIMIT:
-            return inline(array)
-        raw = memoryview(array.reshape(-1).view(np.uint8))
-        if self.lease is not None and array.nbytes >= SLOT_FROM:
-            lease = self.stage(array.nbytes)
-            parcel.leases.append(lease)
-            np.frombuffer(lease.view, np.uint8)[:] = np.frombuffer(raw, np.uint8)
-            return Tensor(array.dtype.name, array.shape, lease.slot)
-        if array.nbytes <= PIECE:
-            parcel.buffers.append(raw)
-            return Tensor(array.dtype.name, array.shape, Frame(len(parcel.buffers) - 1))
-        uploaded = yield Call(
-            Op.UPLOAD, messages.Upload(array.nbytes), session=parcel.session, data=raw
-        )
-        parcel.uploads.append(uploaded.meta.id)
-        return Tensor(array.dtype.name, array.shape, uploaded.meta.tensor.where)
-
-    def stage(self, nbytes: int) -> Lease:
-        """A slot of this client's own shared memory. Raises ArenaFull beyond its limit."""
-        if self._pool is None:
-            self._pool = Pool(
-                self.settings.client_arenas, self.settings.arena, self._share, "client"
-            )
-        return self._pool.lease(nbytes, 0)
-
-    def _share(self, arena: OwnArena) -> int:
-        assert self.lease is not None
-        granted, _ = self.lease.ask(messages.Share(), arena.fd)
-        return granted.arena
-
-    def settle(self, parcel: "Parcel") -> None:
-        """The request is answered: what travelled with it comes back."""
-        for lease in parcel.leases:
-            assert self._pool is not None
-            self._pool.give_back(lease.slot)
-        self._garbage.extend((parcel.session, number) for number in parcel.uploads)
-
-    # ---- tensors in
-
-    def arena(self, number: int) -> Arena:
-        """A shared arena, mapped on first use."""
-        arena = self._arenas.get(number)
-        if arena is None:
-            if self.lease is None:
-                raise ArenaFull("this connection shares no memory with the server")
-            _, fd = self.lease.ask(messages.Want(number))
-            if fd is None:
-                raise Lost(f"arena {number} came without a descriptor")
-            arena = self._arenas[number] = Arena(number, fd)
-        return arena
-
-    def can_map(self, tensor: Tensor) -> bool:
-        return self.lease is not None and isinstance(tensor.where, Slot)
 
     # ---- ends
 
@@ -411,12 +346,7 @@ class Connection:
         if self._closed:
             return
         self._closed = True
-        for arena in self._arenas.values():
-            arena.close()
-        if self._pool is not None:
-            self._pool.close()
-        if self.lease is not None:
-            self.lease.close()
+        self.sharing.close()
         self._dealer.close()
 
 
@@ -428,14 +358,3 @@ def _deadline_ms(timeout_s: float | None) -> int:
     if not timeout_s > 0:
         raise RequestError(f"timeout_s={timeout_s}: a positive number of seconds, or None")
     return max(1, int(timeout_s * 1000))
-
-
-class Parcel:
-    """What travels beside one request, and comes back when it is answered."""
-
-    def __init__(self, session: int) -> None:
-        self.session = session
-        self.begin_ns = time.perf_counter_ns()
-        self.buffers: list[bytes | memoryview] = []
-        self.leases: list[Lease] = []
-        self.uploads: list[int] = []

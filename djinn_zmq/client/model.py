@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Connection, Operation, Parcel
+from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.run import Logits, Run, ask, wanted_of
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import PromptError
@@ -65,16 +66,16 @@ class Model:
     def _run(
         self, prompt: Prompt, wanted: messages.Wanted, timeout_s: float | None
     ) -> Operation[Run]:
-        parcel = Parcel(self.session)
+        parcel = Parcel(self.connection, self.session)
         try:
             texts = _texts(prompt)
             ids = None
             if not texts:
-                ids = yield from self.connection.place(_ids(prompt), parcel)
+                ids = yield from parcel.place(_ids(prompt))
             meta = messages.Run(texts, ids, wanted)
             return (yield from ask(self._session, Op.RUN, meta, parcel, timeout_s))
         finally:
-            self.connection.settle(parcel)
+            parcel.settle()
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""

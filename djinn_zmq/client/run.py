@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
-from djinn_zmq.client.connection import Call, Operation, Parcel
+from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.edits import Edit
+from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
@@ -90,8 +91,7 @@ class Checkpoint:
         wanted: messages.Wanted,
         timeout_s: float | None,
     ) -> Operation["Run"]:
-        connection = self._session.connection
-        parcel = Parcel(self._kept.session)
+        parcel = Parcel(self._session.connection, self._kept.session)
         try:
             on_wire = []
             for edit in edits:
@@ -99,15 +99,15 @@ class Checkpoint:
                     raise RequestError(f"{edit!r} is no edit: use djinn_zmq.Add, Set, Patch …")
                 tensor = None
                 if edit.array is not None:
-                    tensor = yield from connection.place(edit.array, parcel)
+                    tensor = yield from parcel.place(edit.array)
                 on_wire.append(edit.on_wire(tensor))
             placed = None
             if hidden is not None:
-                placed = yield from connection.place(as_hidden(hidden, self.dtype), parcel)
+                placed = yield from parcel.place(as_hidden(hidden, self.dtype))
             meta = messages.Resume(self.id, placed, tuple(on_wire), wanted)
             return (yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s))
         finally:
-            connection.settle(parcel)
+            parcel.settle()
 
     def release(self) -> Any:
         """Give its memory back now. Resuming it afterwards raises UnknownCheckpoint."""

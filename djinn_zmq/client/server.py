@@ -99,7 +99,7 @@ class Server:
 
     def _close(self) -> Generator[Any, Any, None]:
         try:
-            if self.connection.lease is None:  # else its end of file says it
+            if self.connection.sharing.lease is None:  # else its end of file says it
                 for model in list(self._models.values()):
                     yield Call(Op.CLOSE, messages.Close(), session=model.session, timeout_s=CLOSE_S)
         except DjinnError:

@@ -520,7 +520,9 @@ def test_the_files_of_a_killed_server_are_taken_over_by_the_next(start, home):
     second.wait_for("djinn: serving at")
     with djinn.connect(endpoint) as server:
         assert server.welcome.pid == second.process.pid
-        assert server.connection.lease is not None  # shared memory works over the new sockets
+        assert (
+            server.connection.sharing.lease is not None
+        )  # shared memory works over the new sockets
         assert server.status().engines[0].pid not in (0, engine)
     assert second.end() == 0
     assert os.listdir(home / "djinn") == []

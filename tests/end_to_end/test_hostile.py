@@ -246,7 +246,7 @@ def test_the_lease_socket_refuses_strangers_and_nonsense(served):
 
 def test_memory_that_is_not_sealed_or_no_arena_is_refused_on_the_lease_socket(served):
     with served.connect() as server:
-        lease = server.connection.lease
+        lease = server.connection.sharing.lease
         loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
         os.ftruncate(loose, 1 << 20)
         with pytest.raises(djinn.DjinnError, match="must be sealed"):

@@ -99,7 +99,7 @@ def remote(served):
 def test_the_main_job_without_shared_memory_gives_the_same_bits_as_with_it(served, tiny, way):
     endpoint = served.tcp if way == "tcp" else served.endpoint
     with djinn.connect(endpoint, shared=False) as server:
-        assert server.connection.lease is None
+        assert server.connection.sharing.lease is None
         far = server.model("tiny")
         assert far.session != tiny.session
         here, there = tiny.run(FRANCE, stop_at=2), far.run(FRANCE, stop_at=2)
@@ -412,7 +412,7 @@ def test_keys_in_a_directory_that_cannot_be_made_are_refused_in_one_sentence(key
 def test_an_allowed_key_gets_in_and_owns_its_sessions(keyed, keys):
     tcp, ipc = keyed
     with djinn.connect(tcp, key=keys / "alice.key") as server, djinn.connect(ipc) as owner:
-        assert server.connection.lease is None
+        assert server.connection.sharing.lease is None
         model = server.model("tiny")
         assert model.run(FRANCE, stop_at=2).checkpoint.resume().top(1)[0].token == "paris"
         session = sessions_of(owner)[model.session]

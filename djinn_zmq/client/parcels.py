@@ -1,0 +1,62 @@
+"""How a request's tensors travel: inside it, beside it, in shared memory, or ahead of it.
+
+up to 2 KiB      in the meta
+from 64 KiB      in a slot of the client's own arena, where the server shares memory
+up to 1 MiB      as a buffer of the message
+larger           uploaded first, in pieces of 1 MiB
+"""
+
+import time
+
+import numpy as np
+
+from djinn_zmq.client.connection import PIECE, Call, Connection, Operation
+from djinn_zmq.memory.arena import Lease
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Tensor, inline
+
+
+class Parcel:
+    """What travels with one request, and comes back when it is answered.
+
+    buffers: of the message. begin_ns: when the request was begun (perf_counter_ns).
+    """
+
+    def __init__(self, connection: Connection, session: int) -> None:
+        self.session = session
+        self.begin_ns = time.perf_counter_ns()
+        self.buffers: list[bytes | memoryview] = []
+        self._connection = connection
+        self._leases: list[Lease] = []
+        self._uploads: list[int] = []
+
+    def place(self, array: np.ndarray) -> Operation[Tensor]:
+        """Decide how *array* travels, and bring it there. Raises ArenaFull for no room."""
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        if array.nbytes <= INLINE_LIMIT:
+            return inline(array)
+        raw = memoryview(array.reshape(-1).view(np.uint8))
+        sharing = self._connection.sharing
+        if sharing.lease is not None and array.nbytes >= SLOT_FROM:
+            lease = sharing.stage(array.nbytes)
+            self._leases.append(lease)
+            np.frombuffer(lease.view, np.uint8)[:] = np.frombuffer(raw, np.uint8)
+            return Tensor(array.dtype.name, array.shape, lease.slot)
+        if array.nbytes <= PIECE:
+            self.buffers.append(raw)
+            return Tensor(array.dtype.name, array.shape, Frame(len(self.buffers) - 1))
+        uploaded = yield Call(
+            Op.UPLOAD, messages.Upload(array.nbytes), session=self.session, data=raw
+        )
+        self._uploads.append(uploaded.meta.id)
+        return Tensor(array.dtype.name, array.shape, uploaded.meta.tensor.where)
+
+    def settle(self) -> None:
+        """The request is answered, or never will be: what travelled with it comes back."""
+        if self._connection.closed:  # its memory went with the connection
+            return
+        for lease in self._leases:
+            self._connection.sharing.give_back(lease)
+        for number in self._uploads:
+            self._connection.forget(self.session, number)

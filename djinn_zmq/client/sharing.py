@@ -1,0 +1,67 @@
+"""The memory a client shares with a server of the same user on the same machine.
+
+Its own arenas, in which it sends tensors, and the engines', which it reads. Without a lease there is
+neither, and everything travels over the bus.
+"""
+
+import os
+
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.errors import ArenaFull, Lost
+from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.tensors import Slot, Tensor
+
+
+class Sharing:
+    def __init__(self, settings: Settings) -> None:
+        self.lease: LeaseSocket | None = None
+        self._settings = settings
+        self._arenas: dict[int, Arena] = {}
+        self._pool: Pool | None = None
+
+    def join(self, path: str | os.PathLike[str], token: bytes) -> None:
+        """Share from now on. Raises Unreachable, AccessDenied, Lost where that cannot be."""
+        self.lease = LeaseSocket.connect(path, token)
+
+    def stage(self, nbytes: int) -> Lease:
+        """A slot of this client's own arenas. Raises ArenaFull beyond their limit."""
+        if self._pool is None:
+            self._pool = Pool(
+                self._settings.client_arenas, self._settings.arena, self._share, "client"
+            )
+        return self._pool.lease(nbytes, 0)
+
+    def _share(self, arena: OwnArena) -> int:
+        assert self.lease is not None
+        granted, _ = self.lease.ask(messages.Share(), arena.fd)
+        return granted.arena
+
+    def give_back(self, lease: Lease) -> None:
+        assert self._pool is not None
+        self._pool.give_back(lease.slot)
+
+    def arena(self, number: int) -> Arena:
+        """Anybody's shared arena, mapped on first use."""
+        arena = self._arenas.get(number)
+        if arena is None:
+            if self.lease is None:
+                raise ArenaFull("this connection shares no memory with the server")
+            _, fd = self.lease.ask(messages.Want(number))
+            if fd is None:
+                raise Lost(f"arena {number} came without a descriptor")
+            arena = self._arenas[number] = Arena(number, fd)
+        return arena
+
+    def can_map(self, tensor: Tensor) -> bool:
+        return self.lease is not None and isinstance(tensor.where, Slot)
+
+    def close(self) -> None:
+        """Unmap all of it, and hang up: the server takes that for the end of this client."""
+        for arena in self._arenas.values():
+            arena.close()
+        if self._pool is not None:
+            self._pool.close()
+        if self.lease is not None:
+            self.lease.close()
