@@ -25,11 +25,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import WINDOW, Call, Connection, Operation
+from djinn_zmq.client.connection import WINDOW, Call, Connection, Next, Operation, Step
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
-from djinn_zmq.errors import Closed, DjinnError, Lost, Unreachable
+from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, Unreachable
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Progress
@@ -46,6 +46,7 @@ class AsyncConnection(Connection):
         super().__init__(endpoint, keys, settings, shared=shared)
         self._loop = asyncio.get_running_loop()
         self._futures: dict[int, asyncio.Future[Message]] = {}
+        self._coming: dict[int, asyncio.Future[None]] = {}  # who waits for a part of an answer
         self._watched = [self.bus_fileno(), self.monitor_fileno()]
         for fd in self._watched:
             self._loop.add_reader(fd, self._on_readable)
@@ -67,9 +68,11 @@ class AsyncConnection(Connection):
         finally:
             operation.close()
 
-    async def _exchanged(self, step: Call | list[Call]) -> Message | list[Message]:
+    async def _exchanged(self, step: Step) -> Message | list[Message]:
         if isinstance(step, Call):
             return await self._answer(self._ask(step), step)
+        if isinstance(step, Next):
+            return await self._part(step.request)
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -108,6 +111,22 @@ class AsyncConnection(Connection):
         finally:
             self._forget(request)
 
+    async def _part(self, request: int) -> Message:
+        self._look_again()
+        if request in self._coming:
+            raise Busy("the next part of this answer is awaited already")
+        if not self.has_news(request):
+            self._coming[request] = self._loop.create_future()
+            try:
+                await self._coming[request]
+            except asyncio.CancelledError:
+                self.abandon(request)
+                self._look_again()
+                raise
+            finally:
+                del self._coming[request]
+        return self.take_part(request)
+
     def _forget(self, request: int) -> None:
         future = self._futures.pop(request, None)
         if future is not None and future.done() and not future.cancelled():
@@ -144,6 +163,9 @@ class AsyncConnection(Connection):
         return True
 
     def _tell_waiting(self) -> None:
+        for request, coming in self._coming.items():
+            if not coming.done() and self.has_news(request):
+                coming.set_result(None)
         for request, future in list(self._futures.items()):
             reply = self.reply_to(request)
             if reply is None or future.done():

@@ -23,6 +23,7 @@ from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
     Busy,
+    Cancelled,
     Closed,
     DjinnError,
     Lost,
@@ -53,6 +54,7 @@ DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
 class Call:
     """One request. data: what an UPLOAD sends behind it, in pieces.
 
+    parts: how many parts of its answer may be under way at once; 0: it is answered in one.
     sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
     """
 
@@ -63,11 +65,29 @@ class Call:
     timeout_s: float | None = None
     progress: Progress | None = None
     data: memoryview | None = None
+    parts: int = 0
     sent_ns: int = 0
     arrived_ns: int = 0
 
 
-Operation = Generator[Call | list[Call], Any, T]
+@dataclass(slots=True, eq=False)
+class Next:
+    """The next part of an answer whose call was sent before, or the reply that ends it."""
+
+    request: int
+
+
+Step = Call | list[Call] | Next
+Operation = Generator[Step, Any, T]
+
+
+class Arriving:
+    """The parts of one answer that have come, and how many were taken since more were asked for."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.parts: deque[Message] = deque()
+        self.taken = 0
 
 
 class Connection:
@@ -90,6 +110,8 @@ class Connection:
         self._last_request = secrets.randbits(40) << 20
         self._waiting: dict[int, Message | DjinnError | None] = {}
         self._calls: dict[int, Call] = {}  # what waits, by request
+        self._arriving: dict[int, Arriving] = {}  # of those whose answers come in parts
+        self._abandoned: deque[int] = deque()  # requests whose parts nobody takes
         self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
         self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
         self._closed = False
@@ -114,9 +136,11 @@ class Connection:
                 self._cancel_all()
                 raise
 
-    def _exchange(self, step: Call | list[Call]) -> Message | list[Message]:
+    def _exchange(self, step: Step) -> Message | list[Message]:
         if isinstance(step, Call):
             return self._wait(self.send(step), step)
+        if isinstance(step, Next):
+            return self._wait_part(step.request)
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -133,8 +157,26 @@ class Connection:
         return replies
 
     def _wait(self, request: int, call: Call) -> Message:
+        self._wait_until(lambda: self._waiting[request] is not None, request, call)
+        reply = self._waiting[request]
+        assert reply is not None
+        return self._settle(request, reply)
+
+    def _wait_part(self, request: int) -> Message:
+        if self._closed:
+            raise Closed("the connection is closed")
+        call = self._calls.get(request)
+        if call is not None:
+            try:
+                self._wait_until(lambda: self.has_news(request), request, call)
+            except KeyboardInterrupt:
+                self.abandon(request)
+                raise
+        return self.take_part(request)
+
+    def _wait_until(self, there: Callable[[], bool], request: int, call: Call) -> None:
         limit = None if call.timeout_s is None else time.monotonic() + call.timeout_s + 2 * LOOK_S
-        while (reply := self._waiting[request]) is None:
+        while not there():
             frames = self._dealer.receive_waiting()
             if frames is not None:
                 self.take(*frames)
@@ -143,7 +185,6 @@ class Connection:
             elif limit is not None and time.monotonic() > limit:
                 self.give_up(request)
                 raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
-        return self._settle(request, reply)
 
     def _settle(self, request: int, reply: Message | DjinnError) -> Message:
         self.give_up(request)
@@ -153,13 +194,17 @@ class Connection:
 
     def give_up(self, request: int) -> None:
         del self._waiting[request], self._calls[request]
+        arriving = self._arriving.pop(request, None)
+        for part in arriving.parts if arriving is not None else ():
+            self.give_back(part)
 
     def _cancel_all(self) -> None:
-        """The user gave up waiting: so should the engine."""
-        for request, call in self._calls.items():
-            self.cancel(request, call.session)
-        self._waiting.clear()
-        self._calls.clear()
+        """The user gave up waiting: so should the engine. Answers that come in parts and are not
+        waited for just now are none of this."""
+        for request, call in list(self._calls.items()):
+            if request not in self._arriving:
+                self.cancel(request, call.session)
+                self.give_up(request)
 
     def cancel(self, request: int, session: int) -> None:
         """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""
@@ -167,6 +212,49 @@ class Connection:
             meta = messages.Cancel(request)
             number = self._next_request()
             self._dealer.send(codec.encode(Op.CANCEL, meta, request=number, session=session))
+
+    # ---- answers in parts
+
+    def has_news(self, request: int) -> bool:
+        """Is there a part, or the reply, of an answer that comes in parts? True once given up."""
+        arriving = self._arriving.get(request)
+        return arriving is None or bool(arriving.parts) or self._waiting[request] is not None
+
+    def take_part(self, request: int) -> Message:
+        """The next part that has come, or the reply. Asks for more where half the window is taken."""
+        arriving = self._arriving.get(request)
+        if arriving is None:
+            raise Cancelled("its answer was given up before all of its parts were taken")
+        if not arriving.parts:
+            reply = self._waiting[request]
+            assert reply is not None
+            return self._settle(request, reply)
+        arriving.taken += 1
+        if 2 * arriving.taken >= arriving.window and self._waiting[request] is None:
+            self._send_more(request, arriving)
+        return arriving.parts.popleft()
+
+    def _send_more(self, request: int, arriving: Arriving) -> None:
+        frame = codec.encode(
+            Op.MORE,
+            messages.More(request),
+            flags=Flag.ONE_WAY,
+            request=self._next_request(),
+            session=self._calls[request].session,
+            credit=arriving.taken,
+        )
+        self._dealer.send(frame)
+        arriving.taken = 0
+
+    def abandon(self, request: int) -> None:
+        """Nobody takes the rest of an answer's parts: have the engine stop making them."""
+        if request in self._arriving and not self._closed:
+            self.cancel(request, self._calls[request].session)
+            self.give_up(request)
+
+    def abandon_later(self, request: int) -> None:
+        """The same before the next request is sent: safe to call from a finalizer."""
+        self._abandoned.append(request)
 
     # ---- sending
 
@@ -178,6 +266,9 @@ class Connection:
         """Send *call* and return its request number; the reply is still to be waited for."""
         if self._closed:
             raise Closed("the connection is closed")
+        while self._abandoned:
+            self.abandon(self._abandoned[0])
+            self._abandoned.popleft()
         if self._garbage:
             self._release_garbage()
         request = self._next_request()
@@ -190,7 +281,7 @@ class Connection:
             session=call.session,
             buffers=len(call.buffers),
             deadline_ms=_deadline_ms(call.timeout_s),
-            credit=PROGRESS_CREDIT if call.progress is not None else 0,
+            credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
         self._dealer.send(frame, call.buffers)
         if call.data is not None:
@@ -198,6 +289,8 @@ class Connection:
         call.sent_ns = time.perf_counter_ns()
         self._waiting[request] = None
         self._calls[request] = call
+        if call.parts:
+            self._arriving[request] = Arriving(call.parts)
         return request
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
@@ -250,6 +343,9 @@ class Connection:
             tell = self._calls[header.request].progress
             if tell is not None:
                 tell(message.meta)
+            return None
+        if header.flags & Flag.PART:
+            self._arriving[header.request].parts.append(message)
             return None
         return codec.error_of(message) if header.flags & Flag.ERROR else message
 

@@ -80,6 +80,7 @@ class EngineLoop:
             Op.RESUME: self._run,
             Op.CANCEL: self._cancel,
             Op.TOKENS: self._tokens,
+            Op.MORE: self._more,
         }
 
     def serve(self) -> None:
@@ -87,7 +88,7 @@ class EngineLoop:
         self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid()))
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
-                self._poll.turn(0 if self._turns else None)
+                self._poll.turn(self._turns.until_s())
                 for news in self._lease.late():  # came while an answer was waited for
                     self._keeping.on_packet(news)
                 if self._turns:
@@ -126,7 +127,9 @@ class EngineLoop:
                 self._finish_adopting(header)
                 self._request(parcel.envelope, message, watch)
         except DjinnError as exc:
-            if parcel.envelope:
+            if parcel.envelope and header.op == Op.MORE:
+                _log.debug("credit refused: %s", exc)
+            elif parcel.envelope:
                 self._refuse(parcel.envelope, header, exc)
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
@@ -220,7 +223,7 @@ class EngineLoop:
         begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
         shared = bool(header.flags & Flag.SHARED)
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
-        self._turns.add(Active(job, turns, envelope, header))
+        self._turns.add(Active(job, turns, envelope, header, header.credit))
 
     def _model_of(self, session: EngineSession) -> ServedModel:
         model = self._models.get(session.model)
@@ -236,6 +239,16 @@ class EngineLoop:
         for active in found:
             self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
         self._answer(envelope, message.header, messages.Cancelled(bool(found)), [])
+
+    def _more(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        for active in self._turns.of(session):
+            if active.header.request == message.meta.request:
+                active.credit += message.header.credit
+                if active.held is not None:
+                    self._turns.welcome(session)
+                    self._hand_out(active)
 
     def _tokens(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -257,13 +270,13 @@ class EngineLoop:
 
     def _work(self, active: Active) -> None:
         """One layer of one run, and what follows where it was the last."""
-        if active.overdue:
+        if active.left_s < 0:
             limit_ms = active.header.deadline_ms
             self._end(active, DeadlineExceeded(f"not done within {limit_ms} ms"))
             return
         begin_ns = time.perf_counter_ns()
         try:
-            next(active.turns)
+            active.held = next(active.turns)
         except StopIteration:
             self._turns.remove(active)
             self._finish(active)
@@ -274,7 +287,28 @@ class EngineLoop:
             _log.exception("a run of %s failed", active.job.model.info.name)
             self._turns.remove(active)
             self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
+        else:
+            if active.held is not None:
+                self._hand_out(active)
         self._turns.worked(active, time.perf_counter_ns() - begin_ns)
+
+    def _hand_out(self, active: Active) -> None:
+        """Send the part that *active* has made, if its client takes one more."""
+        part = active.held
+        if part is None or active.credit <= 0:
+            return
+        active.held = None
+        active.credit -= 1
+        header = active.header
+        frame = codec.encode(
+            header.op,
+            part.meta,
+            flags=Flag.PART,
+            request=header.request,
+            session=header.session,
+            buffers=len(part.buffers),
+        )
+        self._link.send(active.envelope, frame, part.buffers)
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header

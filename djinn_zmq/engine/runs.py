@@ -8,7 +8,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -25,6 +27,16 @@ from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
+
+
+class Part(NamedTuple):
+    """A part of an answer. A job that yields one goes on when its client has room for it."""
+
+    meta: msgspec.Struct  # as messages.PARTS says for the op
+    buffers: Sequence[bytes | memoryview] = ()
+
+
+Turns = Iterator[Part | None]  # a job's work: a layer each time it is asked
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +93,7 @@ class Runner:
         watch: Stopwatch,
         *,
         shared: bool,
-    ) -> tuple[Job, Iterator[None]]:
+    ) -> tuple[Job, Turns]:
         """A job for a fresh run. Raises RequestError for what cannot be run; nothing is done yet."""
         with watch.span("decode"):
             if asked.ids is not None:
@@ -102,7 +114,7 @@ class Runner:
         watch: Stopwatch,
         *,
         shared: bool,
-    ) -> tuple[Job, Iterator[None]]:
+    ) -> tuple[Job, Turns]:
         """A job that goes on from a checkpoint: a branch, with its edits made.
 
         Raises UnknownCheckpoint, LayerError, EditError; the checkpoint is as before in any case.
@@ -139,7 +151,7 @@ class Runner:
 
     # ---- the work
 
-    def _work(self, job: Job, hidden: torch.Tensor | None) -> Iterator[None]:
+    def _work(self, job: Job, hidden: torch.Tensor | None) -> Turns:
         """Layer by layer from `job.layer` to the stop or the end; yields after each layer.
 
         hidden: (batch, positions, hidden_size), this job's own; None: start at the embedding.

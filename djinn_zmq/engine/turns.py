@@ -3,12 +3,15 @@
 Each session has a clock of the time it was worked for. The next layer goes to the run whose session
 is furthest behind. A session that comes back from idling starts a little behind all others (so a
 short run passes between two layers of a long one), but never keeps time it did not use.
+
+A job whose answer comes in parts pauses where its client takes no more of them, and gets no turns
+until it does: a slow reader makes no queue grow, here or on the way.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from djinn_zmq.engine.runs import EngineSession, Job
+from djinn_zmq.engine.runs import EngineSession, Job, Part
 from djinn_zmq.wire.codec import Header
 
 HEAD_START_NS = 50_000_000
@@ -19,14 +22,21 @@ class Active:
     """A job that gets turns, and whom to answer."""
 
     job: Job
-    turns: Iterator[None]
+    turns: Iterator[Part | None]
     envelope: bytes
     header: Header
+    credit: int = 0  # parts that its client still takes
+    held: Part | None = None  # made, and still to be taken: the job is paused
 
     @property
-    def overdue(self) -> bool:
+    def left_s(self) -> float:
+        """Seconds until its deadline; negative once that has passed."""
         limit_ms = self.header.deadline_ms
-        return bool(limit_ms) and self.job.watch.elapsed_ns() > limit_ms * 1_000_000
+        return limit_ms / 1e3 - self.job.watch.elapsed_ns() / 1e9 if limit_ms else float("inf")
+
+    @property
+    def ready(self) -> bool:
+        return self.held is None or self.left_s < 0
 
 
 class Turns:
@@ -34,18 +44,28 @@ class Turns:
         self._active: list[Active] = []
 
     def __bool__(self) -> bool:
-        return bool(self._active)
+        """Is there a job to work on?"""
+        return any(active.ready for active in self._active)
+
+    def until_s(self) -> float | None:
+        """How long there is nothing to do, as far as is known: 0 where there is; None: no end."""
+        left_s = min((0 if one.ready else one.left_s for one in self._active), default=float("inf"))
+        return None if left_s == float("inf") else max(0, left_s)
 
     def add(self, active: Active) -> None:
-        session = active.job.session
-        if self._active and all(one.job.session is not session for one in self._active):
-            behind = min(one.job.session.worked_ns for one in self._active) - HEAD_START_NS
-            session.worked_ns = max(session.worked_ns, behind)
+        self.welcome(active.job.session)
         self._active.append(active)
+
+    def welcome(self, session: EngineSession) -> None:
+        """*session* comes, or comes back from a pause: take from it the time it did not use."""
+        working = [one.job.session for one in self._active if one.ready]
+        if working and session not in working:
+            behind = min(one.worked_ns for one in working) - HEAD_START_NS
+            session.worked_ns = max(session.worked_ns, behind)
 
     def next(self) -> Active:
         """The job to work on; among equals the one that has waited longest."""
-        return min(self._active, key=_worked_ns)
+        return min((one for one in self._active if one.ready), key=_worked_ns)
 
     def worked(self, active: Active, elapsed_ns: int) -> None:
         active.job.session.worked_ns += elapsed_ns

@@ -126,10 +126,14 @@ class Engine:
 
         Raises Busy where the engine's queue is full, Lost where it stays down.
         """
+        self.pass_on(envelope, frame, buffers)
+        self.owed[envelope, header.request] = header
+
+    def pass_on(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        """Pass on a client's message. Raises as `forward` does."""
         if self.state is states.Engine.FAILED:
             raise Lost(f"engine {self.index} is down: {self.detail}")
         self._put(envelope, frame, buffers)
-        self.owed[envelope, header.request] = header
 
     def _put(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         if self.state in (states.Engine.READY, states.Engine.LOADING):

@@ -40,7 +40,7 @@ from djinn_zmq.wire.ops import Op
 _log = logging.getLogger(__name__)
 
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-TO_ENGINE = frozenset({Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS})
+TO_ENGINE = frozenset({Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.MORE})
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
 ) | {Op.STOP}
@@ -190,7 +190,7 @@ class Server:
             header = codec.peek(incoming.frame)
             if incoming.buffers is None:
                 raise ProtocolError(f"a message may have {codec.BUFFERS_LIMIT} buffers")
-            if header.flags & (Flag.REPLY | Flag.PROGRESS | Flag.ERROR):
+            if header.flags & (Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART):
                 raise ProtocolError("a reply nobody asked for")
             if header.op in TO_ENGINE or (header.op == Op.PING and header.session):
                 self._forward(peer, header, incoming)
@@ -211,9 +211,12 @@ class Server:
         if len(incoming.frame) > self.settings.meta_limit:
             raise ProtocolError(f"a meta of {len(incoming.frame)} bytes is too long")
         session = self.registry.session_of(peer, header.session)
+        engine = self.fleet.engines[session.engine]
+        if header.op == Op.MORE:  # never answered, so never owed
+            engine.pass_on(peer.envelope, incoming.frame, incoming.buffers or ())
+            return
         if session.waiting >= self.settings.queue_limit:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
-        engine = self.fleet.engines[session.engine]
         engine.forward(peer.envelope, header, incoming.frame, incoming.buffers or ())
         session.waiting += 1
         if engine.state is not states.Engine.READY and header.credit:
@@ -318,7 +321,7 @@ class Server:
                 self.fleet.on_message(engine, parcel.frame, parcel.buffers)
                 continue
             header = codec.peek(parcel.frame)
-            if not header.flags & Flag.PROGRESS:
+            if not header.flags & (Flag.PROGRESS | Flag.PART):
                 owed = engine.owed.pop((parcel.envelope, header.request), None)
                 session = self.registry.sessions.get(header.session) if owed else None
                 if session is not None:

@@ -41,7 +41,7 @@ class Header(NamedTuple):
     request: int
     session: int
     deadline_ms: int  # 0: none. From the moment the request was sent
-    credit: int  # PROGRESS messages the sender takes before the reply
+    credit: int  # PROGRESS messages, and PARTs, that the sender takes before the reply
 
 
 class Message(NamedTuple):
@@ -50,14 +50,18 @@ class Message(NamedTuple):
     buffers: Sequence[Buffer]
 
 
-_KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS
+_KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS | Flag.PART
 _FAILED = Flag.REPLY | Flag.ERROR
 
 _encoder = msgspec.msgpack.Encoder()
 # By (the flags that say which side speaks, op): one look-up for every message on its way.
 _decoders = {
     (side, int(op)): msgspec.msgpack.Decoder(kind)
-    for side, table in ((0, messages.REQUESTS), (int(Flag.REPLY), messages.REPLIES))
+    for side, table in (
+        (0, messages.REQUESTS),
+        (int(Flag.REPLY), messages.REPLIES),
+        (int(Flag.PART), messages.PARTS),
+    )
     for op, kind in table.items()
 }
 _progress = msgspec.msgpack.Decoder(messages.Progress)
@@ -130,9 +134,11 @@ def _odd_decoder(header: Header) -> msgspec.msgpack.Decoder[Any]:
         return _progress
     if kind == _FAILED:
         return _failure
-    if kind & ~Flag.REPLY:
-        raise ProtocolError(f"flags {header.flags:#x} are neither a reply, an error nor progress")
-    side = "reply" if header.flags & Flag.REPLY else "request"
+    side = {0: "request", Flag.REPLY: "reply", Flag.PART: "part of an answer"}.get(kind)
+    if side is None:
+        raise ProtocolError(
+            f"flags {header.flags:#x} are neither a reply, an error, progress nor a part"
+        )
     raise ProtocolError(f"op {header.op} is no {side} of this protocol")
 
 

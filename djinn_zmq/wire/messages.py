@@ -23,6 +23,7 @@ class Flag(IntEnum):
     PROGRESS = 4  # the meta is a Progress; the reply itself is still to come
     SHARED = 8  # the sender maps shared arenas: tensors may travel as slots
     ONE_WAY = 16  # no reply is wanted
+    PART = 32  # a part of the answer; more of them, and then the reply, are still to come
 
 
 Spans = tuple[tuple[str, int], ...]  # (name, nanoseconds), in the order they happened
@@ -236,6 +237,12 @@ class Cancelled(msgspec.Struct, **message(Op.CANCEL)):
     found: bool
 
 
+class More(msgspec.Struct, **message(Op.MORE)):
+    """One way: as many more parts of *request*'s answer are taken as the header's credit says."""
+
+    request: int
+
+
 class Tokens(msgspec.Struct, **message(Op.TOKENS)):
     """Text to ids (where *ids* is None), or each id to its own piece of text."""
 
@@ -322,6 +329,7 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.RELEASE: Release,
     Op.CANCEL: Cancel,
     Op.TOKENS: Tokens,
+    Op.MORE: More,
     Op.READY: Ready,
     Op.LOAD: Load,
     Op.ENTER: Enter,
@@ -347,6 +355,9 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.TOKENS: TokensReply,
     Op.LOAD: Loaded,
 }
+
+# Of an answer that comes in parts, each part. Its reply, in REPLIES, says what they came to.
+PARTS: dict[int, type[msgspec.Struct]] = {}
 
 
 # ---- the lease socket (AF_UNIX, one struct a packet, file descriptors beside it)

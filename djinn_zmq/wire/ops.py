@@ -24,6 +24,7 @@ class Op(IntEnum):
     RELEASE = 18
     CANCEL = 19
     TOKENS = 20
+    MORE = 25  # one way: the client takes so many more parts of an answer
     # server ↔ engine
     READY = 32  # engine: the process is up
     LOAD = 33

@@ -104,7 +104,7 @@ def test_random_frames_never_stop_the_server(served, frames):
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     op=st.sampled_from(list(Op)),
-    flags=st.integers(0, 31),
+    flags=st.integers(0, 63),
     junk=st.binary(max_size=64),
     buffers=st.lists(st.binary(max_size=64), max_size=3),
 )

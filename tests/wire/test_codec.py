@@ -210,6 +210,8 @@ def test_an_op_that_has_no_reply_is_refused_by_name(op: int) -> None:
         Flag.PROGRESS | Flag.REPLY,
         Flag.PROGRESS | Flag.ERROR,
         Flag.PROGRESS | Flag.ERROR | Flag.REPLY,
+        Flag.PART | Flag.REPLY,
+        Flag.PART | Flag.PROGRESS,
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: int) -> None:

@@ -1,0 +1,107 @@
+"""An answer that comes in parts: an iterator, sync or async, over one operation.
+
+    for token in generation: ...              async for token in generation: ...
+
+The request is sent when the first part is asked for. The engine makes parts ahead of their taking up
+to a window, then pauses; what is not taken to its end is cancelled: by `close`, or when nothing
+refers to the iterator any more.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, Self, TypeVar
+
+from djinn_zmq.client.connection import Call, Next, Operation
+from djinn_zmq.client.session import Session
+from djinn_zmq.wire.codec import Message
+from djinn_zmq.wire.messages import Flag
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WINDOW = 16  # parts under way at once
+_OVER = object()
+
+
+class Parts(Generic[T, R]):
+    """What one request is answered with, part by part.
+
+    result: what the reply came to; None until the parts are over.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ask: Operation[Call],
+        take: Callable[[Message], Operation[T]],
+        end: Callable[[Message], Operation[R]],
+    ) -> None:
+        """ask: makes the call, with `parts` set. take, end: what a part, and the reply, come to."""
+        self._session = session
+        self._ask = ask
+        self._take = take
+        self._end = end
+        self._request: int | None = None
+        self._over = False
+        self.result: R | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        part = self._session.drive(self._step())
+        if hasattr(part, "__await__"):
+            part.close()
+            raise TypeError("in asyncio code use `async for`")
+        if part is _OVER:
+            raise StopIteration
+        return part
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        part = await self._session.drive(self._step())
+        if part is _OVER:
+            raise StopAsyncIteration
+        return part
+
+    def finish(self) -> Any:
+        """Take all parts that are left and return `result`."""
+        return self._session.drive(self._finish())
+
+    def _finish(self) -> Operation[R | None]:
+        while (yield from self._step()) is not _OVER:
+            pass
+        return self.result
+
+    def close(self) -> Any:
+        """Take no more parts: what is still to be done for them is cancelled."""
+        return self._session.drive(self._close())
+
+    def _close(self) -> Operation[None]:
+        self._over = True
+        if self._request is not None:
+            self._session.connection.abandon(self._request)
+        return
+        yield
+
+    def _step(self) -> Operation[Any]:
+        if self._over:
+            return _OVER
+        connection = self._session.connection
+        try:
+            if self._request is None:
+                call = yield from self._ask
+                self._request = connection.send(call)
+                gone = weakref.finalize(self, connection.abandon_later, self._request)
+                gone.atexit = False
+            message = yield Next(self._request)
+            if message.header.flags & Flag.PART:
+                return (yield from self._take(message))
+            self.result = yield from self._end(message)
+        except BaseException:
+            self._over = True
+            raise
+        self._over = True
+        return _OVER

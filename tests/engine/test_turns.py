@@ -1,0 +1,70 @@
+"""Who gets the next turn; and who gets none because its client takes no more parts."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from djinn_zmq.engine.runs import EngineSession, Job, Part
+from djinn_zmq.engine.turns import HEAD_START_NS, Active, Turns
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.codec import MAGIC, Header
+from djinn_zmq.wire.messages import Progress
+
+PART = Part(Progress("part", 0, 0))
+
+
+def active(session: EngineSession, *, deadline_ms: int = 0, age_s: float = 0.0) -> Active:
+    watch = Stopwatch(time.perf_counter_ns() - int(age_s * 1e9))
+    nothing: Any = None
+    job = Job(session, nothing, nothing, 0, nothing, False, watch)
+    turns: Iterator[None] = iter(())
+    return Active(job, turns, b"", Header(MAGIC, 1, 16, 0, 0, 1, session.id, deadline_ms, 0))
+
+
+@pytest.fixture
+def one() -> EngineSession:
+    return EngineSession(1, "me", "it")
+
+
+@pytest.fixture
+def other() -> EngineSession:
+    return EngineSession(2, "you", "it")
+
+
+def test_a_job_whose_part_waits_for_its_client_gets_no_turn(one, other) -> None:
+    turns, paused, working = Turns(), active(one), active(other)
+    turns.add(paused)
+    turns.add(working)
+    paused.held = PART
+    other.worked_ns = 10**12  # and though the other is far ahead of it
+    assert turns.next() is working
+    turns.remove(working)
+    assert not turns and turns.until_s() is None
+    paused.held = None
+    assert turns.until_s() == 0 and turns.next() is paused
+
+
+def test_a_paused_jobs_deadline_comes_all_the_same(one) -> None:
+    turns, paused = Turns(), active(one, deadline_ms=60_000)
+    turns.add(paused)
+    paused.held = PART
+    assert not turns and 59 < turns.until_s() <= 60
+    turns.remove(paused)
+    late = active(one, deadline_ms=1_000, age_s=2.0)
+    late.held = PART
+    turns.add(late)
+    assert turns and turns.until_s() == 0 and turns.next() is late
+
+
+def test_a_session_keeps_no_time_from_its_pause(one, other) -> None:
+    turns, paused, working = Turns(), active(one), active(other)
+    turns.add(paused)
+    turns.add(working)
+    paused.held = PART
+    turns.worked(working, 10 * HEAD_START_NS)
+    turns.welcome(one)
+    assert one.worked_ns == 9 * HEAD_START_NS
