@@ -5,14 +5,39 @@ are measured one after the other compare moments; cases that take turns compare 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from djinn_zmq.probe.samples import Samples
 
 Case = Callable[[], object]
+Clock = Callable[[Case], float]  # makes one call, returns its seconds
+Turn = npt.NDArray[np.float64]  # seconds of one case in one round: (samples a round,)
+
+
+def host_clock(case: Case) -> float:
+    """From before the call until it has returned."""
+    begin = time.perf_counter_ns()
+    case()
+    return (time.perf_counter_ns() - begin) / 1e9
+
+
+def told_clock(case: Case) -> float:
+    """What the call itself measured and returned, in seconds: for work in another process."""
+    return float(case())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A case with more to say: before: untimed, in front of each call. clock: what times it."""
+
+    call: Case
+    before: Case | None = None
+    clock: Clock = host_clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +46,7 @@ class Plan:
 
     gap_s: sleep before each call, untimed; 0: back to back. settle: untimed calls (with their
     gaps) at the start of each turn, because the turn before left its own code in the caches.
+    there_and_back: every second round runs C B A, so that no case always follows the same one.
     """
 
     rounds: int
@@ -28,6 +54,7 @@ class Plan:
     gap_s: float = 0.0
     warm_up: int = 20  # untimed calls of each case before the first round
     settle: int = 2
+    there_and_back: bool = False
 
     @classmethod
     def of(
@@ -42,32 +69,59 @@ class Plan:
         return self.rounds * self.per_round
 
 
-def interleaved(cases: Mapping[str, Case], plan: Plan) -> dict[str, Samples]:
-    """Call every case `plan.rounds` times for a turn of `plan.per_round` samples."""
-    for case in cases.values():
+def interleaved(
+    cases: Mapping[str, Case | Task],
+    plan: Plan,
+    *,
+    labels: Mapping[str, Mapping[str, Any]] | None = None,
+    on_turn: Callable[[str], None] | None = None,
+) -> dict[str, Samples]:
+    """Call every case `plan.rounds` times for a turn of `plan.per_round` samples.
+
+    labels: of each case's samples. on_turn: told a case's name when it has had a turn.
+    """
+    turns = list(each_round(cases, plan, on_turn=on_turn))
+    labels = labels or {}
+    return {
+        name: Samples(name, np.stack([turn[name] for turn in turns]), labels.get(name, {}))
+        for name in cases
+    }
+
+
+def each_round(
+    cases: Mapping[str, Case | Task],
+    plan: Plan,
+    *,
+    first: int = 0,
+    on_turn: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Turn]]:
+    """The rounds from *first* on, one by one, so that each can be put away before the next."""
+    tasks = {name: _task(case) for name, case in cases.items()}
+    for task in tasks.values():
         for _ in range(plan.warm_up):
-            case()
-    seconds = {name: np.empty((plan.rounds, plan.per_round)) for name in cases}
-    for turn in range(plan.rounds):
-        for name, case in cases.items():
-            _settle(case, plan)
-            _take(case, plan.gap_s, seconds[name][turn])
-    return {name: Samples(name, taken) for name, taken in seconds.items()}
+            _once(task, 0.0)
+    for number in range(first, plan.rounds):
+        names = list(tasks)
+        if plan.there_and_back and number % 2:
+            names.reverse()
+        taken = {}
+        for name in names:
+            for _ in range(plan.settle):
+                _once(tasks[name], plan.gap_s)
+            seconds = [_once(tasks[name], plan.gap_s) for _ in range(plan.per_round)]
+            taken[name] = np.array(seconds, np.float64)
+            if on_turn is not None:
+                on_turn(name)
+        yield {name: taken[name] for name in tasks}
 
 
-def _settle(case: Case, plan: Plan) -> None:
-    for _ in range(plan.settle):
-        if plan.gap_s:
-            time.sleep(plan.gap_s)
-        case()
+def _task(case: Case | Task) -> Task:
+    return case if isinstance(case, Task) else Task(case)
 
 
-def _take(case: Case, gap_s: float, into: np.ndarray) -> None:
-    """Fill *into* (float64 (samples,)) with the seconds of one call each."""
-    clock, sleep = time.perf_counter_ns, time.sleep
-    for place in range(len(into)):
-        if gap_s:
-            sleep(gap_s)
-        begin = clock()
-        case()
-        into[place] = (clock() - begin) / 1e9
+def _once(task: Task, gap_s: float) -> float:
+    if task.before is not None:
+        task.before()
+    if gap_s:
+        time.sleep(gap_s)
+    return task.clock(task.call)

@@ -6,8 +6,8 @@ times too narrow. A ratio draws the same rounds on both sides, because cases tha
 round saw the same machine. Efron and Tibshirani, "An Introduction to the Bootstrap", chapter 8.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +31,13 @@ class Interval(NamedTuple):
 class Samples:
     """Durations of one case.
 
-    seconds: float64 (rounds, samples a round), in the order they were taken.
+    seconds: float64 (rounds, samples a round), in the order they were taken. labels: what the case
+    is, for who reads the results by program: layer, positions …
     """
 
     name: str
     seconds: Seconds
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seconds.ndim != 2 or not self.seconds.size:
@@ -45,9 +47,16 @@ class Samples:
             )
 
     @classmethod
-    def of(cls, name: str, seconds: Sequence[float] | Seconds) -> "Samples":
+    def of(
+        cls, name: str, seconds: Sequence[float] | Seconds, labels: Mapping[str, Any] | None = None
+    ) -> "Samples":
         """Independent samples: each is a round of its own."""
-        return cls(name, np.asarray(seconds, np.float64).reshape(-1, 1))
+        return cls(name, np.asarray(seconds, np.float64).reshape(-1, 1), labels or {})
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Samples":
+        """What `as_json` made."""
+        return cls(found["name"], np.array(found["samples"], np.float64), found.get("labels", {}))
 
     @property
     def n(self) -> int:
@@ -75,7 +84,7 @@ class Samples:
 
     def interval_s(self) -> Interval:
         """Bootstrap interval of the median, in seconds."""
-        return _interval(_medians(self.seconds, _draws(self.rounds)))
+        return interval_of(_medians(self.seconds, round_draws(self.rounds)))
 
     def as_json(self) -> dict[str, Any]:
         """All of it, the samples too, as JSON values. Seconds throughout."""
@@ -90,7 +99,9 @@ class Samples:
             "median_high": high,
             "p90": self.p90_s,
             "p99": self.p99_s,
-            "samples": [[float(f"{one:.9f}") for one in row] for row in self.seconds.tolist()],
+            "labels": dict(self.labels),
+            # Four digits: a clock that runs for microseconds does not know more.
+            "samples": [[float(f"{one:.4g}") for one in row] for row in self.seconds.tolist()],
         }
 
 
@@ -138,21 +149,21 @@ def ratio(
     at_least: bool = False,
 ) -> Ratio:
     """*above* over *below*, at the medians. Rounds are drawn together where both had as many."""
-    draws = _draws(above.rounds)
+    draws = round_draws(above.rounds)
     paired = above.rounds == below.rounds
-    others = draws if paired else _draws(below.rounds, SEED + 1)
+    others = draws if paired else round_draws(below.rounds, SEED + 1)
     ratios = _medians(above.seconds, draws) / _medians(below.seconds, others)
     return Ratio(
         name or f"{above.name} / {below.name}",
         above.median_s / below.median_s,
-        _interval(ratios),
+        interval_of(ratios),
         (above.n, below.n),
         limit,
         at_least,
     )
 
 
-def _draws(rounds: int, seed: int = SEED) -> npt.NDArray[np.int64]:
+def round_draws(rounds: int, seed: int = SEED) -> npt.NDArray[np.int64]:
     """int64 (RESAMPLES, rounds): the rounds of each resample."""
     return np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
 
@@ -162,7 +173,7 @@ def _medians(seconds: Seconds, draws: npt.NDArray[np.int64]) -> Seconds:
     return np.array([np.median(seconds[drawn]) for drawn in draws], np.float64)
 
 
-def _interval(values: Seconds) -> Interval:
+def interval_of(values: Seconds) -> Interval:
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(values, [tail, 100 - tail])
     return Interval(float(low), float(high))

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from djinn_zmq.probe import results as results_module
@@ -44,3 +45,11 @@ def test_what_is_no_number_is_refused_instead_of_written(results, tmp_path):
     with pytest.raises(ValueError):
         write(results, tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_stand_on_one_line_however_many_there_are(tmp_path):
+    samples = [Samples("many", np.random.default_rng(0).random((20, 100)))]
+    write(Results("test", this_machine(), {}, [], samples), tmp_path / "out.json")
+    lines = (tmp_path / "out.json").read_text().splitlines()
+    assert len(lines) < 60
+    assert sum('"samples": [[' in line for line in lines) == 1
