@@ -12,8 +12,9 @@ with djinn.connect() as server:
 from typing import Any
 
 from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Zero
+from djinn_zmq.client.looks import Diff, Lens, Top
 from djinn_zmq.client.model import Model
-from djinn_zmq.client.run import Checkpoint, Run, Top
+from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.server import Server, connect
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.version import __version__
@@ -21,7 +22,9 @@ from djinn_zmq.version import __version__
 __all__ = [
     "Add",
     "Checkpoint",
+    "Diff",
     "DjinnError",
+    "Lens",
     "Lerp",
     "Model",
     "Patch",

@@ -35,6 +35,7 @@ from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 
@@ -329,6 +330,10 @@ class Connection:
                 self.forget(session, kept.id)
             if meta.logits_id:
                 self.forget(session, meta.logits_id)
+        elif isinstance(meta, LookReply):
+            for seen in meta.seen:
+                if seen.id:
+                    self.forget(session, seen.id)
         elif isinstance(meta, messages.Uploaded):
             self.forget(session, meta.id)
 

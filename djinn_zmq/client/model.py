@@ -47,7 +47,7 @@ class Model:
         prompt: Prompt,
         *,
         stop_at: int | None = None,
-        save_at: Sequence[int] = (),
+        save_at: Sequence[int] | str = (),
         logits: Logits = "last",
         timeout_s: float | None = None,
     ) -> Run:
@@ -56,12 +56,13 @@ class Model:
         prompt: text, a list of texts of one length, or token ids (int array (positions,) or
         (batch, positions)).
         stop_at: stop after this many layers and keep a checkpoint; 0: after the embedding.
-        save_at: keep a checkpoint after each of these on the way.
+        save_at: keep a checkpoint after each of these on the way; "all": after every layer.
         logits: "last" position's, "all" positions', "none", or a number: only that many of the
         last position's likeliest. timeout_s: cancel the run after so many seconds.
         Raises PromptError, LayerError, NoTokenizer, ArenaFull, DeadlineExceeded, Lost.
         """
-        return self.drive(self._run(prompt, wanted_of(stop_at, save_at, logits), timeout_s))
+        wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
+        return self.drive(self._run(prompt, wanted, timeout_s))
 
     def _run(
         self, prompt: Prompt, wanted: messages.Wanted, timeout_s: float | None

@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.edits import Edit
+from djinn_zmq.client.looks import Looks, Top
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import EditError, LayerError, RequestError
@@ -24,16 +25,7 @@ from djinn_zmq.wire.tensors import DTYPES, Slot, dtype_name, view
 Logits = str | int
 
 
-class Top(NamedTuple):
-    """One candidate for the next token."""
-
-    token: str  # its text; "" where the model has no tokenizer
-    id: int
-    probability: float
-    logit: float
-
-
-class Checkpoint:
+class Checkpoint(Looks):
     """What was saved at a stop: immutable, resumable any number of times.
 
     id: its number on the server. layer: layers executed before it (0: the embedding's output).
@@ -41,9 +33,11 @@ class Checkpoint:
     It is kept on the server until `release`, or until nothing refers to this object any more.
     """
 
-    def __init__(self, session: Session, kept: Kept) -> None:
+    def __init__(self, session: Session, kept: Kept, ids: np.ndarray) -> None:
+        """ids: its run's, int64 (batch, positions)."""
         self._session = session
         self._kept = kept
+        self._ids = ids
         self.id: int = kept.id
         self.layer: int = kept.layer
         self.shape: tuple[int, ...] = kept.tensor.shape
@@ -67,7 +61,7 @@ class Checkpoint:
         *,
         hidden: Any = None,
         stop_at: int | None = None,
-        save_at: Sequence[int] = (),
+        save_at: Sequence[int] | str = (),
         logits: Logits = "last",
         timeout_s: float | None = None,
     ) -> "Run":
@@ -79,9 +73,12 @@ class Checkpoint:
         Raises UnknownCheckpoint, LayerError, EditError; Lost where the engine died meanwhile (a
         checkpoint with a host copy outlives that: resume again).
         """
+        depth = self._session.model.num_layers
         edits = list(edits) if isinstance(edits, (list, tuple)) else [edits]
         return self._session.drive(
-            self._resume(edits, hidden, wanted_of(stop_at, save_at, logits), timeout_s)
+            self._resume(
+                edits, hidden, wanted_of(stop_at, save_at, logits, self.layer, depth), timeout_s
+            )
         )
 
     def _resume(
@@ -140,7 +137,9 @@ class Run:
         self.layer: int = reply.layer
         self.spans = Spans()
         self.ids = np.array(view(reply.ids, message.buffers))
-        self.checkpoints = {kept.layer: Checkpoint(session, kept) for kept in reply.checkpoints}
+        self.checkpoints = {
+            kept.layer: Checkpoint(session, kept, self.ids) for kept in reply.checkpoints
+        }
         if reply.logits_id:
             release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
@@ -218,14 +217,25 @@ class Run:
         ids = view(reply.top_ids, buffers)[batch]
         return values, ids, float(view(reply.top_log_norm, buffers)[batch])
 
+    def lens(self, positions: Any = None, *, k: int = 1) -> Any:
+        """The logit lens over all saved layers, see `Checkpoint.lens`."""
+        return self.checkpoint.lens(positions, k=k)
+
     def __repr__(self) -> str:
         kept = ", ".join(map(str, self.checkpoints)) or "none"
         return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
 
 
-def wanted_of(stop_at: Any, save_at: Sequence[int], logits: Logits) -> messages.Wanted:
-    """The caller's words as data. Raises RequestError for what is none."""
+def wanted_of(
+    stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
+) -> messages.Wanted:
+    """The caller's words as data; layer, depth: where the run starts, how far the model goes.
+
+    Raises RequestError for what is none.
+    """
     stop = None if stop_at is None else _layer("stop_at", stop_at)
+    if isinstance(save_at, str) and save_at == "all":
+        save_at = range(layer, (depth if stop is None else stop) + 1)
     saves = (save_at,) if isinstance(save_at, (int, np.integer)) else save_at
     save = tuple(sorted({_layer("save_at", one) for one in saves}))
     if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import models, replies
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import EngineSession, Runner
+from djinn_zmq.engine.runs import EngineSession, Job, Part, Runner
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Cancelled,
@@ -59,6 +60,7 @@ class EngineLoop:
         self._device = device
         self._keeping = Keeping(settings, lease, index, device)
         self._runner = Runner(self._keeping)
+        self._looker = Looker(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
@@ -81,6 +83,12 @@ class EngineLoop:
             Op.CANCEL: self._cancel,
             Op.TOKENS: self._tokens,
             Op.MORE: self._more,
+            Op.LOOK: self._run,
+        }
+        self._begin: dict[int, Callable[..., tuple[Job, Iterator[Part | None]]]] = {
+            Op.RUN: self._runner.begin,
+            Op.RESUME: self._runner.resume,
+            Op.LOOK: self._looker.begin,
         }
 
     def serve(self) -> None:
@@ -220,7 +228,7 @@ class EngineLoop:
                 active.envelope = envelope  # asked again while it runs: answer the newer asker
                 return
         model = self._model_of(session)
-        begin = self._runner.begin if header.op == Op.RUN else self._runner.resume
+        begin = self._begin[header.op]
         shared = bool(header.flags & Flag.SHARED)
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
         self._turns.add(Active(job, turns, envelope, header, header.credit))
@@ -313,7 +321,7 @@ class EngineLoop:
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
         try:
-            meta, buffers = replies.of_run(job)
+            meta, buffers = replies.of(job)
         except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
             _log.exception("the answer of a run of %s failed", job.model.info.name)
             self._runner.discard(job)

@@ -6,11 +6,19 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.keeping import NAMES
+from djinn_zmq.engine.looking import LookJob
+from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.engine.runs import Job
+from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import RunReply, TokensReply
 from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline
 
 Buffers = list[bytes | memoryview]
+
+
+def of(job: Job) -> tuple[RunReply | LookReply, Buffers]:
+    """What *job* has come to."""
+    return of_look(job) if isinstance(job, LookJob) else of_run(job)
 
 
 def of_run(job: Job) -> tuple[RunReply, Buffers]:
@@ -24,8 +32,8 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
         if job.logits_kept is not None:
             logits, logits_id = job.logits_kept.tensor, job.logits_kept.id
         elif job.logits is not None and job.wanted.logits == "top":
-            values, indices = _top(job.logits, job.wanted.top)
-            norm = job.logits.double().logsumexp(-1)
+            values, indices = top_of(job.logits, job.wanted.top)
+            norm = log_norm_of(job.logits)
             top_values = _place_torch(values, buffers)
             top_ids = _place_torch(indices, buffers)
             top_log_norm = _place_torch(norm, buffers)
@@ -47,6 +55,19 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
     return reply, buffers
 
 
+def of_look(job: LookJob) -> tuple[LookReply, Buffers]:
+    """The reply to a LOOK."""
+    buffers: Buffers = []
+    with job.watch.span("encode"):
+        seen = [
+            Seen(job.apart[place].tensor, job.apart[place].id)
+            if place in job.apart
+            else Seen(_place_torch(data, buffers), 0)
+            for place, data in enumerate(job.seen)
+        ]
+    return LookReply(tuple(seen), job.watch.with_rest("queue", first=True)), buffers
+
+
 def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:
     buffers: Buffers = []
     return TokensReply(_place(ids, buffers), tuple(pieces)), buffers
@@ -55,21 +76,6 @@ def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buff
 def ids_inline(job: Job) -> Tensor:
     """The job's token ids inside the meta: they outlive this process in the server's books."""
     return inline(job.ids)
-
-
-def _top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The *count* largest of each row and their ids, of equals the lower id first.
-
-    logits: (batch, vocab). torch.topk leaves the order of equals open, and bfloat16 has many.
-    """
-    chosen = []
-    for row in logits:
-        least = row.topk(count).values[-1]
-        ids = (~(row < least)).nonzero()[:, 0]
-        order = row[ids].argsort(descending=True, stable=True)
-        chosen.append(ids[order[:count]])
-    ids = torch.stack(chosen)
-    return logits.gather(-1, ids), ids
 
 
 def _place(array: np.ndarray, buffers: Buffers) -> Tensor:
@@ -81,7 +87,7 @@ def _place(array: np.ndarray, buffers: Buffers) -> Tensor:
 
 
 def _place_torch(data: torch.Tensor, buffers: Buffers) -> Tensor:
-    raw = data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     name, shape = NAMES[data.dtype], tuple(data.shape)
     if len(raw) <= INLINE_LIMIT:
         return Tensor(name, shape, Inline(raw))

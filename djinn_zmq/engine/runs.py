@@ -159,7 +159,7 @@ class Runner:
         job.advance("start")
         stepper, watch, wanted = job.model.stepper, job.watch, job.wanted
         with watch.span("record"):
-            recording = self._recording(job)
+            recording = self.recording(job)
         if hidden is None:
             # Some models' first layer writes into what it is given, and the recording is kept.
             hidden = recording.embedded.clone()
@@ -176,10 +176,10 @@ class Runner:
                 logits = stepper.tail(recording.ids, hidden)
                 job.logits = logits if wanted.logits == "all" else logits[:, -1]
             self._keep_large_logits(job)
-        yield from self._until_done(job)
+        yield from self.until_done(job)
         job.advance("finish" if wanted.stop_at is None else "stop")
 
-    def _until_done(self, job: Job) -> Iterator[None]:
+    def until_done(self, job: Job) -> Iterator[None]:
         """A GPU works behind our back: give others their turns until it is through."""
         done = self._keeping.device.mark()
         begin_ns = time.perf_counter_ns()
@@ -189,10 +189,13 @@ class Runner:
 
     def _keep_large_logits(self, job: Job) -> None:
         assert job.logits is not None
-        limit = SLOT_FROM if job.shared else FRAME_LIMIT
-        if job.wanted.logits != "top" and job.logits.nbytes > limit:
+        if job.wanted.logits != "top" and self.too_large(job, job.logits):
             with job.watch.span("copy"):
                 job.logits_kept = self.keep(job, job.logits, -1)
+
+    def too_large(self, job: Job, data: torch.Tensor) -> bool:
+        """Must *data* be kept in a slot, because it does not travel with the reply?"""
+        return data.nbytes > (SLOT_FROM if job.shared else FRAME_LIMIT)
 
     def _keep_if_wanted(self, job: Job, hidden: torch.Tensor) -> None:
         if job.layer == job.wanted.stop_at or job.layer in job.wanted.save_at:
@@ -212,7 +215,7 @@ class Runner:
         job.kept.clear()
         job.logits_kept = None
 
-    def _recording(self, job: Job) -> Recording:
+    def recording(self, job: Job) -> Recording:
         """What the model hands its layers for this prompt: the last few prompts' are at hand."""
         key = b"\0".join(
             (job.model.info.name.encode(), repr(job.ids.shape).encode(), job.ids.tobytes())

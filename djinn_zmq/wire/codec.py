@@ -20,6 +20,7 @@ import msgspec
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.edits import tensors_in
+from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor, check
@@ -168,6 +169,7 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
         meta.top_ids,
         meta.top_log_norm,
     ),
+    LookReply: lambda meta: (seen.tensor for seen in meta.seen),
     messages.Keep: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.Adopt: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.ReadReply: lambda meta: (meta.piece,),

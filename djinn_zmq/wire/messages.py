@@ -9,7 +9,8 @@ from enum import IntEnum
 import msgspec
 
 from djinn_zmq.wire.edits import Edit, Index
-from djinn_zmq.wire.ops import Op, message
+from djinn_zmq.wire.looks import Look, LookReply
+from djinn_zmq.wire.ops import Op, Spans, message
 from djinn_zmq.wire.tensors import Tensor
 
 VERSION = 1
@@ -24,9 +25,6 @@ class Flag(IntEnum):
     SHARED = 8  # the sender maps shared arenas: tensors may travel as slots
     ONE_WAY = 16  # no reply is wanted
     PART = 32  # a part of the answer; more of them, and then the reply, are still to come
-
-
-Spans = tuple[tuple[str, int], ...]  # (name, nanoseconds), in the order they happened
 
 
 # ---- what several messages carry
@@ -329,6 +327,7 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.RELEASE: Release,
     Op.CANCEL: Cancel,
     Op.TOKENS: Tokens,
+    Op.LOOK: Look,
     Op.MORE: More,
     Op.READY: Ready,
     Op.LOAD: Load,
@@ -353,6 +352,7 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.RELEASE: Done,
     Op.CANCEL: Cancelled,
     Op.TOKENS: TokensReply,
+    Op.LOOK: LookReply,
     Op.LOAD: Loaded,
 }
 

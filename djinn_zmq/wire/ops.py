@@ -6,6 +6,8 @@ A module of its own, so that each family of messages can have one too; `messages
 from enum import IntEnum
 from typing import Any
 
+Spans = tuple[tuple[str, int], ...]  # (name, nanoseconds), in the order they happened
+
 
 class Op(IntEnum):
     # client → server
@@ -24,6 +26,7 @@ class Op(IntEnum):
     RELEASE = 18
     CANCEL = 19
     TOKENS = 20
+    LOOK = 21
     MORE = 25  # one way: the client takes so many more parts of an answer
     # server ↔ engine
     READY = 32  # engine: the process is up
