@@ -6,7 +6,7 @@ with its reply, and a resume is a new run that starts further up.
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,7 +152,7 @@ class Runner:
     # ---- the work
 
     def _work(self, job: Job, hidden: torch.Tensor | None) -> Turns:
-        """Layer by layer from `job.layer` to the stop or the end; yields after each layer.
+        """All of a run: its layers, and the logits that are wanted.
 
         hidden: (batch, positions, hidden_size), this job's own; None: start at the embedding.
         """
@@ -163,13 +163,7 @@ class Runner:
         if hidden is None:
             # Some models' first layer writes into what it is given, and the recording is kept.
             hidden = recording.embedded.clone()
-        self._keep_if_wanted(job, hidden)
-        while job.layer != (stepper.num_layers if wanted.stop_at is None else wanted.stop_at):
-            yield
-            with watch.span("compute"):
-                hidden = stepper.step(job.layer, hidden, recording)
-                job.layer += 1
-            self._keep_if_wanted(job, hidden)
+        hidden = yield from self.through(job, hidden, recording)
         if wanted.stop_at is None and wanted.logits != "none":
             yield
             with watch.span("compute"):
@@ -178,6 +172,20 @@ class Runner:
             self._keep_large_logits(job)
         yield from self.until_done(job)
         job.advance("finish" if wanted.stop_at is None else "stop")
+
+    def through(
+        self, job: Job, hidden: torch.Tensor, recording: Recording
+    ) -> Generator[None, None, torch.Tensor]:
+        """Layer by layer from `job.layer` to the stop or the end; yields before each layer."""
+        stepper, wanted = job.model.stepper, job.wanted
+        self._keep_if_wanted(job, hidden)
+        while job.layer != (stepper.num_layers if wanted.stop_at is None else wanted.stop_at):
+            yield
+            with job.watch.span("compute"):
+                hidden = stepper.step(job.layer, hidden, recording)
+                job.layer += 1
+            self._keep_if_wanted(job, hidden)
+        return hidden
 
     def until_done(self, job: Job) -> Iterator[None]:
         """A GPU works behind our back: give others their turns until it is through."""
