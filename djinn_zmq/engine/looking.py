@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine import attention
+from djinn_zmq.engine.jobs import EngineSession, Job
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.ranking import log_norm_of, top_of
-from djinn_zmq.engine.runs import EngineSession, Job, Runner
+from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import LayerError, RequestError, SelectionError
 from djinn_zmq.settings import MIB

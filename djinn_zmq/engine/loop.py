@@ -22,10 +22,11 @@ from djinn_zmq.bus.link import Link, Parcel
 from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import models, replies
 from djinn_zmq.engine.devices import Device
+from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import EngineSession, Job, Part, Runner
+from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Cancelled,

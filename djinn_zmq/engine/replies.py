@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
-from djinn_zmq.engine.runs import Job
 from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import RunReply, TokensReply
 from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline

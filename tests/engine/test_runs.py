@@ -13,9 +13,10 @@ torch = pytest.importorskip("torch")
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine import replies
+from djinn_zmq.engine.jobs import EngineSession, Job
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel, load
-from djinn_zmq.engine.runs import EngineSession, Job, Runner
+from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import (
     ArenaFull,

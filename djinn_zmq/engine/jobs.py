@@ -1,0 +1,60 @@
+"""Jobs: what sessions have asked an engine to do, and what has come of it so far."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from djinn_zmq.engine.keeping import new_id
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire import states
+from djinn_zmq.wire.messages import Kept, Wanted
+
+
+class Part(NamedTuple):
+    """A part of an answer. A job that yields one goes on when its client has room for it."""
+
+    meta: msgspec.Struct  # as messages.PARTS says for the op
+    buffers: Sequence[bytes | memoryview] = ()
+
+
+Turns = Iterator[Part | None]  # a job's work: a layer each time it is asked
+
+
+@dataclass(slots=True, eq=False)
+class EngineSession:
+    """A session as the engine knows it."""
+
+    id: int
+    owner: str
+    model: str
+    worked_ns: int = 0  # its clock among the others, see `turns`
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One run on its way: what was asked, and what has come of it."""
+
+    session: EngineSession
+    model: ServedModel
+    ids: np.ndarray  # int64 (batch, positions)
+    layer: int  # layers executed so far
+    wanted: Wanted
+    shared: bool  # the client maps arenas: large tensors may be answered as slots
+    watch: Stopwatch
+    id: int = field(default_factory=new_id)
+    kept: list[Kept] = field(default_factory=list)
+    state: states.Run = states.Run.QUEUED
+    logits: torch.Tensor | None = None  # "all": (batch, positions, vocab); else (batch, vocab)
+    logits_kept: Kept | None = None  # where they are too large for a frame
+
+    @property
+    def everything_kept(self) -> list[Kept]:
+        return self.kept if self.logits_kept is None else [*self.kept, self.logits_kept]
+
+    def advance(self, event: str) -> None:
+        self.state = states.advance(states.RUN, self.state, event)
