@@ -38,7 +38,7 @@ def cases(served: Served, folder: Path) -> Iterator[tuple[dict[str, Call], list[
             endpoint = served.ipc if transport == "ipc" else served.tcp
             server = stack.enter_context(djinn.connect(endpoint, progress=None))
             model = server.model(MODEL)
-            frame = noop_frame(model.session)
+            frame = noop_frame(model.session_id)
             calls[DJINN.format(transport)] = model.ping
             calls[PING.format(transport)] = server.ping
 

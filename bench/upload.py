@@ -44,10 +44,10 @@ def upload(model: Model, array: np.ndarray) -> Operation[None]:
     it is copied, and a no-op to the engine, which reads it there, stands for the request.
     """
     connection = model.connection
-    parcel = Parcel(connection, model.session)
+    parcel = Parcel(connection, model.session_id)
     tensor = yield from parcel.place(array)
     if isinstance(tensor.where, Slot):
-        yield Call(Op.PING, messages.Ping(), session=model.session)
+        yield Call(Op.PING, messages.Ping(), session=model.session_id)
     parcel.settle()
 
 

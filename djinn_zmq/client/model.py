@@ -28,7 +28,7 @@ class Model:
     def __init__(self, server: Any, session: Session, on_close: Callable[["Model"], None]) -> None:
         """server: the `Server` it was opened on. on_close: told when the session is closed."""
         self.server = server
-        self.session: int = session.id
+        self.session_id: int = session.id
         self.info: ModelInfo = session.model
         self.name: str = self.info.name
         self.num_layers: int = self.info.num_layers
@@ -67,7 +67,7 @@ class Model:
     def _run(
         self, prompt: Prompt, wanted: messages.Wanted, timeout_s: float | None
     ) -> Operation[Run]:
-        parcel = Parcel(self.connection, self.session)
+        parcel = Parcel(self.connection, self.session_id)
         try:
             texts = _texts(prompt)
             ids = None
@@ -83,7 +83,7 @@ class Model:
         return self.drive(self._ping())
 
     def _ping(self) -> Operation[str]:
-        reply = yield Call(Op.PING, messages.Ping(), session=self.session)
+        reply = yield Call(Op.PING, messages.Ping(), session=self.session_id)
         return reply.meta.state
 
     def tokens(self, text: str) -> Any:
@@ -91,7 +91,7 @@ class Model:
         return self.drive(self._tokens(text))
 
     def _tokens(self, text: str) -> Operation[list[str]]:
-        reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session)
+        reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session_id)
         return list(reply.meta.pieces)
 
     def encode(self, text: str) -> Any:
@@ -99,7 +99,7 @@ class Model:
         return self.drive(self._encode(text))
 
     def _encode(self, text: str) -> Operation[np.ndarray]:
-        reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session)
+        reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session_id)
         return np.array(view(reply.meta.ids, reply.buffers))
 
     def close(self) -> Any:
@@ -108,7 +108,7 @@ class Model:
 
     def _close(self) -> Operation[None]:
         self._on_close(self)
-        yield Call(Op.CLOSE, messages.Close(), session=self.session)
+        yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
 
     def __repr__(self) -> str:
         return (

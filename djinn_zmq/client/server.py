@@ -101,7 +101,9 @@ class Server:
         try:
             if self.connection.sharing.lease is None:  # else its end of file says it
                 for model in list(self._models.values()):
-                    yield Call(Op.CLOSE, messages.Close(), session=model.session, timeout_s=CLOSE_S)
+                    yield Call(
+                        Op.CLOSE, messages.Close(), session=model.session_id, timeout_s=CLOSE_S
+                    )
         except DjinnError:
             pass  # the server is gone or busy; it finds out by itself
         finally:

@@ -108,7 +108,7 @@ def test_everything_of_the_public_face_can_be_awaited_and_gives_what_its_sync_fo
             assert await model.ping() == "idle"
             assert await model.tokens(FRANCE) == tiny.tokens(FRANCE)
             assert bits(await model.encode(FRANCE)) == bits(tiny.encode(FRANCE))
-            mine = [one for one in await server.sessions() if one.id == model.session]
+            mine = [one for one in await server.sessions() if one.id == model.session_id]
             assert [one.yours for one in mine] == [True]
             status = await server.status()
             assert [one.name for one in status.models] == ["tiny"]
@@ -150,7 +150,7 @@ def test_everything_of_the_public_face_can_be_awaited_and_gives_what_its_sync_fo
             await model.close()
             with pytest.raises(UnknownSession):
                 await model.ping()
-            assert (await server.model("tiny")).session != model.session
+            assert (await server.model("tiny")).session_id != model.session_id
 
     quiet(main)
 

@@ -97,23 +97,23 @@ def test_a_checkpoint_of_another_session_cannot_be_resumed_or_released_in_this_o
                 tiny.server,
                 Op.RESUME,
                 messages.Resume(theirs.id, None, (), wanted),
-                session=tiny.session,
+                session=tiny.session_id,
             )
         with pytest.raises(errors.UnknownCheckpoint):
-            ask(tiny.server, Op.RELEASE, messages.Release((theirs.id,)), session=tiny.session)
+            ask(tiny.server, Op.RELEASE, messages.Release((theirs.id,)), session=tiny.session_id)
         assert theirs.resume().top(1)[0].token == "paris"
 
 
 def test_a_checkpoint_that_never_was_is_unknown(tiny):
     wanted = messages.Wanted(None, (), "last", 0)
     with pytest.raises(errors.UnknownCheckpoint, match="does not exist or is not yours"):
-        ask(tiny.server, Op.RESUME, messages.Resume(77, None, (), wanted), session=tiny.session)
+        ask(tiny.server, Op.RESUME, messages.Resume(77, None, (), wanted), session=tiny.session_id)
 
 
 def test_nothing_is_waited_for_any_more_when_one_of_several_requests_fails(tiny):
     def operation():
         pieces = [messages.Read(77 + number, (), 0, 10) for number in range(12)]
-        return (yield [Call(Op.READ, piece, session=tiny.session) for piece in pieces])
+        return (yield [Call(Op.READ, piece, session=tiny.session_id) for piece in pieces])
 
     with pytest.raises(errors.UnknownCheckpoint):
         tiny.server.drive(operation())

@@ -415,9 +415,9 @@ def test_ps_shows_models_engines_sessions_checkpoints_and_memory(served, server,
     )
     assert engines.splitlines()[1].split()[:4] == ["0", "cpu", "ready", str(status.engines[0].pid)]
     assert models.splitlines()[1].split()[:4] == ["tiny", "LlamaForCausalLM", "4", "64"]
-    mine = next(line for line in sessions.splitlines() if f"{tiny.session:016x}" in line)
+    mine = next(line for line in sessions.splitlines() if f"{tiny.session_id:016x}" in line)
     assert mine.split()[:6] == [
-        f"{tiny.session:016x}",
+        f"{tiny.session_id:016x}",
         "*",
         f"uid:{os.getuid()}",
         "tiny",
@@ -437,7 +437,7 @@ def test_ps_prints_everything_as_json_too(served, server, tiny, run):
     assert shown["pid"] == status.pid and shown["endpoints"] == list(status.endpoints)
     assert shown["models"][0]["name"] == "tiny" and shown["models"][0]["num_layers"] == 4
     assert shown["engines"][0]["state"] == "ready"
-    mine = next(one for one in shown["sessions"] if one["id"] == tiny.session)
+    mine = next(one for one in shown["sessions"] if one["id"] == tiny.session_id)
     assert (mine["checkpoints"], mine["state"], mine["yours"]) == (1, "open", True)
     assert shown["memory"]["checkpoints"] >= 1 and shown["memory"]["used"] >= point.nbytes
 

@@ -101,7 +101,7 @@ def test_the_main_job_without_shared_memory_gives_the_same_bits_as_with_it(serve
     with djinn.connect(endpoint, shared=False) as server:
         assert server.connection.sharing.lease is None
         far = server.model("tiny")
-        assert far.session != tiny.session
+        assert far.session_id != tiny.session_id
         here, there = tiny.run(FRANCE, stop_at=2), far.run(FRANCE, stop_at=2)
         assert bits(there.checkpoint.hidden) == bits(here.checkpoint.hidden)
         row = there.checkpoint.hidden[0, -1]
@@ -186,9 +186,9 @@ def test_nobody_can_do_anything_in_another_connections_session(served, tiny, rem
     for model in (tiny, theirs):
         point = model.run(FRANCE, stop_at=2).checkpoint
         stranger = raw(served.tcp)
-        for op, meta in every_way_into(model.session, point.id):
+        for op, meta in every_way_into(model.session_id, point.id):
             with pytest.raises(UnknownSession, match="does not exist or is not yours"):
-                stranger.ask(op, meta, model.session)
+                stranger.ask(op, meta, model.session_id)
         assert point.resume().top(1)[0].token == "paris"
 
 
@@ -208,9 +208,9 @@ def test_strangers_sessions_are_their_own_and_not_marked_as_anybody_elses(served
     theirs = remote.model("tiny")
     mine = {one.id: one for one in tiny.server.sessions()}
     assert mine[theirs.session].owner.startswith("tcp:")
-    assert (mine[theirs.session].yours, mine[tiny.session].yours) == (False, True)
+    assert (mine[theirs.session].yours, mine[tiny.session_id].yours) == (False, True)
     seen = {one.id: one.yours for one in remote.sessions()}
-    assert (seen[theirs.session], seen[tiny.session]) == (True, False)
+    assert (seen[theirs.session], seen[tiny.session_id]) == (True, False)
     with djinn.connect(served.tcp) as other:
         assert not any(one.yours for one in other.sessions())
 
@@ -220,7 +220,7 @@ import os, sys, djinn_zmq as djinn
 endpoint, key = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
 model = djinn.connect(endpoint, key=key).model("tiny")
 point = model.run("the capital of france is", stop_at=2).checkpoint
-print(model.session, point.id, flush=True)
+print(model.session_id, point.id, flush=True)
 os.read(0, 1)
 """
 
@@ -415,13 +415,13 @@ def test_an_allowed_key_gets_in_and_owns_its_sessions(keyed, keys):
         assert server.connection.sharing.lease is None
         model = server.model("tiny")
         assert model.run(FRANCE, stop_at=2).checkpoint.resume().top(1)[0].token == "paris"
-        session = sessions_of(owner)[model.session]
+        session = sessions_of(owner)[model.session_id]
         assert (session.owner, session.yours) == ("key:alice", False)
-        assert sessions_of(server)[model.session].yours
+        assert sessions_of(server)[model.session_id].yours
         with pytest.raises(AccessDenied, match="only the user who runs the server"):
             server.stop()
     with djinn.connect(ipc) as owner:
-        assert model.session not in sessions_of(owner)  # closed properly: nothing is kept
+        assert model.session_id not in sessions_of(owner)  # closed properly: nothing is kept
 
 
 def test_bulk_goes_through_curve_whole(keyed, keys):
@@ -494,16 +494,16 @@ def test_two_keys_cannot_reach_into_each_others_sessions(keyed, keys, raw):
         point = model.run(FRANCE, stop_at=2).checkpoint
         bob = raw(tcp, keys / "bob.key")
         own = bob.ask(Op.OPEN, messages.Open("tiny")).session
-        for op, meta in every_way_into(model.session, point.id):
+        for op, meta in every_way_into(model.session_id, point.id):
             with pytest.raises(UnknownSession, match="does not exist or is not yours"):
-                bob.ask(op, meta, model.session)
+                bob.ask(op, meta, model.session_id)
             if op in (Op.RESUME, Op.READ, Op.RELEASE):
                 with pytest.raises(UnknownCheckpoint):
                     bob.ask(op, meta, own)
         with djinn.connect(ipc) as owner:  # nor the user whose server it is
             with pytest.raises(UnknownSession):
-                raw(ipc).ask(Op.CLOSE, messages.Close(), model.session)
-            assert sessions_of(owner)[model.session].checkpoints == 1
+                raw(ipc).ask(Op.CLOSE, messages.Close(), model.session_id)
+            assert sessions_of(owner)[model.session_id].checkpoints == 1
         assert point.resume().top(1)[0].token == "paris"
         bob.ask(Op.CLOSE, messages.Close(), own)
 
@@ -515,7 +515,7 @@ def test_the_same_key_may_go_on_with_its_session_from_another_connection(keyed, 
         point = model.run(FRANCE, stop_at=2).checkpoint
         second = raw(tcp, keys / "alice.key")
         wanted = messages.Wanted(None, (), "top", 1)
-        reply = second.ask(Op.RESUME, messages.Resume(point.id, None, (), wanted), model.session)
+        reply = second.ask(Op.RESUME, messages.Resume(point.id, None, (), wanted), model.session_id)
         assert reply.state == "finished"
         # And the first goes on with it, though it moved meanwhile.
         assert point.resume().top(1)[0].token == "paris"
