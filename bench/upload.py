@@ -74,7 +74,7 @@ def _through(model: Model, array: np.ndarray) -> Callable[[], object]:
 def _raw(address: str, array: np.ndarray) -> Iterator[Callable[[], object]]:
     host, _, port = address.partition(":")
     data = memoryview(array.view(np.uint8).data).cast("B")
-    head = echoes.TCP_HEADER.pack(len(data))
+    head = echoes.HEAD.pack(len(data))
     with socket.create_connection((host, int(port))) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "stop": ("djinn_zmq.cli.stop", "Stop your server."),
     "pull": ("djinn_zmq.cli.pull", "Bring a real model into the cache."),
     "keys": ("djinn_zmq.cli.keys", "Make and allow keys for remote clients."),
+    "decompose": ("djinn_zmq.cli.decompose", "Show where a resume's time goes, floor by floor."),
     "demo": ("djinn_zmq.cli.demo", "Stop, patch and resume a model, in a minute."),
 }
 

@@ -10,13 +10,19 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import zmq
 
+from djinn_zmq.wire import codec
+from djinn_zmq.wire import messages as wire
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
+
 PR_SET_PDEATHSIG = 1
-TCP_HEADER = struct.Struct("<Q")  # how many bytes follow
+HEAD = struct.Struct("<Q")  # how many bytes follow, of this call
 ACK = b"received"
 PREALLOCATED = 16 * 1024 * 1024  # bytes
 
@@ -56,19 +62,83 @@ def back(endpoint: str) -> None:
 
 
 def tcp() -> None:
-    """A raw TCP echo of one connection: what is small comes back whole, what is large is
-    received into memory that was there before, and acknowledged."""
+    """Raw TCP: whatever comes on a connection is received into memory that was there before, and
+    acknowledged. Takes any number of connections."""
     listener = socket.create_server(("127.0.0.1", 0))
     _say("{}:{}".format(*listener.getsockname()))
-    connection, _ = listener.accept()
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _acknowledge(listener)
+
+
+def unix(path: str) -> None:
+    """The same over AF_UNIX, at *path*."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    _say(path)
+    _acknowledge(listener)
+
+
+def _acknowledge(listener: socket.socket) -> None:
+    while True:
+        connection, _ = listener.accept()
+        if connection.family == socket.AF_INET:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=_receive, args=(connection,), daemon=True).start()
+
+
+def _receive(connection: socket.socket) -> None:
     memory = memoryview(bytearray(b"\1" * PREALLOCATED))  # touched: no page fault is measured
-    while head := connection.recv(TCP_HEADER.size, socket.MSG_WAITALL):
-        (nbytes,) = TCP_HEADER.unpack(head)
-        received = 0
-        while received < nbytes:
-            received += connection.recv_into(memory[received:nbytes])
-        connection.sendall(ACK)
+    with connection:
+        while head := connection.recv(HEAD.size, socket.MSG_WAITALL):
+            (nbytes,) = HEAD.unpack(head)
+            if nbytes > len(memory):
+                memory = memoryview(bytearray(b"\1" * nbytes))
+            received = 0
+            while received < nbytes:
+                received += connection.recv_into(memory[received:nbytes])
+            connection.sendall(ACK)
+
+
+def pieces(endpoint: str) -> None:
+    """A bare ROUTER that is sent messages of [how many bytes are still to come][data] and
+    acknowledges the one behind which nothing comes."""
+    own = zmq.Context().socket(zmq.ROUTER)
+    _bind(own, endpoint)
+    while True:
+        route, head = own.recv(), own.recv()
+        while own.getsockopt(zmq.RCVMORE):
+            own.recv(copy=False)
+        if HEAD.unpack_from(head) == (0,):
+            own.send(route, zmq.SNDMORE)
+            own.send(ACK)
+
+
+def messages(endpoint: str) -> None:
+    """The same with Djinn's messages: each is decoded, and an answer is made for what wants one:
+    for an UPLOAD when its last CHUNK is there."""
+    own = zmq.Context().socket(zmq.ROUTER)
+    _bind(own, endpoint)
+    awaited = 0
+    while True:
+        route, frame = own.recv(), own.recv()
+        buffers = []
+        while own.getsockopt(zmq.RCVMORE):
+            buffers.append(own.recv(copy=False).buffer)
+        message = codec.decode(frame, buffers)
+        if message.header.op == Op.UPLOAD:
+            awaited = message.meta.nbytes
+        elif message.header.op == Op.CHUNK:
+            awaited -= sum(map(len, buffers))
+        if not awaited:
+            own.send(route, zmq.SNDMORE)
+            own.send(_pong(message.header))
+
+
+def _pong(header: codec.Header) -> bytes:
+    meta = wire.Pong("idle")
+    return codec.encode(
+        Op.PING, meta, flags=Flag.REPLY, request=header.request, session=header.session
+    )
 
 
 def tcp_echo() -> None:
@@ -124,7 +194,9 @@ def front_and_back(endpoint: str, back_endpoint: str) -> Iterator[tuple[str, lis
         yield bound, [front_pid, back_pid]
 
 
-PROCESSES = {one.__name__: one for one in (router, front, back, tcp, tcp_echo)}
+PROCESSES = {
+    one.__name__: one for one in (router, front, back, tcp, unix, tcp_echo, pieces, messages)
+}
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

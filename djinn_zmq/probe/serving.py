@@ -1,4 +1,4 @@
-"""A Djinn server of a measurement's own, over ipc and tcp, with the embedded model loaded."""
+"""A Djinn server of a measurement's own, over ipc and tcp, with its model loaded."""
 
 import socket
 import tempfile
@@ -15,23 +15,35 @@ MODEL = "tiny"
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """ipc, tcp: endpoints. pids: the server's, then its engines'."""
+    """ipc, tcp: endpoints. model: the name it
+    is served by. pids: the server's, then its engines'."""
 
     ipc: str
     tcp: str
     pids: tuple[int, ...]
+    model: str = MODEL
 
 
 @contextmanager
-def own_server(folder: Path) -> Iterator[Served]:
-    """Started, ready, and gone with the block. folder: where its socket goes."""
-    port = _free_port()
-    with private_server(folder, "cpu", "auto", f"--port={port}", f"--model={MODEL}") as ipc:
+def own_server(
+    folder: Path,
+    *more: str,
+    model: str = MODEL,
+    shape: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Iterator[Served]:
+    """Started, ready, and gone with the block. folder: where its socket goes. shape: serve random
+    weights of this shape in place of *model*. more: options of the server."""
+    port = free_port()
+    weights = f"--random-weights={shape}" if shape else f"--model={model}"
+    with private_server(folder, device, dtype, f"--port={port}", weights, *more) as ipc:
         with djinn.connect(ipc, progress=None) as server:
-            server.model(MODEL).ping()  # waits until the model is loaded
+            name = shape or model
+            server.model(name).ping()  # waits until the model is loaded
             status = server.status()
         pids = (status.pid, *(engine.pid for engine in status.engines))
-        yield Served(ipc, f"tcp://127.0.0.1:{port}", pids)
+        yield Served(ipc, f"tcp://127.0.0.1:{port}", pids, name)
 
 
 @contextmanager
@@ -41,8 +53,8 @@ def sockets_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _free_port() -> int:
-    """Free now; a server that finds it taken says so and the bench ends."""
+def free_port() -> int:
+    """Free now; a server that finds it taken says so and the measurement ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

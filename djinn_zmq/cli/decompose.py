@@ -1,0 +1,123 @@
+"""`djinn decompose`, also installed as `djinn-decompose`: where a resume's time goes."""
+
+import click
+import numpy as np
+
+from djinn_zmq.probe import command, features, ladder, rungs
+from djinn_zmq.probe.command import Asked, Place
+from djinn_zmq.probe.results import Check
+
+
+@click.command(cls=command.Tool)
+@command.measuring(samples=200)
+@command.serving_options
+@click.option(
+    "--transport",
+    type=click.Choice(["ipc", "tcp"]),
+    default="ipc",
+    show_default=True,
+    help="For an own server: the way to it. A --server's endpoint says it itself.",
+)
+@click.option(
+    "--carry",
+    type=click.Choice(["nothing", "activation"]),
+    default="nothing",
+    show_default=True,
+    help="What every rung carries up: nothing but a message, or the whole activation, as a resume "
+    "with hidden= does.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["logits", "ready"]),
+    default="logits",
+    show_default=True,
+    help="How far the resume goes: to the logits, or only until it is ready at layer N+1.",
+)
+@click.option(
+    "--positions",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens of the prompt.",
+)
+@click.option("--layer", type=int, help="Layers before the stop. [default: half of them]")
+def decompose(
+    asked: Asked,
+    place: Place,
+    transport: str,
+    carry: str,
+    to: str,
+    positions: int,
+    layer: int | None,
+) -> None:
+    """Where does a resume's time go? The ladder from the bare socket up, and whether it adds up.
+
+    \b
+    raw socket     the same bytes and an acknowledgement over TCP (for ipc: AF_UNIX)
+    ZeroMQ         DEALER to ROUTER, in another process
+    codec          the same with Djinn's messages made and read at both ends
+    server         a no-op to Djinn's server
+    engine         a no-op through the server to the engine
+    lane           the no-op by shared memory, where this client has the lane
+    resume         the whole; what it adds to a no-op is told by the spans in its reply
+
+    All rungs carry the same number of bytes up and take turns in one run. A step is what a rung adds
+    to the one below it. The steps must explain the whole within 10 %; "rest" is what they do not.
+
+    \b
+      djinn-decompose
+      djinn-decompose --server tcp://127.0.0.1:5556 --carry activation --json out.json
+      python -m tools.decompose --shape small --positions 128 --to ready --plot out.png
+
+    Against a server on another machine there is no bare echo to compare with: those rungs are named
+    as not measured. Exit status 1 where the steps to the logits do not add up. (Of a resume that is
+    only made ready, the rest holds what no rung has: the server is told of the new checkpoint first.)
+    """
+    settings = {"carry": carry, "to": to, "positions": positions}
+    results = command.begin("decompose", asked, settings)
+    with command.standing(place) as standing:
+        way = transport if transport in standing.endpoints else next(iter(standing.endpoints))
+        server = standing.connect(way)
+        model = server.model(standing.model)
+        lane = None
+        if features.LANE and way == "ipc":
+            lane = standing.connect(way, lane=True).model(standing.model)
+        point = command.stopped(lane or model, positions, layer)
+        results.settings |= {"model": model.name, "layer": point.layer, "endpoint": way}
+        array = np.asarray(point.hidden) if carry == "activation" else None
+        with rungs.standing(
+            server, model, point, standing.folder, array=array, ready=to == "ready", lane=lane
+        ) as built:
+            taken = command.take(asked, built.cases, [*standing.pids, *built.pids], results)
+    results.not_measured += built.not_measured
+    found = ladder.decompose(
+        taken, built.spans[-taken[ladder.RESUME].n :], built.placed_s, built.nbytes
+    )
+    results.settings["nbytes"] = found.nbytes
+    results.tables["steps"] = found.rows()
+    results.checks.append(
+        Check("the steps add up to the whole", found.adds_up, f"{found.explained:.1%} of it")
+    )
+    command.show("rungs", results)
+    about = f"resume of {model.name} after layer {point.layer} to the {to}, {way}"
+    click.echo(f"\n{about}\n{found}\n")
+
+    def draw() -> object:
+        from djinn_zmq.probe import drawing
+
+        return drawing.stacked(f"Where the time goes: {about}", {way: found})
+
+    command.finish(asked, results, draw)
+    if not found.adds_up and to == "logits":
+        raise click.ClickException(
+            f"the steps explain {found.explained:.1%} of the whole: more than "
+            f"{ladder.ADDS_UP:.0%} is missing or counted twice; is the machine busy?"
+        )
+
+
+def main() -> None:
+    decompose(prog_name="djinn-decompose")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The ladder: what each floor of software adds to one resume, measured from the socket up.
+
+    raw socket     the same bytes and an acknowledgement, blocking calls      (what the kernel costs)
+    ZeroMQ         DEALER to ROUTER, another process                          (+ its threads)
+    codec          … with Djinn's messages made and read at both ends         (+ our format)
+    server         a no-op to Djinn's server                                  (+ its loop)
+    engine         a no-op through the server to the engine                   (+ the link, the loop)
+    lane           the same no-op by the lane, where this client has one      (what that saves)
+    resume         the whole, as a user waits for it
+
+A step is the difference of two neighbouring medians; all rungs take turns in one run. What a resume
+adds to a no-op is not a difference but told by the resume itself: the spans in its reply, measured
+inside the engine. So the steps need not add up to the whole, and that they do is a finding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.probe import tables
+from djinn_zmq.probe.samples import Samples
+from djinn_zmq.spans import Spans
+
+RAW, ZMQ, CODEC, SERVER, ENGINE, LANE, RESUME = (
+    "raw socket",
+    "ZeroMQ",
+    "codec",
+    "server, no-op",
+    "engine, no-op",
+    "engine, no-op, lane",
+    "resume",
+)
+BARE = (RAW, ZMQ, CODEC)
+ADDS_UP = 0.1  # of the whole: how much of it may be unexplained
+
+ABOUT = {
+    RAW: "the kernel's sockets and two wake-ups",
+    ZMQ: "ZeroMQ's threads",
+    CODEC: "our messages made and read",
+    SERVER: "the server's loop",
+    ENGINE: "the link and the engine's loop",
+    LANE: "shared memory in place of sockets",
+    "messages": "the resume's own messages, beyond a no-op's",
+    "queue": "in the engine, between turns",
+    "restore": "the checkpoint out of its slot",
+    "record": "the layers' arguments",
+    "edit": "the edits made",
+    "compute": "layers and head",
+    "copy": "what is kept, into its slot",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """seconds may be negative: a rung that is cheaper than the one below it. n: samples behind."""
+
+    name: str
+    seconds: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """whole: of the resume, by the client's clock."""
+
+    steps: tuple[Step, ...]
+    whole: Samples
+    nbytes: int
+
+    @property
+    def sum_s(self) -> float:
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def rest_s(self) -> float:
+        return self.whole.median_s - self.sum_s
+
+    @property
+    def explained(self) -> float:
+        """Of the whole: 1.0 where the steps add up to it."""
+        return self.sum_s / self.whole.median_s
+
+    @property
+    def adds_up(self) -> bool:
+        return abs(1 - self.explained) <= ADDS_UP
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For results: a step a row, the rest and the whole at the end."""
+        total = self.whole.median_s
+        named = [(step.name, step.seconds, step.n) for step in self.steps]
+        named += [("rest", self.rest_s, self.whole.n), ("whole", total, self.whole.n)]
+        return [
+            {
+                "step": name,
+                "seconds": seconds,
+                "share": seconds / total,
+                "about": ABOUT.get(name, ""),
+                "n": n,
+            }
+            for name, seconds, n in named
+        ]
+
+    def __str__(self) -> str:
+        sign = {step.name: "+ " for step in self.steps[1:]}
+        rows = [
+            [
+                sign.get(str(row["step"]), "") + str(row["step"]),
+                _signed(float(row["seconds"]) * 1e6),
+                f"{row['share']:.1%}",
+                str(row["n"]),
+                str(row["about"]),
+            ]
+            for row in self.rows()
+        ]
+        columns = [f"{self.nbytes:,} bytes up", "us", "share", "n"]
+        lines = tables.aligned(columns, [row[:4] for row in rows]).splitlines()
+        abouts = ["", *(row[4] for row in rows)]
+        table = "\n".join(
+            f"{one}  {about}".rstrip() for one, about in zip(lines, abouts, strict=True)
+        )
+        verdict = "add up to it" if self.adds_up else "DO NOT ADD UP to it"
+        return (
+            f"{table}\n\nthe steps explain {self.explained:.1%} of the whole: they {verdict} "
+            f"(within {ADDS_UP:.0%})"
+        )
+
+
+def _signed(value: float) -> str:
+    return ("-" if value < 0 else "") + tables.number(abs(value))
+
+
+def decompose(
+    taken: Mapping[str, Samples],
+    spans: Sequence[Spans],
+    placed_s: Sequence[float] = (),
+    nbytes: int = 0,
+) -> Decomposition:
+    """Steps from what each rung took, and from the spans of the resumes.
+
+    placed_s: what bringing the bytes took within each no-op, so that it counts once. nbytes: that
+    every rung carried up.
+    """
+    steps = []
+    below = 0.0
+    for rung in (RAW, ZMQ, CODEC, SERVER, ENGINE, LANE):
+        if rung in taken:
+            steps.append(Step(rung, taken[rung].median_s - below, taken[rung].n))
+            below = taken[rung].median_s
+    whole = taken[RESUME]
+    inside, ends = _medians(spans)
+    if CODEC in taken:
+        ends -= taken[CODEC].median_s - taken[ZMQ].median_s
+    if placed_s:
+        ends -= float(np.median(placed_s))
+    steps.append(Step("messages", ends, len(spans)))
+    steps += [Step(name, seconds, len(spans)) for name, seconds in inside.items()]
+    return Decomposition(tuple(steps), whole, nbytes)
+
+
+def _medians(spans: Sequence[Spans]) -> tuple[dict[str, float], float]:
+    """(the engine's spans by name, all making and reading of messages together), in seconds.
+
+    A run's spans are: the client's encode, the wire, the engine's own, the client's decode.
+    """
+    inside: dict[str, list[float]] = {}
+    ends = []
+    for one in spans:
+        names = ("encode", "decode")
+        by_name: dict[str, int] = {}
+        for name, elapsed_ns in one[2:-1]:
+            by_name[name] = by_name.get(name, 0) + elapsed_ns
+        messages_ns = sum(by_name.pop(name, 0) for name in names)
+        ends.append((one[0][1] + one[-1][1] + messages_ns) / 1e9)
+        for name, elapsed_ns in by_name.items():
+            inside.setdefault(name, []).append(elapsed_ns / 1e9)
+    return {name: float(np.median(values)) for name, values in inside.items()}, float(
+        np.median(ends)
+    )
