@@ -47,6 +47,12 @@ class NoTokenizer(RequestError):
     code = "no-tokenizer"
 
 
+class NoSessions(RequestError):
+    """The model's cached steps are not exact, for the named reason: plain runs are served."""
+
+    code = "no-sessions"
+
+
 class UnknownSession(RequestError):
     """No such session, or it belongs to somebody else."""
 

@@ -77,7 +77,7 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
             ],
         ),
         _table(
-            ("SESSION", "OWNER", "MODEL", "STATE", "CHECKPOINTS", "SIZE", "WAITING", "AGE"),
+            ("SESSION", "OWNER", "MODEL", "STATE", "CHECKPOINTS", "SIZE", "KV", "WAITING", "AGE"),
             [
                 (
                     f"{one.id:016x}{' *' if one.yours else ''}",
@@ -86,6 +86,7 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
                     one.state,
                     str(one.checkpoints),
                     format_bytes(one.nbytes),
+                    format_bytes(one.kv),
                     str(one.waiting),
                     _duration(one.age_s),
                 )

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
+from djinn_zmq.engine.caches import Account
 from djinn_zmq.engine.keeping import new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.spans import Stopwatch
@@ -33,6 +34,9 @@ class EngineSession:
     owner: str
     model: str
     worked_ns: int = 0  # its clock among the others, see `turns`
+    branches: dict[int, Any] = field(default_factory=dict)  # by id: where its conversations stand
+    account: Account = field(default_factory=Account)  # of their keys and values
+    told_nbytes: int = 0  # of these, to the server
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +57,17 @@ class Job:
     logits_kept: Kept | None = None  # where they are too large for a frame
 
     @property
+    def branch(self) -> int:
+        """The branch of a session that it has come to; 0: none."""
+        return 0
+
+    @property
     def everything_kept(self) -> list[Kept]:
         return self.kept if self.logits_kept is None else [*self.kept, self.logits_kept]
+
+    def midway(self, layer: int) -> Any:
+        """What a checkpoint after *layer* needs beside the hidden state: nothing, here."""
+        return None
 
     def advance(self, event: str) -> None:
         self.state = states.advance(states.RUN, self.state, event)

@@ -8,6 +8,7 @@ import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Entry:
     kept: Kept
     ids: np.ndarray  # int64 (batch, positions)
     owner: str
+    midway: Any = None  # of a session's; lives and dies with this process
 
 
 class Keeping:
@@ -98,9 +100,19 @@ class Keeping:
     # ---- tensors in and out
 
     def keep(
-        self, data: torch.Tensor, *, session: int, owner: str, run: int, layer: int, ids: np.ndarray
+        self,
+        data: torch.Tensor,
+        *,
+        session: int,
+        owner: str,
+        run: int,
+        layer: int,
+        ids: np.ndarray,
+        midway: Any = None,
     ) -> Kept:
         """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed.
+
+        midway: of a checkpoint in a session, what else its forward goes on with.
 
         The copy is complete when the device's `mark`, called afterwards, says so.
         """
@@ -109,8 +121,9 @@ class Keeping:
         if data.numel():
             self.device.store(data, lease.view)
         tensor = Tensor(name, tuple(data.shape), lease.slot)
-        kept = Kept(new_id(), session, run, layer, tensor)
-        self.entries[kept.id] = Entry(kept, ids, owner)
+        past = 0 if midway is None else midway.branch.ids.shape[1]
+        kept = Kept(new_id(), session, run, layer, tensor, past)
+        self.entries[kept.id] = Entry(kept, ids, owner, midway)
         return kept
 
     def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:

@@ -177,6 +177,10 @@ class Looker:
             raise LayerError(
                 f'layer {view.layer} does not exist: "{model.info.name}" has layers 1 to {last}'
             )
+        if entry.midway is not None or entry.kept.past:
+            raise RequestError(
+                "the attention of a session's checkpoint reaches into a past: look at it in a plain run"
+            )
         if view.layer <= layer:
             raise LayerError(f"layer {view.layer} lies behind the checkpoint after layer {layer}")
 

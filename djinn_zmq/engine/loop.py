@@ -27,6 +27,7 @@ from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Cancelled,
@@ -41,7 +42,7 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header, Message
-from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.messages import Flag, Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
 
@@ -62,6 +63,7 @@ class EngineLoop:
         self._keeping = Keeping(settings, lease, index, device)
         self._runner = Runner(self._keeping)
         self._looker = Looker(self._keeping, self._runner)
+        self._talker = Talker(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
@@ -85,11 +87,15 @@ class EngineLoop:
             Op.TOKENS: self._tokens,
             Op.MORE: self._more,
             Op.LOOK: self._run,
+            Op.CONTINUE: self._run,
+            Op.GENERATE: self._run,
         }
         self._begin: dict[int, Callable[..., tuple[Job, Iterator[Part | None]]]] = {
             Op.RUN: self._runner.begin,
-            Op.RESUME: self._runner.resume,
+            Op.RESUME: self._talker.resume,
             Op.LOOK: self._looker.begin,
+            Op.CONTINUE: self._talker.run,
+            Op.GENERATE: self._talker.generate,
         }
 
     def serve(self) -> None:
@@ -194,6 +200,11 @@ class EngineLoop:
 
     def _drop(self, message: Message) -> None:
         self._keeping.drop(message.meta.ids)
+        session = self._sessions.get(message.header.session)
+        if session is not None:
+            for number in message.meta.ids:
+                session.branches.pop(number, None)
+            self._tell_held(session)
 
     def _adopt(self, message: Message) -> None:
         self._adopting = True
@@ -309,6 +320,7 @@ class EngineLoop:
         active.held = None
         active.credit -= 1
         header = active.header
+        self._tell_kept(active.job, getattr(part.meta, "checkpoints", ()))
         frame = codec.encode(
             header.op,
             part.meta,
@@ -328,15 +340,14 @@ class EngineLoop:
             self._runner.discard(job)
             self._refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
-        if job.everything_kept:
-            keep = messages.Keep(replies.ids_inline(job), tuple(job.everything_kept))
-            self._tell(Op.KEEP, keep, job.session.id)
+        self._tell_kept(job, job.everything_kept)
         self._answer(active.envelope, header, meta, buffers, store=True)
+        self._tell_held(job.session)
 
     def _fail(self, active: Active, error: DjinnError) -> None:
         if active.job.state not in ("finished", "stopped"):
             active.job.advance("fail")
-        self._runner.discard(active.job)
+        self._discard(active)
         self._refuse(active.envelope, active.header, error)
 
     def _end(self, active: Active, error: DjinnError) -> None:
@@ -344,8 +355,25 @@ class EngineLoop:
         self._turns.remove(active)
         active.turns.close()  # type: ignore[attr-defined]
         active.job.advance("cancel")
-        self._runner.discard(active.job)
+        self._discard(active)
         self._refuse(active.envelope, active.header, error)
+
+    def _discard(self, active: Active) -> None:
+        self._runner.discard(active.job)
+        if active.held is not None:  # what its client was never told of
+            self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])
+
+    # ---- telling the server
+
+    def _tell_kept(self, job: Job, kept: Sequence[Kept]) -> None:
+        if kept:
+            keep = messages.Keep(replies.ids_inline(job), tuple(kept))
+            self._tell(Op.KEEP, keep, job.session.id)
+
+    def _tell_held(self, session: EngineSession) -> None:
+        if session.account.nbytes != session.told_nbytes:
+            session.told_nbytes = session.account.nbytes
+            self._tell(Op.HELD, messages.Held(session.told_nbytes), session.id)
 
     # ---- answering
 

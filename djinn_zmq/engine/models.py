@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine import cached, shapes
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
 from djinn_zmq.settings import MIB, format_bytes
@@ -37,16 +37,19 @@ class ServedModel:
     stepper: Stepper
     tokenizer: Any  # transformers' PreTrainedTokenizerBase, or None
     device: torch.device
+    ends: tuple[int, ...] = ()  # tokens behind which its generations end
 
-    def encode(self, texts: tuple[str, ...]) -> np.ndarray:
+    def encode(self, texts: tuple[str, ...], *, begins: bool = True) -> np.ndarray:
         """Prompts of one length to token ids, int64 (batch, positions).
+
+        begins: with the tokens that the tokenizer puts before and behind a whole text.
 
         Raises NoTokenizer, and PromptError where the prompts come out at different lengths.
         """
         self._need_tokenizer()
         if not texts:
             raise PromptError("neither text nor token ids: an empty prompt cannot be run")
-        rows = [self.tokenizer(text)["input_ids"] for text in texts]
+        rows = [self.tokenizer(text, add_special_tokens=begins)["input_ids"] for text in texts]
         lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1:
             raise PromptError(
@@ -104,6 +107,7 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
         info = _info(asked, model, device)
         stepper = Stepper(model)
         checked = stepper.check(info.vocab_size, device, info.max_positions)
+        no_sessions = cached.check(stepper, info.vocab_size, device, info.max_positions)
     except ModelRefused:
         raise
     except Exception as exc:  # the model's own code may raise anything
@@ -112,8 +116,18 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
     report(f"{asked.name}: reading its tokenizer", 2, STAGES)
     made_up = asked.source.startswith(shapes.PREFIX)
     tokenizer = None if made_up else _tokenizer(asked.source, local)
-    info = msgspec.structs.replace(info, check=checked, has_tokenizer=tokenizer is not None)
-    return ServedModel(info, stepper, tokenizer, device)
+    info = msgspec.structs.replace(
+        info, check=checked, no_sessions=no_sessions, has_tokenizer=tokenizer is not None
+    )
+    return ServedModel(info, stepper, tokenizer, device, _ends(model))
+
+
+def _ends(model: Any) -> tuple[int, ...]:
+    """The tokens that end a text, as the model's own generation config has them."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
 
 def _weights(asked: Load, local: dict[str, bool]) -> Any:

@@ -2,27 +2,31 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 
+from djinn_zmq.engine.branches import TalkJob
 from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.wire.looks import LookReply, Seen
-from djinn_zmq.wire.messages import RunReply, TokensReply
+from djinn_zmq.wire.messages import Generated, RunReply, Token, TokensReply
 from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline
 
 Buffers = list[bytes | memoryview]
 
 
-def of(job: Job) -> tuple[RunReply | LookReply, Buffers]:
+def of(job: Job) -> tuple[msgspec.Struct, Buffers]:
     """What *job* has come to."""
+    if isinstance(job, TalkJob) and job.asked is not None:
+        return of_generation(job)
     return of_look(job) if isinstance(job, LookJob) else of_run(job)
 
 
 def of_run(job: Job) -> tuple[RunReply, Buffers]:
-    """The reply to a RUN or RESUME."""
+    """The reply to a RUN, RESUME or CONTINUE."""
     buffers: Buffers = []
     logits = top_values = top_ids = top_log_norm = None
     logits_id = 0
@@ -34,11 +38,11 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
         elif job.logits is not None and job.wanted.logits == "top":
             values, indices = top_of(job.logits, job.wanted.top)
             norm = log_norm_of(job.logits)
-            top_values = _place_torch(values, buffers)
-            top_ids = _place_torch(indices, buffers)
-            top_log_norm = _place_torch(norm, buffers)
+            top_values = place_torch(values, buffers)
+            top_ids = place_torch(indices, buffers)
+            top_log_norm = place_torch(norm, buffers)
         elif job.logits is not None:
-            logits = _place_torch(job.logits, buffers)
+            logits = place_torch(job.logits, buffers)
     reply = RunReply(
         run=job.id,
         state=str(job.state),
@@ -51,6 +55,43 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
         top_ids=top_ids,
         top_log_norm=top_log_norm,
         spans=job.watch.with_rest("queue", first=True),
+        branch=job.branch,
+    )
+    return reply, buffers
+
+
+def of_token(job: TalkJob, token: int, logits: torch.Tensor) -> tuple[Token, Buffers]:
+    """A part of the reply to a GENERATE. logits: (1, vocab), of which *token* was drawn."""
+    assert job.step is not None and job.spelling is not None and job.asked is not None
+    buffers: Buffers = []
+    wanted = job.asked.wanted
+    top = top_of(logits, wanted.top) if wanted.logits == "top" else None
+    meta = Token(
+        step=job.step,
+        id=token,
+        text=job.spelling.add(token),
+        log_probability=float(logits[0, token].double() - log_norm_of(logits)[0]),
+        logits=place_torch(logits, buffers) if wanted.logits == "last" else None,
+        top_values=None if top is None else place_torch(top[0], buffers),
+        top_ids=None if top is None else place_torch(top[1], buffers),
+        checkpoints=tuple(job.kept),
+    )
+    return meta, buffers
+
+
+def of_generation(job: TalkJob) -> tuple[Generated, Buffers]:
+    """The reply to a GENERATE."""
+    buffers: Buffers = []
+    reply = Generated(
+        run=job.id,
+        state=str(job.state),
+        reason=job.reason,
+        step=job.step or 0,
+        layer=job.layer,
+        ids=_place(job.tokens, buffers),
+        checkpoints=tuple(job.kept),
+        branch=job.branch,
+        spans=job.watch.with_rest("queue", first=True),
     )
     return reply, buffers
 
@@ -62,7 +103,7 @@ def of_look(job: LookJob) -> tuple[LookReply, Buffers]:
         seen = [
             Seen(job.apart[place].tensor, job.apart[place].id)
             if place in job.apart
-            else Seen(_place_torch(data, buffers), 0)
+            else Seen(place_torch(data, buffers), 0)
             for place, data in enumerate(job.seen)
         ]
     return LookReply(tuple(seen), job.watch.with_rest("queue", first=True)), buffers
@@ -86,7 +127,7 @@ def _place(array: np.ndarray, buffers: Buffers) -> Tensor:
     return Tensor(array.dtype.name, array.shape, Frame(len(buffers) - 1))
 
 
-def _place_torch(data: torch.Tensor, buffers: Buffers) -> Tensor:
+def place_torch(data: torch.Tensor, buffers: Buffers) -> Tensor:
     raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     name, shape = NAMES[data.dtype], tuple(data.shape)
     if len(raw) <= INLINE_LIMIT:

@@ -12,13 +12,13 @@ import torch
 
 from djinn_zmq.engine import editing
 from djinn_zmq.engine.jobs import EngineSession, Job, Turns
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
+from djinn_zmq.wire.messages import Generate, Kept, Resume, Run, Wanted
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
@@ -52,7 +52,7 @@ class Runner:
             else:
                 ids = model.encode(asked.text)
             model.check_ids(ids)
-            _check_wanted(asked.wanted, 0, model, len(ids))
+            check_wanted(asked.wanted, 0, model, len(ids))
         job = Job(session, model, ids, 0, asked.wanted, shared, watch)
         return job, self._work(job, None)
 
@@ -75,9 +75,22 @@ class Runner:
             layer = entry.kept.layer
             if layer < 0 or entry.kept.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be resumed")
-            _check_wanted(asked.wanted, layer, model, len(entry.ids))
-            if asked.hidden is not None:
-                _check_hidden(asked.hidden, entry.kept.tensor)
+            check_wanted(asked.wanted, layer, model, len(entry.ids))
+        hidden = self.edited(entry, asked, buffers, session, watch)
+        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch)
+        return job, self._work(job, hidden)
+
+    def edited(
+        self,
+        entry: Entry,
+        asked: Resume | Generate,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        watch: Stopwatch,
+    ) -> torch.Tensor:
+        """A checkpoint's hidden state, the job's own, with what was asked for done to it."""
+        if asked.hidden is not None:
+            check_hidden(asked.hidden, entry.kept.tensor)
         with watch.span("restore"):
             if asked.hidden is not None:
                 hidden = self._keeping.load_sent(asked.hidden, buffers, session.owner)
@@ -89,12 +102,11 @@ class Runner:
                     hidden,
                     asked.edits,
                     lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
-                    lambda number: self._source(number, session, model),
+                    lambda number: self._source(number, session),
                 )
-        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch)
-        return job, self._work(job, hidden)
+        return hidden
 
-    def _source(self, number: int, session: EngineSession, model: ServedModel) -> torch.Tensor:
+    def _source(self, number: int, session: EngineSession) -> torch.Tensor:
         entry = self._keeping.find(number, session.owner)
         if entry.kept.layer < 0:
             raise EditError(f"{number:x} is not a checkpoint")
@@ -120,7 +132,7 @@ class Runner:
             with watch.span("compute"):
                 logits = stepper.tail(recording.ids, hidden)
                 job.logits = logits if wanted.logits == "all" else logits[:, -1]
-            self._keep_large_logits(job)
+            self.keep_large_logits(job)
         yield from self.until_done(job)
         job.advance("finish" if wanted.stop_at is None else "stop")
 
@@ -146,7 +158,7 @@ class Runner:
             yield
         job.watch.add("compute", time.perf_counter_ns() - begin_ns)
 
-    def _keep_large_logits(self, job: Job) -> None:
+    def keep_large_logits(self, job: Job) -> None:
         assert job.logits is not None
         if job.wanted.logits != "top" and self.too_large(job, job.logits):
             with job.watch.span("copy"):
@@ -165,12 +177,20 @@ class Runner:
         """Keep *data* for the job's session. layer: -1 where it is no checkpoint."""
         session = job.session
         return self._keeping.keep(
-            data, session=session.id, owner=session.owner, run=job.id, layer=layer, ids=job.ids
+            data,
+            session=session.id,
+            owner=session.owner,
+            run=job.id,
+            layer=layer,
+            ids=job.ids,
+            midway=job.midway(layer),
         )
 
     def discard(self, job: Job) -> None:
         """The job came to nothing: give back what it kept."""
         self._keeping.drop([kept.id for kept in job.everything_kept])
+        for kept in job.everything_kept:
+            job.session.branches.pop(kept.id, None)
         job.kept.clear()
         job.logits_kept = None
 
@@ -192,7 +212,7 @@ class Runner:
         return recording
 
 
-def _check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) -> None:
+def check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) -> None:
     """Raises LayerError for a layer the model has not, or one that lies behind the start.
 
     RequestError where the top logits are more than there are, or than one frame carries.
@@ -221,7 +241,7 @@ def _check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) ->
         )
 
 
-def _check_hidden(given: Tensor, kept: Tensor) -> None:
+def check_hidden(given: Tensor, kept: Tensor) -> None:
     """Raises EditError unless *given* can stand in *kept*'s place."""
     if given.shape != kept.shape:
         raise EditError(f"hidden has shape {given.shape}, the checkpoint {kept.shape}")

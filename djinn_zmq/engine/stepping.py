@@ -11,6 +11,7 @@ in place (replacing `forward` on the instance is the one hook that can skip a la
 record or a tail they pass straight through.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from djinn_zmq.engine import tails
+from djinn_zmq.engine.caches import Caches
 from djinn_zmq.engine.tails import Tail
 from djinn_zmq.errors import ModelRefused
 
@@ -60,6 +62,9 @@ class Stepper:
         self._tuples = [0] * self.num_layers  # length of the tuple a layer returns; 0: a tensor
         self._at_layer: Callable[..., Any] = self._pass_through
         self._short_tail: Tail | None = None  # found by `check`
+        self._short_last = False  # is it the way to the last position's logits, too?
+        self.caches = Caches(model)
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for index, layer in enumerate(self.layers):
             layer.forward = self._stub(index)
 
@@ -78,19 +83,30 @@ class Stepper:
         length = self._tuples[index]
         return (hidden,) + (None,) * (length - 1) if length else hidden
 
-    def plain(self, ids: torch.Tensor) -> torch.Tensor:
+    def plain(self, ids: torch.Tensor, cache: Any = None, *, last: bool = False) -> torch.Tensor:
         """The uninterrupted model: ids int64 (batch, positions) → logits (batch, positions, vocab).
 
         Passes through every layer's own forward. This is what all else is compared with.
+        cache: that goes on from a past. last: the logits of the last position alone, (batch, 1,
+        vocab), as transformers' `generate` has the head compute them.
         """
-        return self._logits(ids)
+        return self._logits(ids, cache, last=last)
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+    def _logits(self, ids: torch.Tensor, cache: Any = None, *, last: bool = False) -> torch.Tensor:
+        options = {} if cache is None else {self.caches.name: cache}
+        if last and self._keeps_last:
+            options["logits_to_keep"] = 1
+        logits: torch.Tensor = self.model(
+            input_ids=ids, use_cache=cache is not None, **options
+        ).logits
+        return logits[:, -1:] if last else logits
 
-    def record(self, ids: torch.Tensor) -> Recording:
-        """ids: int64 (batch, positions), on the model's device. Runs no layer."""
+    def record(self, ids: torch.Tensor, cache: Any = None) -> Recording:
+        """What the model hands to its layers. Runs none of them.
+
+        ids: int64 (batch, positions), on the model's device. cache: one of `caches`, for a prompt
+        that goes on from a past; the layers that are then stepped write into it.
+        """
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded: list[torch.Tensor] = []
 
@@ -109,7 +125,7 @@ class Stepper:
 
         self._at_layer = note
         try:
-            self._logits(ids)
+            self._logits(ids, cache)
         except _Noted:
             pass
         finally:
@@ -126,18 +142,20 @@ class Stepper:
         out = self._own[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def tail(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def tail(self, ids: torch.Tensor, hidden: torch.Tensor, *, last: bool = False) -> torch.Tensor:
         """What the model does after its last layer: logits (batch, positions, vocab).
 
         All positions, as the plain model computes them: a head run on the last position alone is
-        another matrix product and differs in the last bits. Takes the short way where `check` has
-        found one.
+        another matrix product and differs in the last bits. last: that very product, which is
+        what `generate` takes. Goes the short way where `check` has found one.
         """
-        if self._short_tail is not None:
-            return self._short_tail(hidden)
-        return self.own_tail(ids, hidden)
+        if self._short_tail is not None and (self._short_last or not last):
+            return self._short_tail(hidden, last)
+        return self.own_tail(ids, hidden, last=last)
 
-    def own_tail(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def own_tail(
+        self, ids: torch.Tensor, hidden: torch.Tensor, *, last: bool = False
+    ) -> torch.Tensor:
         """The tail by calling the model; always exact, and its preamble is run again."""
 
         def hand_on(index: int, embedded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +164,7 @@ class Stepper:
 
         self._at_layer = hand_on
         try:
-            return self._logits(ids)
+            return self._logits(ids, last=last)
         finally:
             self._at_layer = self._pass_through
 
@@ -175,11 +193,12 @@ class Stepper:
             if not same_bits(plain, stepped):
                 raise ModelRefused(
                     "stepped through its layers it gives other logits than by itself: "
-                    f"{_difference(plain, stepped)} for a prompt of shape {shape}"
+                    f"{difference(plain, stepped)} for a prompt of shape {shape}"
                 )
         short = tails.find(self.model, self.layers, ids, same_bits)
-        if short is not None and same_bits(short(hidden), plain):
+        if short is not None and same_bits(short(hidden, False), plain):
             self._short_tail = short
+            self._short_last = same_bits(short(hidden, True), self.plain(ids, last=True))
         named = " and ".join(f"{batch}×{positions}" for batch, positions in shapes)
         way = "its own" if self._short_tail is None else "direct"
         return f"logits of {named} tokens equal bit for bit, stepped and plain; tail: {way}"
@@ -198,7 +217,7 @@ def _bytes(data: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.uint8).reshape(-1, data.itemsize)
 
 
-def _difference(plain: torch.Tensor, stepped: torch.Tensor) -> str:
+def difference(plain: torch.Tensor, stepped: torch.Tensor) -> str:
     if plain.shape != stepped.shape or plain.dtype != stepped.dtype:
         return f"{stepped.dtype} {tuple(stepped.shape)}, not {plain.dtype} {tuple(plain.shape)},"
     differing = int((_bytes(plain) != _bytes(stepped)).any(-1).sum())

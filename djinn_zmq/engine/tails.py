@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Tail = Callable[[torch.Tensor], torch.Tensor]
+Tail = Callable[[torch.Tensor, bool], torch.Tensor]  # hidden, of the last position only? → logits
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
@@ -83,10 +83,10 @@ def find(model: nn.Module, layers: list[nn.Module], ids: torch.Tensor, same: Sam
     if not _hands_on(model, chain[-1], ids, given, same):
         return None
 
-    def tail(hidden: torch.Tensor) -> torch.Tensor:
-        for module in chain:
+    def tail(hidden: torch.Tensor, last: bool) -> torch.Tensor:
+        for module in chain[:-1]:
             hidden = module(hidden)
-        return hidden
+        return chain[-1](hidden[:, -1:] if last else hidden)
 
     return tail
 

@@ -15,7 +15,7 @@ from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opened, Progress
+from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Held, Keep, Leave, Opened, Progress
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot
 
@@ -148,6 +148,10 @@ class Fleet:
             self._on_load(engine, message)
         elif isinstance(meta, Keep):
             self._on_keep(engine, message.header.session, meta)
+        elif isinstance(meta, Held):
+            session = self._registry.sessions.get(message.header.session)
+            if session is not None:
+                session.kv = meta.nbytes
         elif isinstance(meta, Drop):
             session = self._registry.sessions.get(message.header.session)
             for number in meta.ids if session is not None else ():
@@ -226,6 +230,7 @@ class Fleet:
         def run_of(record: KeptRecord) -> int:
             return record.kept.run
 
+        session.kv = 0  # died with the engine, and its branches with it
         # A reply's logits are not worth another engine's memory: their client has them or asks anew.
         for number in [n for n, record in session.kept.items() if record.kept.layer < 0]:
             del session.kept[number]

@@ -46,6 +46,7 @@ class Session:
     state: states.Session = states.Session.OPEN
     kept: dict[int, KeptRecord] = field(default_factory=dict)
     waiting: int = 0
+    kv: int = 0  # bytes of keys and values that its engine holds for it
     created_s: float = field(default_factory=time.monotonic)
     closes_s: float = float("inf")  # monotonic; set while KEPT
 
@@ -61,6 +62,7 @@ class Session:
             waiting=self.waiting,
             age_s=time.monotonic() - self.created_s,
             yours=self.owner == asker.owner,
+            kv=self.kv,
         )
 
 

@@ -40,7 +40,9 @@ from djinn_zmq.wire.ops import Op
 _log = logging.getLogger(__name__)
 
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-TO_ENGINE = frozenset({Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE})
+TO_ENGINE = frozenset(
+    {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
+)
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
 ) | {Op.STOP}

@@ -44,6 +44,10 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     device: str
     has_tokenizer: bool
     check: str  # what the self-check at load compared
+    no_sessions: str = ""  # why it cannot go on from a past exactly; "": it can
+
+
+LOGITS, BRANCH = -1, -2  # in Kept.layer: a reply's logits; where a conversation stands
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -52,8 +56,9 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     id: int
     session: int
     run: int
-    layer: int  # layers executed before it; -1: not a checkpoint
+    layer: int  # layers executed before it; LOGITS, BRANCH: not a checkpoint
     tensor: Tensor  # hidden: (batch, positions, hidden_size)
+    past: int = 0  # positions whose keys and values it goes on from: they live with the engine
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -77,6 +82,7 @@ class SessionInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     waiting: int  # requests not yet answered
     age_s: float
     yours: bool
+    kv: int  # bytes of keys and values, what branches share counted once
 
 
 class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -208,7 +214,7 @@ class Resume(msgspec.Struct, **message(Op.RESUME)):
 
 
 class RunReply(msgspec.Struct, **message(Op.RUN)):
-    """What a RUN or RESUME came to."""
+    """What a RUN, RESUME or CONTINUE came to."""
 
     run: int
     state: str
@@ -220,6 +226,71 @@ class RunReply(msgspec.Struct, **message(Op.RUN)):
     top_values: Tensor | None  # (batch, k): logits, in the model's dtype
     top_ids: Tensor | None  # int64 (batch, k)
     top_log_norm: Tensor | None  # float64 (batch,): log of the sum of exp over all logits
+    spans: Spans
+    branch: int = 0  # of a session's finished run: what can go on from here
+
+
+class Continue(msgspec.Struct, **message(Op.CONTINUE)):
+    """One forward pass over *text*, or over *ids*: int64 (1, positions), behind a branch's tokens."""
+
+    branch: int  # of this session; 0: its beginning
+    static: int  # of a conversation that begins: positions of its static cache; 0: it grows
+    text: str
+    ids: Tensor | None
+    wanted: Wanted
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How a token is drawn, as transformers' `generate` would."""
+
+    temperature: float  # 0: the likeliest, the lowest id of equals
+    top_k: int  # 0: all
+    top_p: float  # 1: all
+    seed: int | None  # None: go on with the branch's own generator
+
+
+class Generate(msgspec.Struct, **message(Op.GENERATE)):
+    """Go on from a branch, or from a checkpoint, with *text* or *ids*, and then token by token.
+
+    A checkpoint's run is finished first, with *hidden* and *edits* as in RESUME.
+    """
+
+    branch: int
+    static: int
+    checkpoint: int  # 0: none
+    hidden: Tensor | None
+    edits: tuple[Edit, ...]
+    text: str
+    ids: Tensor | None  # int64 (1, positions)
+    wanted: Wanted  # in each of the steps; logits, top: of each token
+    steps: tuple[int, ...]  # that `wanted` stops and saves in; none: all of them
+    max_new_tokens: int
+    sampling: Sampling
+    ends: tuple[int, ...] | None  # tokens behind which it ends; None: the model's own
+
+
+class Token(msgspec.Struct, **message(Op.GENERATE)):
+    """A part of a GENERATE's answer: a token, and what its forward saved."""
+
+    step: int  # tokens of this generation before it
+    id: int
+    text: str  # what it adds to the text so far; "" within a character, or without a tokenizer
+    log_probability: float  # natural logarithm, in the model's own distribution
+    logits: Tensor | None  # "last": (1, vocab)
+    top_values: Tensor | None  # (1, k)
+    top_ids: Tensor | None
+    checkpoints: tuple[Kept, ...]
+
+
+class Generated(msgspec.Struct, **message(Op.GENERATE)):
+    run: int
+    state: str
+    reason: str  # "length", "end": a token of `ends`; "stop"
+    step: int  # tokens generated; of a stop: its step
+    layer: int
+    ids: Tensor  # int64 (1, positions): all tokens of the branch
+    checkpoints: tuple[Kept, ...]  # of a stop's step
+    branch: int  # 0 where it stopped
     spans: Spans
 
 
@@ -291,6 +362,10 @@ class Drop(msgspec.Struct, **message(Op.DROP)):
     ids: tuple[int, ...]
 
 
+class Held(msgspec.Struct, **message(Op.HELD)):
+    nbytes: int
+
+
 class Adopt(msgspec.Struct, **message(Op.ADOPT)):
     """As Keep, in the other direction: what a new engine takes over."""
 
@@ -329,6 +404,9 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.TOKENS: Tokens,
     Op.LOOK: Look,
     Op.MORE: More,
+    Op.CONTINUE: Continue,
+    Op.GENERATE: Generate,
+    Op.HELD: Held,
     Op.READY: Ready,
     Op.LOAD: Load,
     Op.ENTER: Enter,
@@ -352,12 +430,14 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.RELEASE: Done,
     Op.CANCEL: Cancelled,
     Op.TOKENS: TokensReply,
+    Op.CONTINUE: RunReply,
+    Op.GENERATE: Generated,
     Op.LOOK: LookReply,
     Op.LOAD: Loaded,
 }
 
 # Of an answer that comes in parts, each part. Its reply, in REPLIES, says what they came to.
-PARTS: dict[int, type[msgspec.Struct]] = {}
+PARTS: dict[int, type[msgspec.Struct]] = {Op.GENERATE: Token}
 
 
 # ---- the lease socket (AF_UNIX, one struct a packet, file descriptors beside it)

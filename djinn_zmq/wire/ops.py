@@ -27,7 +27,9 @@ class Op(IntEnum):
     CANCEL = 19
     TOKENS = 20
     LOOK = 21
+    GENERATE = 24  # answered in parts, a token each
     MORE = 25  # one way: the client takes so many more parts of an answer
+    CONTINUE = 26  # a run that goes on from a branch of a session
     # server ↔ engine
     READY = 32  # engine: the process is up
     LOAD = 33
@@ -36,6 +38,7 @@ class Op(IntEnum):
     KEEP = 36  # engine: these tensors now exist
     DROP = 37  # engine: these no longer do
     ADOPT = 38  # server: these survived your predecessor
+    HELD = 27  # engine: a session's keys and values take so many bytes
     # beside any of them, as a reply
     PROGRESS = 48
     FAILURE = 49

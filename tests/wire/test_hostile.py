@@ -22,6 +22,7 @@ from djinn_zmq.wire.tensors import DTYPES, Device, Frame, Inline, Slot, Tensor
 FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 KINDS = {(op, 0): kind for op, kind in messages.REQUESTS.items()}
 KINDS |= {(op, int(Flag.REPLY)): kind for op, kind in messages.REPLIES.items()}
+KINDS |= {(op, int(Flag.PART)): kind for op, kind in messages.PARTS.items()}
 KINDS[Op.RUN, int(Flag.PROGRESS)] = messages.Progress
 KINDS[Op.RUN, Flag.REPLY | Flag.ERROR] = messages.Failure
 
@@ -253,7 +254,7 @@ def test_no_message_carries_a_tensor_that_is_not_checked() -> None:
             return any(map(holds_tensor, typing.get_type_hints(kind).values()))
         return any(map(holds_tensor, typing.get_args(kind)))
 
-    kinds = {*messages.REQUESTS.values(), *messages.REPLIES.values()}
+    kinds = {*KINDS.values()}
     assert {kind for kind in kinds if holds_tensor(kind)} == set(codec._TENSORS)
 
 

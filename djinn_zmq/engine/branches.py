@@ -1,0 +1,79 @@
+"""Where a conversation stands, as values: between two forwards (`Branch`), or within one (`Midway`).
+
+They are immutable and share what is past, so that any of them can be gone on from any number of
+times. `talks` makes new ones of old ones.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine.caches import Past, Segment, Working
+from djinn_zmq.engine.jobs import Job
+from djinn_zmq.engine.sampling import Sampler
+from djinn_zmq.engine.spelling import Spelling
+from djinn_zmq.wire.messages import Generate, Kept
+from djinn_zmq.wire.tensors import Inline, Tensor
+
+NO_TENSOR = Tensor("uint8", (0,), Inline(b""))  # of a branch, which is told by its id alone
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """Where a conversation stands."""
+
+    ids: np.ndarray  # int64 (1, positions): all tokens
+    past: Past  # of the first `past.length` of them
+    static: int  # positions of its static cache; 0: a dynamic one
+    logits: torch.Tensor | None = None  # (1, vocab), behind the last token if the past is of all
+    generator: torch.Tensor | None = None  # the sampler's state
+    unspelled: int = 0  # tokens at the end that are within a character
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Midway:
+    """A forward on its way: what a checkpoint of a session goes on with."""
+
+    branch: Branch  # its past: before the forward; its ids: with the forward's own
+    below: tuple[Segment, ...]  # what the layers executed have added
+    step: int | None  # of a generation; None: of a run
+
+
+@dataclass(slots=True, eq=False)
+class TalkJob(Job):
+    """A run in a session, or a generation. `ids` and `layer` are those of the forward under way."""
+
+    start: Branch = field(kw_only=True)
+    working: Working = field(kw_only=True)
+    tokens: np.ndarray = field(kw_only=True)  # int64 (1, positions): the branch's, so far
+    step: int | None = None
+    asked: Generate | None = None
+    sampler: Sampler | None = None
+    spelling: Spelling | None = None
+    reason: str = ""
+    ended: Kept | None = None  # the branch that it has come to
+
+    @property
+    def branch(self) -> int:
+        return 0 if self.ended is None else self.ended.id
+
+    @property
+    def everything_kept(self) -> list[Kept]:
+        logits = [] if self.logits_kept is None else [self.logits_kept]
+        return [*self.kept, *logits, *([] if self.ended is None else [self.ended])]
+
+    def stand(self, past: Past, logits: torch.Tensor | None = None) -> Branch:
+        return Branch(
+            self.tokens,
+            past,
+            self.start.static,
+            logits,
+            self.start.generator if self.sampler is None else self.sampler.state(),
+            0 if self.spelling is None else self.spelling.unspelled,
+        )
+
+    def midway(self, layer: int) -> Midway | None:
+        if layer < 0:
+            return None
+        return Midway(self.stand(self.working.past), self.working.below(layer), self.step)

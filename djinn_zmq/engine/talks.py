@@ -1,0 +1,332 @@
+"""Conversations: runs that go on from a past, and generations, token by token.
+
+A job takes a value (`branches`), works on a cache of its own, and what it comes to is a new value: so
+branches go on from one past side by side and never see each other.
+
+    generate    forward(prompt) → token → forward(token) → token → …
+    step              0             0           1            1       a stop is in a step, at a layer
+"""
+
+from collections.abc import Generator, Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from djinn_zmq.engine import replies
+from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob
+from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
+from djinn_zmq.engine.keeping import Entry, Keeping, new_id
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.runs import Runner, check_wanted
+from djinn_zmq.engine.sampling import Sampler
+from djinn_zmq.engine.spelling import Spelling
+from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.messages import BRANCH, Continue, Generate, Kept, Resume, Wanted
+
+
+class Talker:
+    """Makes jobs of what sessions ask, and works on them."""
+
+    def __init__(self, keeping: Keeping, runner: Runner) -> None:
+        self._keeping = keeping
+        self._runner = runner
+
+    # ---- from a request to a job
+
+    def run(
+        self,
+        asked: Continue,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[TalkJob, Turns]:
+        """A job for a run behind a branch's tokens. Raises RequestError, Lost; nothing is done yet."""
+        with watch.span("decode"):
+            start = _start(asked, session, model)
+            tokens = self._with_prompt(asked, start, buffers, session, model)
+            if tokens.shape[1] == start.past.length:
+                raise PromptError("an empty prompt cannot be run")
+            _check_room(tokens.shape[1], start.static, model)
+            check_wanted(asked.wanted, 0, model, 1)
+        job = self._job(start, tokens, session, model, watch, asked.wanted, shared)
+        return job, self._run(job, None)
+
+    def resume(
+        self,
+        asked: Resume,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[Job, Turns]:
+        """A job that goes on from a checkpoint, a session's or another."""
+        entry = self._keeping.find(asked.checkpoint, session.owner)
+        if entry.midway is None and not entry.kept.past:
+            return self._runner.resume(asked, buffers, session, model, watch, shared=shared)
+        with watch.span("decode"):
+            midway = _midway(entry, session)
+            check_wanted(asked.wanted, entry.kept.layer, model, 1)
+        hidden = self._runner.edited(entry, asked, buffers, session, watch)
+        job = self._job(midway.branch, None, session, model, watch, asked.wanted, shared, midway)
+        job.layer = entry.kept.layer
+        return job, self._run(job, hidden)
+
+    def generate(
+        self,
+        asked: Generate,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[TalkJob, Turns]:
+        """A job that generates. Raises as `run` and `resume` do."""
+        with watch.span("decode"):
+            entry = midway = None
+            if asked.checkpoint:
+                entry = self._keeping.find(asked.checkpoint, session.owner)
+                midway = _midway(entry, session)
+            start = _start(asked, session, model) if midway is None else midway.branch
+            tokens = self._with_prompt(asked, start, buffers, session, model)
+            if not tokens.size:
+                raise PromptError("neither text nor token ids: nothing to generate from")
+            if asked.max_new_tokens < 1:
+                raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
+            _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens)
+            check_wanted(asked.wanted, 0, model, 1)
+        hidden = None
+        if entry is not None:
+            hidden = self._runner.edited(entry, asked, buffers, session, watch)
+        job = self._job(start, start.ids, session, model, watch, asked.wanted, shared, midway)
+        job.asked = asked
+        job.layer = 0 if entry is None else entry.kept.layer
+        job.step = (midway.step or 0) if midway is not None else 0
+        job.sampler = Sampler(asked.sampling, start.generator, model.device, model.info.vocab_size)
+        job.spelling = Spelling(model.tokenizer, tokens[0].tolist(), start.unspelled)
+        return job, self._generate(job, hidden, tokens)
+
+    def _job(
+        self,
+        start: Branch,
+        tokens: np.ndarray | None,
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        wanted: Wanted,
+        shared: bool,
+        midway: Midway | None = None,
+    ) -> TalkJob:
+        below = () if midway is None else midway.below
+        caches = model.stepper.caches
+        with watch.span("restore"):
+            working = caches.open(start.past, start.static, session.account, below)
+        tokens = start.ids if tokens is None else tokens
+        return TalkJob(
+            session,
+            model,
+            tokens[:, start.past.length :],
+            0,
+            wanted,
+            shared,
+            watch,
+            start=start,
+            working=working,
+            tokens=tokens,
+            step=None if midway is None else midway.step,
+        )
+
+    def _with_prompt(
+        self,
+        asked: Continue | Generate,
+        start: Branch,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+    ) -> np.ndarray:
+        """The branch's tokens and behind them what was asked with: int64 (1, positions)."""
+        parts = [start.ids]
+        if asked.ids is not None:
+            ids = self._keeping.ids_sent(asked.ids, buffers, session.owner)
+            model.check_ids(ids)
+            if len(ids) != 1:
+                raise PromptError(f"{len(ids)} prompts: a session is one conversation")
+            parts.append(ids)
+        if asked.text:
+            begins = not any(part.size for part in parts)
+            parts.append(model.encode((asked.text,), begins=begins))
+        return np.concatenate(parts, axis=1)
+
+    # ---- the work
+
+    def _run(self, job: TalkJob, hidden: torch.Tensor | None) -> Turns:
+        """One forward, or the rest of one, and the logits that are wanted."""
+        job.advance("start")
+        hidden = yield from self._forward(job, hidden)
+        stopped = job.wanted.stop_at is not None
+        if not stopped:
+            yield
+            # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
+            whole = job.step is None and job.wanted.logits != "none"
+            logits = self._logits(job, hidden, last=not whole)
+            job.working.finish()
+            if job.wanted.logits != "none":
+                job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
+                self._runner.keep_large_logits(job)
+            self._end(job, logits[:, -1].clone())
+        yield from self._runner.until_done(job)
+        job.advance("stop" if stopped else "finish")
+
+    def _generate(self, job: TalkJob, hidden: torch.Tensor | None, tokens: np.ndarray) -> Turns:
+        """*tokens*: with the prompt. hidden: where a forward is to be finished first."""
+        assert job.asked is not None and job.sampler is not None
+        job.advance("start")
+        logits = job.start.logits
+        if hidden is not None:
+            logits = yield from self._step(job, hidden)
+        if not job.reason and tokens.shape[1] > job.working.length:
+            job.tokens = tokens
+            logits = yield from self._step(job, None)
+        ends = job.model.ends if job.asked.ends is None else job.asked.ends
+        made = 0
+        while not job.reason:
+            assert logits is not None and job.step is not None
+            token = job.sampler.draw(logits)
+            if job.kept:
+                yield from self._runner.until_done(job)
+            yield Part(*replies.of_token(job, token, logits))
+            job.kept = []  # the client's from now on
+            made += 1
+            job.step += 1
+            job.tokens = np.append(job.tokens, [[token]], axis=1)
+            if token in ends:
+                job.reason = "end"
+            elif made == job.asked.max_new_tokens:
+                job.reason = "length"
+            else:
+                logits = yield from self._step(job, None)
+        if job.reason != "stop":
+            self._end(job, None)
+        yield from self._runner.until_done(job)
+        job.advance("stop" if job.reason == "stop" else "finish")
+
+    def _step(
+        self, job: TalkJob, hidden: torch.Tensor | None
+    ) -> Generator[None, None, torch.Tensor | None]:
+        """One forward of a generation: (1, vocab), behind the last token; None where it stopped."""
+        job.wanted = _wanted_in(job, hidden is not None)
+        hidden = yield from self._forward(job, hidden)
+        if job.wanted.stop_at is not None:
+            job.reason = "stop"
+            return None
+        yield
+        logits = self._logits(job, hidden, last=True)[:, -1]
+        job.working.finish()
+        return logits
+
+    def _forward(
+        self, job: TalkJob, hidden: torch.Tensor | None
+    ) -> Generator[None, None, torch.Tensor]:
+        """The tokens that the cache has not seen, through the layers. hidden: as in Runner._work."""
+        stepper = job.model.stepper
+        if hidden is None:
+            job.layer = 0
+            job.id = new_id()
+            if job.working.hollow:
+                past = job.working.past
+                job.working = stepper.caches.open(past, job.start.static, job.session.account)
+        if job.wanted.stop_at is not None or job.wanted.save_at:
+            job.working.commit()
+        job.ids = job.tokens[:, job.working.length :]
+        job.working.begin(job.ids.shape[1])
+        with job.watch.span("record"):
+            ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
+            recording = stepper.record(ids, job.working.cache)
+        given = recording.embedded if hidden is None else hidden
+        hidden = yield from self._runner.through(job, given, recording)
+        return hidden
+
+    def _logits(self, job: TalkJob, hidden: torch.Tensor, *, last: bool) -> torch.Tensor:
+        with job.watch.span("compute"):
+            ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
+            return job.model.stepper.tail(ids, hidden, last=last)
+
+    def _end(self, job: TalkJob, logits: torch.Tensor | None) -> None:
+        """Keep what the job has come to as a branch of its session."""
+        past = job.working.commit()
+        if past.length < job.tokens.shape[1]:
+            logits = None
+        session = job.session
+        branch = job.stand(past, logits)
+        job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length)
+        session.branches[job.ended.id] = branch
+
+
+def _start(asked: Continue | Generate, session: EngineSession, model: ServedModel) -> Branch:
+    """What is gone on from. Raises Lost, NoSessions."""
+    if model.info.no_sessions:
+        raise NoSessions(f'"{model.info.name}" serves no sessions: {model.info.no_sessions}')
+    if not asked.branch:
+        if asked.static < 0:
+            raise RequestError(f"a static cache of {asked.static} positions: at least 1")
+        nothing = model.stepper.caches.nothing(session.account)
+        return Branch(np.zeros((1, 0), np.int64), nothing, asked.static)
+    branch = session.branches.get(asked.branch)
+    if branch is None:
+        raise Lost(
+            f"branch {asked.branch:x} is gone: it was released, or the engine that held its keys "
+            "and values died"
+        )
+    return branch
+
+
+def _midway(entry: Entry, session: EngineSession) -> Midway:
+    if entry.kept.session != session.id or entry.kept.layer < 0:
+        raise RequestError("only a checkpoint of this session can be gone on from")
+    if entry.midway is None and not entry.kept.past:
+        raise RequestError(
+            "a checkpoint of a plain run has no past to generate from: run its prompt in a session"
+        )
+    if entry.midway is None:
+        raise Lost(
+            f"checkpoint {entry.kept.id:x} goes on from the keys and values of "
+            f"{entry.kept.past} tokens, which died with their engine: run them again"
+        )
+    return entry.midway
+
+
+def _check_room(count: int, static: int, model: ServedModel, new: int = 1) -> None:
+    """Raises PromptError where more tokens would be run than the model, or the cache, takes.
+
+    new: tokens to come, of which the last is not run.
+    """
+    limit = model.info.max_positions
+    if limit and count + new - 1 > limit:
+        more = f" and {new} new ones" if new > 1 else ""
+        raise PromptError(f'{count} tokens{more}: "{model.info.name}" takes at most {limit}')
+    if static and count + new - 1 > static:
+        more = f" and {new} new ones" if new > 1 else ""
+        raise PromptError(f"{count} tokens{more}: the session's static cache has {static} places")
+
+
+def _wanted_in(job: TalkJob, midway: bool) -> Wanted:
+    """What is wanted in the step at hand. midway: its first layers have been executed before."""
+    assert job.asked is not None
+    wanted, steps = job.asked.wanted, job.asked.steps
+    if steps and job.step not in steps:
+        return msgspec.structs.replace(wanted, stop_at=None, save_at=())
+    if not midway:
+        return wanted
+    stop = wanted.stop_at
+    return msgspec.structs.replace(
+        wanted,
+        stop_at=stop if stop is not None and stop > job.layer else None,
+        save_at=tuple(layer for layer in wanted.save_at if layer > job.layer),
+    )

@@ -1,0 +1,463 @@
+"""Conversations with a KV cache, against transformers' own `generate`: bit for bit, wherever stopped.
+
+The reference is a copy of the model made before a Stepper put its stubs in.
+"""
+
+import socket
+import threading
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from transformers import StaticCache
+
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client.indexing import index_of
+from djinn_zmq.engine import models
+from djinn_zmq.engine.branches import TalkJob
+from djinn_zmq.engine.jobs import EngineSession, Part, Turns
+from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.engine.talks import Talker
+from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError
+from djinn_zmq.settings import MIB, Settings
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire import edits as wire
+from djinn_zmq.wire.messages import (
+    Continue,
+    Generate,
+    Granted,
+    Kept,
+    Load,
+    Resume,
+    Sampling,
+    Wanted,
+)  # fmt: skip
+from djinn_zmq.wire.tensors import inline
+from tests.engine.architectures import NAMES, VOCAB_SIZE, prompts, tiny_model
+
+CPU = torch.device("cpu")
+LIMITS = Settings(host_memory=8 * MIB, arena=1 * MIB)
+NEW = 6
+GREEDY = Sampling(0.0, 0, 1.0, None)
+NO_WISH = Wanted(None, (), "last", 0)
+STATIC = 40
+BEGINNING = (0, 0, 0)
+
+
+@cache
+def both(name: str, dtype: Any) -> tuple[ServedModel, Any]:
+    """A served model, and the same untouched."""
+    folder = _folder / f"{name}-{dtype}"
+    tiny_model(name, dtype).save_pretrained(folder)
+    served = models.load(Load(name, str(folder), "auto"), CPU, lambda *_: None)
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return served, own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    global _folder
+    _folder = tmp_path_factory.mktemp("models")
+    yield
+    both.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def keeping() -> Iterator[Keeping]:
+    """With a server that numbers arenas and has none of its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server, lease = LeaseSocket(ours), LeaseSocket(theirs)
+
+    def number_arenas() -> None:
+        number = 0
+        try:
+            while True:
+                server.receive()
+                number += 1
+                server.send(Granted(number))
+        except Lost:
+            server.close()
+
+    thread = threading.Thread(target=number_arenas)
+    thread.start()
+    keeping = Keeping(LIMITS, lease, 0)
+    yield keeping
+    keeping.close()
+    lease.close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _gives_all_back(keeping: Keeping) -> Iterator[None]:
+    yield
+    keeping.drop(list(keeping.entries))
+    assert keeping.pool.used == 0
+
+
+class Talk:
+    """A session on the engine, driven as the loop would."""
+
+    numbers = iter(range(1, 10**6))
+
+    def __init__(self, keeping: Keeping, model: ServedModel, static: int = 0) -> None:
+        self.model, self.static = model, static
+        self.session = EngineSession(next(self.numbers), "me", model.info.name)
+        self.runner = Runner(keeping)
+        self.talker = Talker(keeping, self.runner)
+        self.branch = 0
+        self.kept: list[Kept] = []
+
+    def drive(self, job: TalkJob, turns: Turns) -> Iterator[Part]:
+        for part in turns:
+            if part is not None:
+                self.kept += part.meta.checkpoints
+                yield part
+        self.kept += job.kept
+        if job.branch:
+            self.branch = job.branch
+
+    def done(self, pair: tuple[TalkJob, Turns]) -> TalkJob:
+        for _ in self.drive(*pair):
+            pass
+        return pair[0]
+
+    def run(self, ids: Any, wanted: Wanted = NO_WISH) -> TalkJob:
+        asked = Continue(self.branch, self.static, "", inline(np.asarray(ids)), wanted)
+        return self.done(
+            self.talker.run(asked, (), self.session, self.model, Stopwatch(), shared=False)
+        )
+
+    def resume(self, checkpoint: int, wanted: Wanted = NO_WISH, edits: tuple = ()) -> TalkJob:
+        asked = Resume(checkpoint, None, edits, wanted)
+        pair = self.talker.resume(asked, (), self.session, self.model, Stopwatch(), shared=False)
+        return self.done(pair)
+
+    def begin(
+        self, ids: Any = None, new: int = NEW, *, wanted: Wanted = NO_WISH, checkpoint: int = 0,
+        edits: tuple = (), steps: tuple[int, ...] = (), sampling: Sampling = GREEDY,
+        ends: tuple[int, ...] = (), branch: int | None = None,
+    ) -> tuple[TalkJob, Turns]:  # fmt: skip
+        asked = Generate(
+            self.branch if branch is None else branch, self.static, checkpoint, None, edits, "",
+            None if ids is None else inline(np.asarray(ids)), wanted, steps, new, sampling, ends,
+        )  # fmt: skip
+        return self.talker.generate(asked, (), self.session, self.model, Stopwatch(), shared=False)
+
+    def generate(self, ids: Any = None, new: int = NEW, **more: Any) -> "Heard":
+        job, turns = self.begin(ids, new, **more)
+        return Heard(job, list(self.drive(job, turns)))
+
+
+class Heard:
+    """What a generation said."""
+
+    def __init__(self, job: TalkJob, parts: list[Part]) -> None:
+        self.job = job
+        self.tokens = [part.meta.id for part in parts]
+        self.logits = [bits(part) for part in parts]
+        self.reason = job.reason
+
+
+def bits(part: Part) -> bytes:
+    where = part.meta.logits.where
+    return bytes(where.data if hasattr(where, "data") else part.buffers[where.index])
+
+
+def raw(logits: Any) -> bytes:
+    return logits.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def reference(own: Any, ids: Any, new: int = NEW, static: int = 0, **more: Any) -> Any:
+    """The tokens and logits of the model by itself."""
+    config = own.config.get_text_config(decoder=True)
+    if static:
+        more[own_cache_name(own)] = StaticCache(config=config, max_cache_len=static)
+    out = own.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+        eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+        **({"do_sample": False} | more),
+    )  # fmt: skip
+    return out.sequences[0, ids.shape[1] :].tolist(), [raw(one.to(own.dtype)) for one in out.logits]
+
+
+def own_cache_name(own: Any) -> str:
+    import inspect
+
+    takes = inspect.signature(own.forward).parameters
+    return next(name for name in ("cache", "past_key_values") if name in takes)
+
+
+@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_is_the_models_own_bit_for_bit_and_so_it_is_when_stopped_in_every_step(
+    keeping: Keeping, name: str, dtype: Any, static: int
+) -> None:
+    served, own = both(name, dtype)
+    tokens, logits = reference(own, prompts(1), static=static)
+    whole = Talk(keeping, served, static).generate(prompts(1))
+    assert (whole.tokens, whole.reason) == (tokens, "length")
+    assert whole.logits == logits
+
+    talk = Talk(keeping, served, static)
+    heard = talk.generate(prompts(1), wanted=Wanted(1, (), "last", 0))
+    tokens_so_far, logits_so_far, stops = heard.tokens, heard.logits, 0
+    while heard.reason == "stop":
+        stops += 1
+        layer = 1 + stops % served.info.num_layers
+        (kept,) = heard.job.kept
+        left = NEW - len(tokens_so_far)
+        heard = talk.generate(None, left, checkpoint=kept.id, wanted=Wanted(layer, (), "last", 0))
+        tokens_so_far, logits_so_far = tokens_so_far + heard.tokens, logits_so_far + heard.logits
+    assert stops > NEW and tokens_so_far == tokens
+    assert logits_so_far == logits
+
+
+FEW = ["Llama", "Gemma2", "Mistral", "GPT2", "Lfm2"]
+SOME = pytest.mark.parametrize("name", FEW)
+
+
+@pytest.fixture
+def talk(keeping: Keeping, name: str) -> Talk:
+    return Talk(keeping, both(name, torch.float32)[0])
+
+
+@SOME
+def test_a_conversation_in_pieces_gives_the_logits_of_the_models_own_cached_forwards(
+    talk: Talk, name: str
+) -> None:
+    own = both(name, torch.float32)[1]
+    cache: Any = {}
+    for ids in (prompts(1), prompts(1, 3), prompts(1, 1), prompts(1, 5)):
+        theirs = own(input_ids=ids, use_cache=True, **cache)
+        cache = {own_cache_name(own): theirs[own_cache_name(own)]}
+        assert same_bits(talk.run(ids, Wanted(None, (), "all", 0)).logits, theirs.logits)
+
+
+@SOME
+def test_branches_of_one_past_do_not_see_each_other(talk: Talk, name: str) -> None:
+    talk.run(prompts(1))
+    start = talk.branch
+    alone = talk.generate(prompts(1, 3), branch=start)
+    jobs = [talk.begin(prompts(1, count), branch=start) for count in (3, 2, 3, 4)]
+    said: list[list[bytes]] = [[] for _ in jobs]
+    turns = [job_turns for _, job_turns in jobs]
+    while any(turns):
+        for place, one in enumerate(turns):  # a layer of each, in turns
+            part = next(one, "over") if one is not None else None
+            if part == "over":
+                turns[place] = None
+            elif part is not None:
+                said[place].append(bits(part))
+    assert said[0] == said[2] == alone.logits
+    assert said[1] != said[0] != said[3]
+
+
+@SOME
+@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
+def test_an_edit_in_the_middle_of_a_generation_holds_for_that_branch_alone(
+    keeping: Keeping, name: str, static: int
+) -> None:
+    talk = Talk(keeping, both(name, torch.float32)[0], static)
+    stop = Wanted(2, (), "last", 0)
+    whole = talk.generate(prompts(1), branch=0)
+    heard = talk.generate(prompts(1), branch=0, wanted=stop, steps=(3,))
+    assert heard.tokens == whole.tokens[:3] and heard.reason == "stop"
+    (point,) = heard.job.kept
+    zero = wire.Add(inline(np.zeros((1, 1, 32), np.float32)), index_of(...))
+    scaled = wire.Scale(2.0, index_of(...))
+    edited = talk.generate(None, 3, checkpoint=point.id, edits=(scaled,))
+    untouched = talk.generate(None, 3, checkpoint=point.id, edits=(zero,))
+    assert untouched.logits == whole.logits[3:], "a zero edit changes no bit"
+    assert edited.logits != untouched.logits and not set(edited.logits) & set(whole.logits)
+    again = talk.generate(None, 3, checkpoint=point.id, edits=(scaled,))
+    assert again.logits == edited.logits
+
+
+@SOME
+def test_a_restart_from_a_layer_is_as_if_the_edit_had_been_made_by_the_model_itself(
+    talk: Talk, name: str
+) -> None:
+    """KV-correct: the layers above see the edit in this step's keys and values, and in all later."""
+    own = both(name, torch.float32)[1]
+    decoder = own.get_decoder()
+    layers = next(c for c in decoder.children() if isinstance(c, torch.nn.ModuleList))
+    calls = 0
+
+    def scale_in_step_2(module: Any, args: Any, out: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != 3:
+            return out
+        hidden = out[0] if isinstance(out, tuple) else out
+        return (hidden * 2, *out[1:]) if isinstance(out, tuple) else hidden * 2
+
+    hook = layers[0].register_forward_hook(scale_in_step_2)
+    try:
+        tokens, logits = reference(own, prompts(1))
+    finally:
+        hook.remove()
+    heard = talk.generate(prompts(1), wanted=Wanted(1, (), "last", 0), steps=(2,))
+    (point,) = heard.job.kept
+    rest = talk.generate(
+        None, NEW - 2, checkpoint=point.id, edits=(wire.Scale(2.0, index_of(...)),)
+    )
+    assert heard.tokens + rest.tokens == tokens
+    assert heard.logits + rest.logits == logits
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+@pytest.mark.parametrize(
+    ("sampling", "theirs"),
+    [
+        (Sampling(1.0, 0, 1.0, 7), {"top_k": 0}),
+        (Sampling(0.7, 5, 1.0, 8), {"temperature": 0.7, "top_k": 5}),
+        (Sampling(1.3, 20, 0.8, 9), {"temperature": 1.3, "top_k": 20, "top_p": 0.8}),
+    ],
+)
+def test_sampled_tokens_are_those_of_generate_with_the_same_seed(
+    talk: Talk, name: str, sampling: Sampling, theirs: dict[str, Any]
+) -> None:
+    own = both(name, torch.float32)[1]
+    torch.manual_seed(sampling.seed)
+    tokens, _ = reference(own, prompts(1), 12, do_sample=True, **theirs)
+    assert talk.generate(prompts(1), 12, branch=0, sampling=sampling).tokens == tokens
+    # stopped, and resumed twice: the generator belongs to the branch
+    stop = {"wanted": Wanted(1, (), "last", 0), "steps": (5,)}
+    heard = talk.generate(prompts(1), 12, branch=0, sampling=sampling, **stop)
+    (point,) = heard.job.kept
+    same = msgspec_replace(sampling, seed=None)
+    for _ in range(2):
+        rest = talk.generate(None, 7, checkpoint=point.id, sampling=same)
+        assert heard.tokens + rest.tokens == tokens
+
+
+def msgspec_replace(sampling: Sampling, **changes: Any) -> Sampling:
+    import msgspec
+
+    return msgspec.structs.replace(sampling, **changes)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_many_branches_hold_one_copy_of_what_is_past(
+    talk: Talk, keeping: Keeping, name: str
+) -> None:
+    def bytes_of_all_tensors() -> int:
+        """As the storages say, each counted once."""
+        values = [entry.midway.below for entry in keeping.entries.values()]
+        pasts = {
+            past
+            for value in [
+                *talk.session.branches.values(),
+                *(e.midway.branch for e in keeping.entries.values()),
+            ]
+            for past in value.past.chain()
+        }
+        segments = [s for below in values for s in below] + [s for p in pasts for s in p.segments]
+        return sum(
+            {
+                part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+                for segment in segments
+                for part in segment.parts.values()
+            }.values()
+        )
+
+    talk.run(prompts(1, 40))
+    of_one = talk.session.account.nbytes
+    stopped = talk.run(prompts(1, 2), Wanted(1, (), "last", 0))
+    (point,) = stopped.kept
+    begun = talk.session.account.nbytes
+    assert begun == bytes_of_all_tensors() and begun - of_one < of_one / 20
+    for _ in range(64):
+        talk.resume(point.id, Wanted(2, (), "last", 0))
+    branched = talk.session.account.nbytes
+    assert len(keeping.entries) == 65 and branched == bytes_of_all_tensors()
+    assert (branched - begun) / 64 < of_one / 20, "each holds its own two positions, no more"
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Lfm2"])
+@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
+def test_what_is_released_gives_every_byte_back(keeping: Keeping, name: str, static: int) -> None:
+    talk = Talk(keeping, both(name, torch.float32)[0], static)
+    talk.run(prompts(1))
+    start, before = talk.branch, talk.session.account.nbytes
+    for _ in range(5):
+        heard = talk.generate(prompts(1, 2), branch=start, wanted=Wanted(2, (0, 1), "last", 0))
+        talk.resume(heard.job.kept[-1].id)
+        keeping.drop([kept.id for kept in talk.kept])
+        for number in list(talk.session.branches):
+            if number != start:
+                del talk.session.branches[number]
+        del heard
+        assert talk.session.account.nbytes == before
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_more_tokens_than_the_model_or_its_cache_takes_are_refused(
+    talk: Talk, keeping: Keeping, name: str
+) -> None:
+    talk.run(prompts(1, 60))
+    with pytest.raises(PromptError, match=r'65 tokens: "Llama" takes at most 64'):
+        talk.run(prompts(1, 5))
+    with pytest.raises(PromptError, match='62 tokens and 4 new ones: "Llama" takes at most 64'):
+        talk.generate(prompts(1, 2), 4)
+    assert talk.generate(prompts(1, 2), 3).reason == "length"
+    with pytest.raises(PromptError, match="41 tokens: the session's static cache has 40 places"):
+        Talk(keeping, talk.model, STATIC).run(prompts(1, 41))
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_what_cannot_be_gone_on_from_is_refused_by_name(
+    talk: Talk, keeping: Keeping, name: str
+) -> None:
+    with pytest.raises(PromptError, match="nothing to generate from"):
+        talk.generate()
+    with pytest.raises(Lost, match="branch 4d is gone"):
+        talk.generate(prompts(1), branch=77)
+    with pytest.raises(PromptError, match="2 prompts: a session is one conversation"):
+        talk.run(prompts(2))
+    (point,) = talk.run(prompts(1), Wanted(1, (), "last", 0)).kept
+    with pytest.raises(RequestError, match="only a checkpoint of this session"):
+        Talk(keeping, talk.model).generate(checkpoint=point.id)
+    keeping.entries[point.id].midway = None  # as a successor of the engine adopts it
+    with pytest.raises(
+        Lost, match="the keys and values of 11 tokens, which died with their engine"
+    ):
+        talk.resume(point.id)
+
+
+def test_a_model_whose_cached_steps_are_not_exact_serves_no_sessions(keeping: Keeping) -> None:
+    model = tiny_model("Llama")
+    attention = model.model.layers[1].self_attn
+    own_forward, calls = attention.forward, iter(range(10**6))
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        """As a layer that keeps something of its past on itself, not in the cache."""
+        out, *rest = own_forward(*args, **kwargs)
+        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        return (out + next(calls) if cached else out, *rest)
+
+    attention.forward = forgetful
+    from djinn_zmq.engine import cached
+    from djinn_zmq.engine.stepping import Stepper
+
+    stepper = Stepper(model)
+    stepper.check(VOCAB_SIZE, CPU)  # plain runs are exact
+    why = cached.check(stepper, VOCAB_SIZE, CPU, 64)
+    assert why.startswith("its cached steps are not exact: 99 of 99 differ for a prefill")
+    served, _ = both("Llama", torch.float32)
+    refused = ServedModel(msgspec_replace(served.info, no_sessions=why), served.stepper, None, CPU)
+    with pytest.raises(NoSessions, match='"Llama" serves no sessions: its cached steps are not'):
+        Talk(keeping, refused).run(prompts(1))
