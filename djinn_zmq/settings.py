@@ -72,7 +72,7 @@ def socket_path(path: str | os.PathLike[str] | None = None) -> Path:
     Raises RequestError where the path is longer than a unix socket's may be.
     """
     chosen = Path(path) if path is not None else runtime_dir() / SOCKET_NAME
-    length = len(os.fsencode(chosen)) + len(".engine-00")  # the longest name made from it
+    length = len(os.fsencode(chosen)) + len(".lease")  # the longest name made from it
     if length > LONGEST_SOCKET_PATH:
         raise RequestError(
             f"socket path {chosen} is too long: with its suffixes {length} bytes, "

@@ -2,7 +2,7 @@
 
 F0  errors settings spans version      standard library
 F1  wire                               + msgspec numpy ml_dtypes
-F2  memory  bus                        + zmq (bus)
+F2  memory, then bus on it             + zmq (bus)
 F3  server  engine  client             none imports another; torch only in engine
 F4  probe
 F5  cli
@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {room: set() for room in GROUND}
 BELOW["settings"] = {"errors"}
 BELOW["wire"] = GROUND
 BELOW["memory"] = GROUND | {"wire"}
-BELOW["bus"] = GROUND | {"wire"}
+BELOW["bus"] = GROUND | {"wire", "memory"}
 BELOW["server"] = BELOW["engine"] = BELOW["client"] = GROUND | {"wire", "memory", "bus"}
 BELOW["face"] = BELOW["client"] | {"client"}
 BELOW["probe"] = BELOW["face"] | {"server", "engine", "face"}

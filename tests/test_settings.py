@@ -71,7 +71,7 @@ def test_a_directory_of_somebody_else_is_refused(
 
 
 def test_a_socket_path_leaves_room_for_the_names_made_from_it() -> None:
-    longest = "/" + "x" * (107 - len(".engine-00") - 1)
+    longest = "/" + "x" * (107 - len(".lease") - 1)
     assert settings.socket_path(longest) == Path(longest)
     with pytest.raises(RequestError, match="with its suffixes 108 bytes, at most 107 fit"):
         settings.socket_path(longest + "x")

@@ -7,6 +7,7 @@ import zmq
 
 from djinn_zmq.bus import limits
 from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.bus.limits import DONTWAIT, MORE_NOW, SNDMORE
 from djinn_zmq.errors import Busy, ProtocolError, RequestError, Unreachable
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import BUFFERS_LIMIT
@@ -51,25 +52,25 @@ class Dealer:
             self.close()
             raise RequestError(f"cannot connect to {endpoint}: {exc.strerror}") from exc
         self._receive = self.socket.recv
-        self._send = self.socket.send
+        self._send = limits.plain_send(self.socket)
 
     def send(self, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
         """Queue a message; never waits. Raises Busy where the queue is full."""
         try:
             if not buffers:
-                self._send(frame, zmq.DONTWAIT)
+                self._send(frame, DONTWAIT)
                 return
-            self._send(frame, zmq.SNDMORE | zmq.DONTWAIT)
+            self._send(frame, MORE_NOW)
         except zmq.Again as exc:
             raise Busy("the queue to the server is full: no server takes from it") from exc
         last = len(buffers) - 1
         for place, buffer in enumerate(buffers):
-            more = zmq.SNDMORE if place < last else 0
+            more = SNDMORE if place < last else 0
             self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
 
     def receive(self) -> Frames | None:
         """The next message, or None when there is none now."""
-        return self._take(zmq.DONTWAIT)
+        return self._take(DONTWAIT)
 
     def receive_waiting(self) -> Frames | None:
         """The next message; waits as long as the socket's receive timeout, then None."""
@@ -77,15 +78,16 @@ class Dealer:
 
     def _take(self, flags: int) -> Frames | None:
         try:
-            frame = self._receive(flags)
+            first = last = self._receive(flags, copy=False)  # a Frame knows whether more follow
         except zmq.Again:
             return None
         buffers = []
-        while self.socket.getsockopt(zmq.RCVMORE):
-            buffers.append(self._receive(copy=False).buffer)
+        while last.more:
+            last = self._receive(copy=False)
+            buffers.append(last.buffer)
         if len(buffers) > BUFFERS_LIMIT:
             raise ProtocolError(f"a message of {len(buffers)} buffers: at most {BUFFERS_LIMIT}")
-        return frame, buffers
+        return first.bytes, buffers
 
     def close(self) -> None:
         if not self.socket.closed:

@@ -26,7 +26,7 @@ class LeaseSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        self._late: list[messages.Lease] = []
+        self.late: list[messages.Lease] = []  # packets that came while `ask` waited for its answer
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
@@ -113,11 +113,11 @@ class LeaseSocket:
                 os.close(answer_fd)
             if isinstance(answer, messages.Refused):
                 raise from_wire(answer.code, answer.text)
-            self._late.append(answer)  # news that crossed the question
+            self.late.append(answer)  # news that crossed the question
 
-    def late(self) -> list[messages.Lease]:
-        """Packets that came while `ask` waited for its answer."""
-        late, self._late = self._late, []
+    def take_late(self) -> list[messages.Lease]:
+        """What is in `late`, which is empty then."""
+        late, self.late = self.late, []
         return late
 
     def close(self) -> None:

@@ -1,6 +1,10 @@
 """What both ends of the bus set on their socket before it is bound or connected."""
 
+from collections.abc import Callable
+from typing import Any
+
 import zmq
+import zmq.backend
 
 from djinn_zmq.settings import Settings
 
@@ -9,6 +13,10 @@ HEARTBEAT_MS = 10_000  # libzmq's own, in its io thread: finds a peer whose mach
 HEARTBEAT_TIMEOUT_MS = 30_000
 HANDSHAKE_MS = 5_000
 LAST_PORT = 65535
+
+# Plain ints: pyzmq's names are enum members, and `|` on them runs enum's Python on every message.
+DONTWAIT, SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+MORE_NOW = DONTWAIT | SNDMORE
 
 
 def apply(socket: "zmq.Socket[bytes]", settings: Settings) -> None:
@@ -25,6 +33,12 @@ def apply(socket: "zmq.Socket[bytes]", settings: Settings) -> None:
         (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
     ):
         socket.setsockopt(option, value)
+
+
+def plain_send(socket: "zmq.Socket[bytes]") -> Callable[..., Any]:
+    """The socket's own send(data, flags, copy), without the Python that pyzmq puts before it for
+    kinds of sockets we do not use."""
+    return zmq.backend.Socket.send.__get__(socket)  # type: ignore[no-any-return]
 
 
 def port_fits(endpoint: str) -> bool:

@@ -1,93 +1,58 @@
-"""The link between the server and one engine: messages with the peer's route in front.
+"""The link between the server and one engine: a lane whose messages have the peer's route in front.
 
     [envelope][header + meta][buffer]...        envelope: whose request it is, b"" for our own
 
-A PAIR over ipc. What uses it sees `send`, `receive` and a socket to poll, and nothing of ZeroMQ.
+The server makes it and the engine inherits its descriptors. What is in it outlives the engine: its
+last words are still there to be read.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+import select
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import zmq
-
+from djinn_zmq.bus.lane import LINK_CAPACITY, Ends, Lane, Piece
 from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.settings import Settings
-from djinn_zmq.wire.tensors import SLOT_FROM
 
-
-class Parcel(NamedTuple):
-    envelope: bytes
-    frame: bytes
-    buffers: list[memoryview]
+PAUSE_MS = 1  # between two looks of an engine that waits for the server to read
 
 
 class Link:
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], path: Path, settings: Settings, *, bind: bool
-    ) -> None:
-        """The server binds *path*, in a directory nobody else can enter; the engine connects.
+    """One end. The server's never waits; an engine may wait for the server, which always reads."""
 
-        The server never waits for an engine. An engine may wait for the server, which always reads.
+    def __init__(self, lane: Lane, server: int | None = None) -> None:
+        """server: on the engine's end, a descriptor that becomes readable when the server is gone."""
+        self.lane = lane
+        # The next message, (envelope, frame, *buffers), the first two as bytes; None: none is there.
+        self.receive: Callable[[], Sequence[Any] | None] = lane.receive
+        self._server = server
+
+    @classmethod
+    def create(cls, settings: Settings) -> tuple["Link", Ends]:
+        """The server's end, and what an engine makes its own of; the caller's to close."""
+        lane, theirs = Lane.create(LINK_CAPACITY, settings)
+        return cls(lane), theirs
+
+    def send(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece] = ()) -> None:
+        """Pass on a message. On the server's end raises Busy where the engine does not read.
+
+        On the engine's end waits for room, and raises Lost where the server is gone.
         """
-        self.socket = context.socket(zmq.PAIR)
-        self._path = path if bind else None
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.SNDHWM, settings.high_water),
-            (zmq.RCVHWM, settings.high_water),
-        ):
-            self.socket.setsockopt(option, value)
-        endpoint = f"ipc://{path}"
-        if bind:
-            self.socket.bind(endpoint)
-        else:
-            self.socket.connect(endpoint)
-        self._first = zmq.SNDMORE | zmq.DONTWAIT if bind else zmq.SNDMORE
-        self._receive = self.socket.recv
-        self._send = self.socket.send
+        while True:
+            try:
+                self.lane.send([envelope, frame, *buffers])
+                return
+            except Busy as exc:
+                if self._server is None:
+                    raise Busy("the engine's queue is full") from exc
+                self._pause(self._server)
 
-    def send(
-        self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()
-    ) -> None:
-        """Queue a message. On the server's end raises Busy where the queue is full.
+    def _pause(self, server: int) -> None:
+        poll = select.poll()
+        poll.register(server, select.POLLHUP)
+        if poll.poll(PAUSE_MS):
+            raise Lost("the server is gone")
+        self.lane.flush()
 
-        Raises Lost where the other end goes away in the middle of it.
-        """
-        try:
-            self._send(envelope, self._first)
-        except zmq.Again as exc:
-            raise Busy("the engine's queue is full") from exc
-        try:
-            self._send_rest(frame, buffers)
-        except zmq.Again as exc:
-            # A PAIR whose peer dies between two frames would wait here for the next peer.
-            raise Lost("the other end of the link is gone") from exc
-
-    def _send_rest(self, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
-        if not buffers:
-            self._send(frame, zmq.DONTWAIT)
-            return
-        self._send(frame, zmq.DONTWAIT | zmq.SNDMORE)
-        last = len(buffers) - 1
-        for place, buffer in enumerate(buffers):
-            flags = zmq.DONTWAIT | zmq.SNDMORE if place < last else zmq.DONTWAIT
-            self._send(buffer, flags, copy=len(buffer) < SLOT_FROM)
-
-    def receive(self) -> Parcel | None:
-        """The next message, or None when there is none now."""
-        try:
-            envelope = self._receive(zmq.DONTWAIT)
-        except zmq.Again:
-            return None
-        frame = self._receive()
-        buffers = []
-        while self.socket.getsockopt(zmq.RCVMORE):
-            buffers.append(self._receive(copy=False).buffer)
-        return Parcel(envelope, frame, buffers)
-
-    def close(self, *, linger_ms: int = 0) -> None:
-        """linger_ms: how long messages already queued may still leave."""
-        self.socket.close(linger=linger_ms)
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+    def close(self) -> None:
+        self.lane.close()

@@ -1,51 +1,84 @@
-"""Waiting for ZeroMQ sockets and plain descriptors at once, with few system calls.
+"""Waiting for ZeroMQ sockets, lanes and plain descriptors at once, with few system calls.
 
 zmq_poll asks every socket for its events before and after it sleeps, and each question is two
 system calls: with a server's seven sockets that was 60 calls a round trip. Here an epoll waits on
 the sockets' own descriptors, and a socket is asked only when its descriptor spoke, or when it may
-have spoken unheard: using a socket (to send, say) can swallow its signal, so those that are used for
-more than receiving are asked before each sleep. Source: the ZMQ_FD entry of
-zmq_getsockopt(3).
+have spoken unheard: using a socket (to send, say) can swallow its signal, so one that was used since
+it was last asked is asked before the next sleep. Source: the ZMQ_FD entry of zmq_getsockopt(3).
+
+A lane's bell is waited for edge-triggered and never read: one call less for each message.
 """
 
 import select
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
+from zmq.backend import zmq_poll
 
-FEW, MANY = 1, 64  # messages a socket may hand over before the others are looked at
+from djinn_zmq.bus.lane import Lane
+
+FEW, MANY = 1, 64  # messages a source may hand over before the others are looked at
+
+POLLIN = int(zmq.POLLIN)
 
 Ready = Callable[[int], None]  # told how many messages it may take
 
 
+class Used(Protocol):
+    """A socket that is received from and sent on. used: has it been, since it was last asked?"""
+
+    socket: "zmq.Socket[bytes]"
+    used: bool
+
+
 class Poll:
-    def __init__(self) -> None:
+    def __init__(self, spin_us: int = 0) -> None:
+        """spin_us: how long to look at lanes again and again before sleeping, after each message."""
         self._epoll = select.epoll()
         self._ready: dict[int, Ready] = {}  # by descriptor
-        self._used: dict[int, zmq.Socket[bytes]] = {}  # sockets that are sent on, by descriptor
-        self._new: dict[int, zmq.Socket[bytes]] = {}  # not asked yet: until then they say nothing
+        self._used: dict[int, Used] = {}
+        self._lanes: dict[int, Lane] = {}
+        self._unheard: set[int] = set()  # those that may have something, though they are silent
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._spin_ns = spin_us * 1000
 
-    def watch(self, source: Any, ready: Ready, *, sent_on: bool = False) -> None:
+    def watch(self, source: Any, ready: Ready) -> None:
         """Call *ready* when *source*, a ZeroMQ socket or a descriptor, has something to take.
 
-        sent_on: the socket is also used to send. What is not must be taken empty by *ready*.
+        A socket watched so is only received from, and *ready* takes it empty.
         """
+        fd = self._register(source, ready, select.EPOLLIN)
+        if isinstance(source, zmq.Socket):
+            self._sockets[fd] = source
+            self._unheard.add(fd)  # until it is asked once it says nothing
+
+    def watch_used(self, source: Used, ready: Ready) -> None:
+        """The same for a socket that is also sent on."""
+        source.used = True
+        self._used[self._register(source.socket, ready, select.EPOLLIN)] = source
+
+    def watch_lane(self, lane: Lane, ready: Ready) -> None:
+        """The same for a lane: *ready* is called when its other end has rung."""
+        fd = self._register(lane, ready, select.EPOLLIN | select.EPOLLET)
+        self._lanes[fd] = lane
+        self._unheard.add(fd)  # it may have been written to before
+
+    def _register(self, source: Any, ready: Ready, events: int) -> int:
         fd = descriptor_of(source)
         self._ready[fd] = ready
-        if sent_on:
-            self._used[fd] = source
-        elif isinstance(source, zmq.Socket):
-            self._new[fd] = source
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, events)
+        return fd
 
     def unwatch(self, source: Any) -> None:
         """Before *source* is closed."""
         fd = descriptor_of(source)
         self._epoll.unregister(fd)
         self._ready.pop(fd)
-        self._used.pop(fd, None)
-        self._new.pop(fd, None)
+        for table in (self._used, self._lanes, self._sockets):
+            table.pop(fd, None)
+        self._unheard.discard(fd)
 
     def turn(self, timeout_s: float | None) -> None:
         """Call whoever is ready; where nobody is, wait for somebody up to *timeout_s* (None: for
@@ -54,18 +87,39 @@ class Poll:
         Whoever just spoke may hand over FEW messages, because there is mostly one, and asking
         costs less than failing to receive. Whoever has more then hands over MANY.
         """
-        fds, count = [fd for fd, socket in self._used.items() if has_message(socket)], MANY
-        if self._new:
-            fds += [fd for fd, socket in self._new.items() if has_message(socket)]
-            self._new.clear()
-        if fds:  # a busy socket must not keep the others from being heard
-            fds += [fd for fd, _ in self._epoll.poll(0) if fd not in self._used]
+        heard, count = self._silent_ones() if self._unheard else [], MANY
+        for fd, source in self._used.items():
+            if source.used:
+                source.used = has_message(source.socket)
+                if source.used:
+                    heard.append((fd, 0))
+        if heard:  # a busy source must not keep the others from being heard
+            heard += [one for one in self._epoll.poll(0) if one[0] not in dict(heard)]
         else:
-            fds, count = [fd for fd, _ in self._epoll.poll(timeout_s)], FEW
-        for fd in fds:
+            heard, count = self._spin(timeout_s), FEW
+        for fd, _ in heard:
             ready = self._ready.get(fd)
-            if ready is not None:  # not unwatched by the one before it
-                ready(count)
+            if ready is None:  # unwatched by the one before it
+                continue
+            ready(count)
+            if fd in self._lanes and self._lanes[fd].unfinished():
+                self._unheard.add(fd)
+
+    def _silent_ones(self) -> list[tuple[int, int]]:
+        fds, self._unheard = self._unheard, set()
+        return [(fd, 0) for fd in fds if fd in self._lanes or has_message(self._sockets[fd])]
+
+    def _spin(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Wait for somebody. Where that is wanted, stay awake for the first while of it."""
+        if self._spin_ns and timeout_s != 0:
+            limit_ns = time.perf_counter_ns() + self._spin_ns
+            while time.perf_counter_ns() < limit_ns:
+                for fd, lane in self._lanes.items():
+                    if lane.unfinished():
+                        return [(fd, 0)]
+                if found := self._epoll.poll(0):
+                    return found
+        return self._epoll.poll(timeout_s)
 
     def close(self) -> None:
         self._epoll.close()
@@ -79,5 +133,5 @@ def descriptor_of(source: Any) -> int:
 
 
 def has_message(socket: "zmq.Socket[bytes]") -> bool:
-    events: int = socket.getsockopt(zmq.EVENTS)  # type: ignore[assignment]
-    return bool(events & zmq.POLLIN)
+    # Not getsockopt(EVENTS): pyzmq makes an enum member of the answer, in Python.
+    return bool(zmq_poll([(socket, POLLIN)], 0))

@@ -10,12 +10,14 @@ import zmq
 
 from djinn_zmq.bus import limits
 from djinn_zmq.bus.keys import ServerKeys
+from djinn_zmq.bus.limits import DONTWAIT, MORE_NOW, SNDMORE
 from djinn_zmq.errors import AddressInUse, Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import BUFFERS_LIMIT
 from djinn_zmq.wire.tensors import SLOT_FROM
 
 _log = logging.getLogger(__name__)
+_new = tuple.__new__  # a named tuple's own constructor is a Python function
 
 
 class Incoming(NamedTuple):
@@ -43,8 +45,9 @@ class Router:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure(self.socket)
+        self.used = True  # since `bus.poll` last asked for its events
         self._receive = self.socket.recv
-        self._send = self.socket.send
+        self._send = limits.plain_send(self.socket)
 
     def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint as bound (a wildcard port filled in).
@@ -67,9 +70,10 @@ class Router:
 
     def receive(self) -> Incoming | None:
         """The next message, or None when there is none now."""
+        self.used = True
         while True:
             try:
-                route = self._receive(zmq.DONTWAIT)
+                route = self._receive(DONTWAIT)
             except zmq.Again:
                 return None
             first = last = self._receive(copy=False)
@@ -80,16 +84,15 @@ class Router:
                     buffers.append(last.buffer)
                     if len(buffers) > BUFFERS_LIMIT:
                         buffers = None
-            if self._recognise(route, first):
-                return Incoming(route, first.bytes, buffers)
+            # Over tcp without keys all have the loopback's address: nothing to tell them apart by.
+            if not self._told_apart and route in self._known or self._recognise(route, first):
+                return _new(Incoming, (route, first.bytes, buffers))
 
     def _recognise(self, route: bytes, first: zmq.Frame) -> bool:
         """Is *route* still whose it was? Who is at the other end stands in each frame's metadata.
 
         Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
         """
-        if not self._told_apart and route in self._known:
-            return True  # over tcp without keys all have the loopback's address
         who = (_property(first, "Peer-Address"), _property(first, "User-Id") if self._users else "")
         known = self._known.setdefault(route, who)
         if known is who:
@@ -117,8 +120,9 @@ class Router:
 
         Raises Lost where the peer is gone, Busy where its queue is full.
         """
+        self.used = True
         try:
-            self._send(route, zmq.DONTWAIT | zmq.SNDMORE)
+            self._send(route, MORE_NOW)
         except zmq.Again as exc:
             raise Busy("the peer's queue is full") from exc
         except zmq.ZMQError as exc:
@@ -128,10 +132,10 @@ class Router:
         if not buffers:
             self._send(frame)
             return
-        self._send(frame, zmq.SNDMORE)
+        self._send(frame, SNDMORE)
         last = len(buffers) - 1
         for place, buffer in enumerate(buffers):
-            more = zmq.SNDMORE if place < last else 0
+            more = SNDMORE if place < last else 0
             self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
 
     def close(self) -> None:

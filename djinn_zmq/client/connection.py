@@ -46,6 +46,8 @@ PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this siz
 WINDOW = 8  # pieces asked for at once
 LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
 PROGRESS_CREDIT = 1000
+SHARED = int(Flag.SHARED)
+NOT_A_REPLY = int(Flag.ERROR | Flag.PROGRESS | Flag.PART)
 # Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
 MONITOR_EVENT = struct.Struct("=hi")
 DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
@@ -158,8 +160,10 @@ class Connection:
         return replies
 
     def _wait(self, request: int, call: Call) -> Message:
-        self._wait_until(lambda: self._waiting[request] is not None, request, call)
-        reply = self._waiting[request]
+        waiting = self._waiting
+        if waiting[request] is None:
+            self._wait_until(lambda: waiting[request] is not None, request, call)
+        reply = waiting[request]
         assert reply is not None
         return self._settle(request, reply)
 
@@ -272,8 +276,8 @@ class Connection:
             self._abandoned.popleft()
         if self._garbage:
             self._release_garbage()
-        request = self._next_request()
-        flags = Flag.SHARED if self.sharing.lease is not None else 0
+        request = self._last_request = self._last_request + 1
+        flags = SHARED if self.sharing.lease is not None else 0
         frame = codec.encode(
             call.op,
             call.meta,
@@ -281,7 +285,7 @@ class Connection:
             request=request,
             session=call.session,
             buffers=len(call.buffers),
-            deadline_ms=_deadline_ms(call.timeout_s),
+            deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
             credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
         self._dealer.send(frame, call.buffers)
@@ -344,6 +348,8 @@ class Connection:
             message = codec.decode(frame, buffers, header)
         except ProtocolError as exc:
             return exc
+        if not header.flags & NOT_A_REPLY:
+            return message
         if header.flags & Flag.PROGRESS:
             tell = self._calls[header.request].progress
             if tell is not None:
@@ -352,7 +358,7 @@ class Connection:
         if header.flags & Flag.PART:
             self._arriving[header.request].parts.append(message)
             return None
-        return codec.error_of(message) if header.flags & Flag.ERROR else message
+        return codec.error_of(message)
 
     def waits_for(self, request: int) -> bool:
         return request in self._waiting

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
 import click
 
@@ -27,15 +26,13 @@ def _end_with(parent: int) -> None:
 
 
 @click.command()
-@click.option("--link", type=click.Path(path_type=Path), required=True)
+@click.option("--link", required=True)
 @click.option("--lease-fd", type=int, required=True)
 @click.option("--server-pid", type=int, required=True)
 @click.option("--device", required=True)
 @click.option("--index", type=int, required=True)
 @click.option("--settings", required=True)
-def main(
-    link: Path, lease_fd: int, server_pid: int, device: str, index: int, settings: str
-) -> None:
+def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, settings: str) -> None:
     """One engine. Its options are the server's to give."""
     _end_with(server_pid)
     logging.basicConfig(
@@ -46,10 +43,12 @@ def main(
     # Here, not above: torch takes seconds, and the server's death is watched for from the start.
     import torch
 
+    from djinn_zmq.bus.lane import Ends
     from djinn_zmq.engine.devices import Cpu, Device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
+    ends = Ends(*map(int, link.split(",")))
     limits = Settings(**json.loads(settings))
     if limits.threads is not None:
         torch.set_num_threads(limits.threads)
@@ -59,7 +58,7 @@ def main(
 
         on = Cuda(device)
     with contextlib.suppress(Lost):  # the server is gone, and so is the reason to be here
-        loop = EngineLoop(*connect(link, lease_fd, limits), on, limits, index)
+        loop = EngineLoop(*connect(ends, lease_fd, limits), on, limits, index)
         try:
             loop.serve()
         finally:

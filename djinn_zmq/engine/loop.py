@@ -10,15 +10,14 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zmq
 
+from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.bus.link import Link, Parcel
+from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import models, replies
 from djinn_zmq.engine.devices import Device
@@ -70,7 +69,7 @@ class EngineLoop:
         self._answers: dict[int, OrderedDict[int, tuple[bytes, list[bytes | memoryview]]]] = {}
         self._adopting = False
         self._poll = Poll()
-        self._poll.watch(link.socket, self._on_link, sent_on=True)
+        self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
         self._notices = {
             Op.LOAD: self._load,
@@ -104,8 +103,9 @@ class EngineLoop:
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
                 self._poll.turn(self._turns.until_s())
-                for news in self._lease.late():  # came while an answer was waited for
-                    self._keeping.on_packet(news)
+                if self._lease.late:  # came while an answer was waited for
+                    for news in self._lease.take_late():
+                        self._keeping.on_packet(news)
                 if self._turns:
                     self._work(self._turns.next())
 
@@ -119,10 +119,10 @@ class EngineLoop:
 
     def _on_link(self, count: int) -> None:
         for _ in range(count):
-            parcel = self._link.receive()
-            if parcel is None:
+            pieces = self._link.receive()
+            if pieces is None:
                 return
-            self._take(parcel)
+            self._take(pieces[0], pieces[1], pieces[2:])
 
     def _on_lease(self, _: int) -> None:
         packet, fd = self._lease.receive()
@@ -130,29 +130,29 @@ class EngineLoop:
             os.close(fd)
         self._keeping.on_packet(packet)
 
-    def _take(self, parcel: Parcel) -> None:
+    def _take(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece]) -> None:
         watch = Stopwatch()
-        header = codec.peek(parcel.frame)
+        header = codec.peek(frame)
         try:
-            message = codec.decode(parcel.frame, parcel.buffers, header)
-            if not parcel.envelope:
+            message = codec.decode(frame, buffers, header)
+            if self._adopting:
                 self._finish_adopting(header)
+            if not envelope:
                 self._notices[header.op](message)
             else:
-                self._finish_adopting(header)
-                self._request(parcel.envelope, message, watch)
+                self._request(envelope, message, watch)
         except DjinnError as exc:
-            if parcel.envelope and header.op == Op.MORE:
+            if envelope and header.op == Op.MORE:
                 _log.debug("credit refused: %s", exc)
-            elif parcel.envelope:
-                self._refuse(parcel.envelope, header, exc)
+            elif envelope:
+                self._refuse(envelope, header, exc)
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
         except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
             _log.exception("%s failed", Op(header.op).name)
-            if parcel.envelope:
+            if envelope:
                 error = RunError(f"{type(exc).__name__}: {exc}")
-                self._refuse(parcel.envelope, header, error)
+                self._refuse(envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, watch: Stopwatch) -> None:
         header = message.header
@@ -215,7 +215,7 @@ class EngineLoop:
             self._tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
 
     def _finish_adopting(self, header: Header) -> None:
-        if self._adopting and header.op not in (Op.ADOPT, Op.ENTER):
+        if header.op not in (Op.ADOPT, Op.ENTER):
             self._adopting = False
             self._keeping.finish_adopting()
 
@@ -408,8 +408,8 @@ class EngineLoop:
         self._link.send(b"", codec.encode(op, meta, session=session))
 
 
-def connect(path: Path, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:
+def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:
     """The two ends an engine is born with."""
     lease = LeaseSocket(socket.socket(fileno=lease_fd))
     lease.socket.setblocking(True)
-    return Link(zmq.Context(), path, settings, bind=False), lease
+    return Link(Lane(link, settings, first=False), lease_fd), lease

@@ -45,10 +45,12 @@ class Turns:
 
     def __bool__(self) -> bool:
         """Is there a job to work on?"""
-        return any(active.ready for active in self._active)
+        return bool(self._active) and any(active.ready for active in self._active)
 
     def until_s(self) -> float | None:
         """How long there is nothing to do, as far as is known: 0 where there is; None: no end."""
+        if not self._active:
+            return None
         left_s = min((0 if one.ready else one.left_s for one in self._active), default=float("inf"))
         return None if left_s == float("inf") else max(0, left_s)
 

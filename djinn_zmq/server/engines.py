@@ -10,10 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import zmq
 
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
@@ -28,6 +25,7 @@ from djinn_zmq.wire.ops import Op
 _log = logging.getLogger(__name__)
 
 CRASH_WINDOW_S = 60.0
+READY = states.Engine.READY
 HELD_LIMIT = 4096  # messages kept for an engine that is coming up
 
 Outgoing = tuple[bytes, bytes, Sequence[bytes | memoryview]]  # envelope, frame, buffers
@@ -41,8 +39,6 @@ class Engine:
         index: int,
         device: str,
         dtype: str,
-        context: zmq.Context[zmq.Socket[bytes]],
-        link_path: Path,
         settings: Settings,
     ) -> None:
         self.index = index
@@ -55,8 +51,6 @@ class Engine:
         self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
         self.loading: str | None = None
         self.owed: dict[tuple[bytes, int], Header] = {}  # (envelope, request) → what was asked
-        self._context = context
-        self._link_path = link_path
         self._settings = settings
         self._held: deque[Outgoing] = deque()
         self._deaths: deque[float] = deque()
@@ -73,7 +67,7 @@ class Engine:
         self.advance("start")
         self.restarts += 1
         self.detail = "starting: python and torch are being loaded"
-        self.link = Link(self._context, self._link_path, self._settings, bind=True)
+        self.link, link_ends = Link.create(self._settings)
         self.lease, theirs = lease_bus.pair()
         try:
             self._process = subprocess.Popen(
@@ -81,14 +75,14 @@ class Engine:
                     sys.executable,
                     "-m",
                     "djinn_zmq.engine",
-                    f"--link={self._link_path}",
+                    f"--link={','.join(map(str, link_ends))}",
                     f"--lease-fd={theirs.fileno()}",
                     f"--server-pid={os.getpid()}",
                     f"--device={self.device}",
                     f"--index={self.index}",
                     f"--settings={json.dumps(dataclasses.asdict(self._settings))}",
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *link_ends],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle
             )
@@ -96,6 +90,7 @@ class Engine:
             raise StartError(f"cannot start an engine: {exc}") from exc
         finally:
             theirs.close()
+            link_ends.close()
         _log.info("engine %d starts on %s, pid %d", self.index, self.device, self.pid)
 
     def advance(self, event: str) -> None:
@@ -126,7 +121,10 @@ class Engine:
 
         Raises Busy where the engine's queue is full, Lost where it stays down.
         """
-        self.pass_on(envelope, frame, buffers)
+        if self.state is READY and self.link is not None:
+            self.link.send(envelope, frame, buffers)
+        else:
+            self.pass_on(envelope, frame, buffers)
         self.owed[envelope, header.request] = header
 
     def pass_on(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:

@@ -4,9 +4,6 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import zmq
 
 from djinn_zmq.errors import DjinnError, Lost, ModelRefused, from_wire
 from djinn_zmq.server.arenas import Arenas
@@ -40,25 +37,14 @@ class Fleet:
         self,
         devices: Sequence[str],
         dtype: str,
-        context: zmq.Context[zmq.Socket[bytes]],
-        socket: Path,
         settings: Settings,
         registry: Registry,
         arenas: Arenas,
         reply: Reply,
     ) -> None:
-        """socket: the server's ipc socket; links get names beside it.
-        reply: sends (envelope, frame, buffers) to a peer."""
+        """reply: sends (envelope, frame, buffers) to a peer."""
         self.engines = [
-            Engine(
-                index,
-                device,
-                dtype,
-                context,
-                socket.with_name(f"{socket.name}.engine-{index}"),
-                settings,
-            )
-            for index, device in enumerate(devices)
+            Engine(index, device, dtype, settings) for index, device in enumerate(devices)
         ]
         self._registry = registry
         self._arenas = arenas

@@ -39,6 +39,9 @@ from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
 
+NEVER = float("inf")
+OF_ANSWERS = int(Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART)
+UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_ENGINE = frozenset(
     {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
@@ -87,9 +90,7 @@ class Server:
             raise
         lease_path = path.with_name(f"{path.name}.lease")
         self.arenas = Arenas(lease_path, settings, self._on_gone)
-        self.fleet = Fleet(
-            devices, dtype, self._context, path, settings, self.registry, self.arenas, self._reply
-        )
+        self.fleet = Fleet(devices, dtype, settings, self.registry, self.arenas, self._reply)
         self.requests = Requests(
             self.registry,
             self.fleet,
@@ -103,7 +104,7 @@ class Server:
         self._poll.watch(self._wake_read, self._on_wake)
         self._poll.watch(self.arenas, lambda _: self.arenas.serve())
         for tag, router in self._routers.items():
-            self._poll.watch(router.socket, partial(self._on_bus, tag, router), sent_on=True)
+            self._poll.watch_used(router, partial(self._on_bus, tag, router))
             monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._poll.watch(monitor, partial(self._on_disconnect, monitor, tag))
         if self._admission is not None:
@@ -126,8 +127,13 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
-            self._poll.turn(self._until_due_s())
-            self._do_what_is_due()
+            due_s = min(self.registry.due_s, self._knocks.due_s)
+            if due_s == NEVER:
+                self._poll.turn(None)
+                continue
+            self._poll.turn(max(0.0, due_s - time.monotonic() + 0.001))
+            if time.monotonic() >= due_s:
+                self._do_what_is_due()
 
     def stop(self) -> None:
         """End `serve`. May be called from a signal handler."""
@@ -143,17 +149,9 @@ class Server:
     def _on_wake(self, _: int) -> None:
         self._wake_read.recv(64)
 
-    def _until_due_s(self) -> float | None:
-        """How long nothing is due for; None: nothing is."""
-        due_s = min(self.registry.due_s, self._knocks.due_s)
-        return None if due_s == float("inf") else max(0.0, due_s - time.monotonic() + 0.001)
-
     def _do_what_is_due(self) -> None:
-        if self._knocks.due_s != float("inf"):
-            for tag in self._knocks.take_due():
-                self._knock(tag)
-        if self.registry.due_s == float("inf"):
-            return
+        for tag in self._knocks.take_due():
+            self._knock(tag)
         for session in self.registry.overdue():
             self._close_session(session)
             self._end_staging(session.owner)
@@ -161,12 +159,13 @@ class Server:
     # ---- the bus
 
     def _on_bus(self, tag: bytes, router: Router, count: int) -> None:
+        peers = self.registry.peers
         for _ in range(count):
             incoming = router.receive()
             if incoming is None:
                 return
             envelope = tag + incoming.route
-            peer = self.registry.peers.get(envelope)
+            peer = peers.get(envelope)
             if peer is None:
                 peer = self._meet(envelope, router, incoming)
             self._on_request(peer, incoming)
@@ -192,9 +191,9 @@ class Server:
             header = codec.peek(incoming.frame)
             if incoming.buffers is None:
                 raise ProtocolError(f"a message may have {codec.BUFFERS_LIMIT} buffers")
-            if header.flags & (Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART):
+            if header.flags & OF_ANSWERS:
                 raise ProtocolError("a reply nobody asked for")
-            if header.op in TO_ENGINE or (header.op == Op.PING and header.session):
+            if header.op in TO_ENGINE or (header.session and header.op == Op.PING):
                 self._forward(peer, header, incoming)
             elif header.op in TO_SERVER:
                 self._answer(peer, header, incoming)
@@ -212,7 +211,9 @@ class Server:
     def _forward(self, peer: Peer, header: Header, incoming: Incoming) -> None:
         if len(incoming.frame) > self.settings.meta_limit:
             raise ProtocolError(f"a meta of {len(incoming.frame)} bytes is too long")
-        session = self.registry.session_of(peer, header.session)
+        session = self.registry.sessions.get(header.session)
+        if session is None or session.peer is not peer:
+            session = self.registry.session_of(peer, header.session)
         engine = self.fleet.engines[session.engine]
         if header.op == Op.MORE:  # never answered, so never owed
             engine.pass_on(peer.envelope, incoming.frame, incoming.buffers or ())
@@ -221,7 +222,7 @@ class Server:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
         engine.forward(peer.envelope, header, incoming.frame, incoming.buffers or ())
         session.waiting += 1
-        if engine.state is not states.Engine.READY and header.credit:
+        if header.credit and engine.state is not states.Engine.READY:
             progress = Progress(engine.detail or f"engine {engine.index} is {engine.state}", 0, 0)
             frame = codec.encode(
                 header.op,
@@ -311,7 +312,7 @@ class Server:
 
     def _watch_engine(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._poll.watch(engine.link.socket, partial(self._on_link, engine), sent_on=True)
+        self._poll.watch_lane(engine.link.lane, partial(self._on_link, engine))
         self._poll.watch(engine.lease.socket, partial(self._on_engine_lease, engine))
 
     def _on_link(self, engine: Engine, count: int) -> None:
@@ -319,16 +320,17 @@ class Server:
             parcel = engine.link.receive() if engine.link is not None else None
             if parcel is None:
                 return
-            if not parcel.envelope:
-                self.fleet.on_message(engine, parcel.frame, parcel.buffers)
+            envelope, frame, *buffers = parcel
+            if not envelope:
+                self.fleet.on_message(engine, frame, buffers)
                 continue
-            header = codec.peek(parcel.frame)
-            if not header.flags & (Flag.PROGRESS | Flag.PART):
-                owed = engine.owed.pop((parcel.envelope, header.request), None)
+            header = codec.peek(frame)
+            if not header.flags & UNFINISHED:
+                owed = engine.owed.pop((envelope, header.request), None)
                 session = self.registry.sessions.get(header.session) if owed else None
                 if session is not None:
                     session.waiting -= 1
-            self._reply(parcel.envelope, parcel.frame, parcel.buffers)
+            self._reply(envelope, frame, buffers)
 
     def _on_engine_lease(self, engine: Engine, _: int) -> None:
         lease = engine.lease
@@ -345,7 +347,7 @@ class Server:
     def _on_engine_gone(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
         self._on_link(engine, HELD_LIMIT)  # what it still said before it died
-        self._poll.unwatch(engine.link.socket)
+        self._poll.unwatch(engine.link.lane)
         self._poll.unwatch(engine.lease.socket)
         self.fleet.on_death(engine)
         if engine.link is not None:

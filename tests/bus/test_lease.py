@@ -90,8 +90,8 @@ def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:
     for packet in (Retire(1), Retire(2), Granted(5)):
         server.send(packet)
     assert engine.ask(Want(5)) == (Granted(5), None)
-    assert engine.late() == [Retire(1), Retire(2)]
-    assert engine.late() == []
+    assert engine.take_late() == [Retire(1), Retire(2)]
+    assert engine.take_late() == []
 
 
 def test_the_end_of_either_side_is_the_loss_of_it(ends: Ends) -> None:

@@ -1,112 +1,97 @@
+"""The link: an envelope in front of each message, and two ends that wait differently."""
+
 import dataclasses
+import os
+import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import zmq
 
-from djinn_zmq.bus.link import Link, Parcel
+from djinn_zmq.bus.lane import Lane
+from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.settings import KIB, MIB, Settings
 
 SHALLOW = dataclasses.replace(Settings(), high_water=4)
-WAIT_MS = 10_000
 
 
 @pytest.fixture
-def ends(context: Any, directory: Path) -> Iterator[tuple[Link, Link]]:
-    """The server's end and the engine's."""
-    server = Link(context, directory / "link", SHALLOW, bind=True)
-    engine = Link(context, directory / "link", SHALLOW, bind=False)
-    engine.send(b"", b"ready")
-    assert arrives(server).frame == b"ready"
-    yield server, engine
+def ends() -> Iterator[tuple[Link, Link, int]]:
+    """The server's end and the engine's, and what the engine takes for the server's life."""
+    alive, life = os.pipe()
+    server, theirs = Link.create(SHALLOW)
+    engine = Link(Lane(theirs, SHALLOW, first=False), alive)
+    yield server, engine, life
     engine.close()
     server.close()
-    assert not list(directory.iterdir())
-
-
-def arrives(link: Link) -> Parcel:
-    assert link.socket.poll(WAIT_MS), "nothing came"
-    parcel = link.receive()
-    assert parcel is not None
-    return parcel
+    for fd in (alive, life):
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the test has
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1, 64 * KIB, 0), (MIB, 64 * KIB - 1)])
 @pytest.mark.parametrize("envelope", [b"", b"i\0route"])
-def test_a_parcel_arrives_as_it_was_sent_in_both_directions(
-    ends: tuple[Link, Link], sizes: tuple[int, ...], envelope: bytes
+def test_a_message_arrives_as_it_was_sent_in_both_directions(
+    ends: tuple[Link, Link, int], sizes: tuple[int, ...], envelope: bytes
 ) -> None:
     buffers = [bytes([len(sizes)]) * size for size in sizes]
-    for sender, receiver in (ends, ends[::-1]):
+    for sender, receiver in (ends[:2], ends[1::-1]):
         sender.send(envelope, b"frame", [memoryview(buffer) for buffer in buffers])
-        assert arrives(receiver) == (envelope, b"frame", buffers)
+        assert receiver.receive() == [envelope, b"frame", *buffers]
         assert receiver.receive() is None
 
 
-def test_an_engine_that_does_not_read_makes_busy(ends: tuple[Link, Link]) -> None:
-    server, engine = ends
+def test_an_engine_that_does_not_read_makes_busy_and_loses_nothing(
+    ends: tuple[Link, Link, int],
+) -> None:
+    server, engine, _ = ends
     sent = 0
     with pytest.raises(Busy, match="the engine's queue is full"):
         while sent < 100_000:
-            server.send(b"", b"frame", [bytes(64 * KIB)])
+            server.send(b"", b"%d" % sent, [bytes(64 * KIB)])
             sent += 1
-    for _ in range(sent):
-        assert len(arrives(engine).buffers[0]) == 64 * KIB
+    taken = 0
+    while taken < sent:
+        pieces = engine.receive()
+        if pieces is None:
+            server.receive()  # its bell has told it of room
+            continue
+        assert pieces[1] == b"%d" % taken
+        taken += 1
 
 
-def test_where_no_engine_has_come_the_server_does_not_wait(context: Any, directory: Path) -> None:
-    link = Link(context, directory / "link", SHALLOW, bind=True)
-    with pytest.raises(Busy):
-        link.send(b"", b"frame")
-    link.close()
+def test_an_engine_waits_for_a_server_that_is_slow_to_read(ends: tuple[Link, Link, int]) -> None:
+    server, engine, _ = ends
+    taken: list[bytes] = []
+
+    def read() -> None:
+        while len(taken) < 200:
+            pieces = server.receive()
+            if pieces is not None:
+                taken.append(pieces[1])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        engine.send(b"e", b"%d" % number, [bytes(64 * KIB)])
+    while not engine.lane.flush():
+        pass
+    reader.join()
+    assert taken == [b"%d" % number for number in range(200)]
 
 
-@pytest.mark.parametrize("buffers", [[], [b"1"], [b"1", b"2"]])
-def test_an_engine_that_dies_in_the_middle_of_a_message_is_lost_and_nobody_waits(
-    ends: tuple[Link, Link], buffers: list[bytes]
-) -> None:
-    server, engine = ends
-    send = server._send
-
-    def send_and_outlive(frame: bytes, *flags: Any, **options: Any) -> None:
-        send(frame, *flags, **options)
-        if not engine.socket.closed:
-            monitor = server.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            engine.close()
-            assert monitor.poll(WAIT_MS)
-            server.socket.disable_monitor()
-            monitor.close(linger=0)
-            while server.socket.poll(10, zmq.POLLOUT):
-                pass  # its pipe ends a moment after its connection
-
-    server._send = send_and_outlive
-    with pytest.raises(Lost, match="the other end of the link is gone"):
-        server.send(b"", b"frame", buffers)
+def test_an_engine_whose_server_is_gone_does_not_wait(ends: tuple[Link, Link, int]) -> None:
+    _, engine, life = ends
+    os.close(life)
+    with pytest.raises(Lost, match="the server is gone"):
+        for _ in range(1000):
+            engine.send(b"e", b"frame", [bytes(64 * KIB)])
 
 
-def test_a_new_engine_at_the_same_place_gets_whole_messages_only(
-    ends: tuple[Link, Link], context: Any, directory: Path
-) -> None:
-    server, engine = ends
-    engine.close()
-    server.close()
-    server = Link(context, directory / "link", SHALLOW, bind=True)
-    engine = Link(context, directory / "link", SHALLOW, bind=False)
-    engine.send(b"", b"ready again")
-    assert arrives(server).frame == b"ready again"
-    server.send(b"e", b"f", [b"b"])
-    assert arrives(engine) == (b"e", b"f", [b"b"])
-    engine.close()
-    server.close()
-
-
-def test_what_was_sent_before_the_end_still_arrives_where_it_may_linger(
-    ends: tuple[Link, Link],
-) -> None:
-    server, engine = ends
+def test_what_an_engine_sent_before_its_end_is_still_there(ends: tuple[Link, Link, int]) -> None:
+    server, engine, _ = ends
     engine.send(b"e", b"last words")
-    engine.close(linger_ms=WAIT_MS)
-    assert arrives(server).frame == b"last words"
+    engine.close()
+    assert server.receive() == [b"e", b"last words"]

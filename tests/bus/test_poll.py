@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.poll import Poll, has_message
+from djinn_zmq.settings import KIB, Settings
 
 Socket = zmq.Socket[bytes]
 
@@ -24,6 +26,22 @@ def pair(context: zmq.Context[Socket]) -> tuple[Socket, Socket]:
     ours.bind("inproc://poll")
     theirs.connect("inproc://poll")
     return ours, theirs
+
+
+class Both:
+    """A socket that is received from and sent on, as `bus.router` has one."""
+
+    def __init__(self, socket: Socket) -> None:
+        self.socket = socket
+        self.used = False
+
+    def send(self, data: bytes) -> None:
+        self.used = True
+        self.socket.send(data)
+
+    def receive(self) -> bytes:
+        self.used = True
+        return self.socket.recv()
 
 
 @pytest.fixture
@@ -49,10 +67,11 @@ def test_messages_whose_signal_a_send_swallowed_are_heard(
 ) -> None:
     ours, theirs = pair
     taken: list[bytes] = []
-    poll.watch(ours, lambda _: taken.append(ours.recv()), sent_on=True)
+    both = Both(ours)
+    poll.watch_used(both, lambda _: taken.append(both.receive()))
     for number in range(200):
         theirs.send(b"%d" % number)
-        ours.send(b"anything")  # reads the socket's commands, its signal among them
+        both.send(b"anything")  # reads the socket's commands, its signal among them
         while len(taken) <= number:
             poll.turn(5.0)
         assert theirs.recv() == b"anything"
@@ -66,11 +85,13 @@ def test_a_socket_that_always_has_more_does_not_keep_a_descriptor_waiting(
     read, write = os.pipe()
     heard: list[bytes] = []
 
+    both = Both(ours)
+
     def busy(count: int) -> None:
-        ours.recv()
+        both.receive()
         theirs.send(b"again")
 
-    poll.watch(ours, busy, sent_on=True)
+    poll.watch_used(both, busy)
     poll.watch(read, lambda _: heard.append(os.read(read, 1)))
     theirs.send(b"first")
     os.write(write, b"x")
@@ -103,7 +124,77 @@ def test_what_is_unwatched_by_one_is_not_called_by_the_same_turn(poll: Poll) -> 
             os.close(end)
 
 
+def lanes() -> tuple[Lane, Lane]:
+    first, theirs = Lane.create(64 * KIB, Settings())
+    return first, Lane(theirs, Settings(), first=False)
+
+
+def test_a_lane_is_heard_from_before_the_watch_and_to_its_last_message(poll: Poll) -> None:
+    ours, theirs = lanes()
+    taken: list[bytes] = []
+
+    def ready(count: int) -> None:
+        pieces = ours.receive()
+        assert pieces is not None
+        taken.append(bytes(pieces[0]))
+
+    for number in range(3):
+        theirs.send([b"%d" % number])
+    poll.watch_lane(ours, ready)
+    for number in range(3, 6):  # rings once for several: the bell is not read
+        theirs.send([b"%d" % number])
+    while len(taken) < 6:
+        poll.turn(5.0)
+    assert taken == [b"%d" % number for number in range(6)]
+    theirs.send([b"later"])
+    poll.turn(5.0)
+    assert taken[-1] == b"later"
+    ours.close()
+    theirs.close()
+
+
+def test_a_lane_whose_other_end_waits_for_room_is_looked_at_until_it_is_told(poll: Poll) -> None:
+    ours, theirs = lanes()
+    taken = 0
+
+    def ready(count: int) -> None:
+        nonlocal taken
+        taken += ours.receive() is not None
+        theirs.receive()  # has been rung: takes up its backlog
+
+    poll.watch_lane(ours, ready)
+    for _ in range(10):
+        theirs.send([bytes(16 * KIB)])
+    while taken < 10:
+        poll.turn(5.0)
+    ours.close()
+    theirs.close()
+
+
+def test_who_spins_hears_a_lane_and_a_descriptor_all_the_same() -> None:
+    poll = Poll(spin_us=1000)
+    ours, theirs = lanes()
+    read, write = os.pipe()
+    heard: list[str] = []
+    poll.watch_lane(ours, lambda _: heard.append("lane") if ours.receive() else None)
+    poll.watch(read, lambda _: heard.append(os.read(read, 1).decode()))
+    poll.turn(0)
+    for _ in range(3):
+        theirs.send([b"x"])
+        while "lane" not in heard:
+            poll.turn(5.0)
+        os.write(write, b"d")
+        while "d" not in heard:
+            poll.turn(5.0)
+        heard.clear()
+    poll.close()
+    ours.close()
+    theirs.close()
+    os.close(read)
+    os.close(write)
+
+
 def test_a_turn_ends_when_its_time_is_over(poll: Poll, pair: tuple[Socket, Socket]) -> None:
-    poll.watch(pair[0], lambda _: pytest.fail("nothing was sent"), sent_on=True)
+    poll.watch_used(Both(pair[0]), lambda _: pytest.fail("nothing was sent"))
     poll.turn(0)
     poll.turn(0.01)

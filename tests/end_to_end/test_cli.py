@@ -294,7 +294,7 @@ def test_dtype_float32_serves_float32_whatever_is_stored(odd, tiny, run):
         (["--model", "./nothing"], '"./nothing" is no served name (tiny), no directory'),
         (["--model", str(TINY.parent)], "models holds no model: it has no config.json"),
         (["--keys", "/nowhere"], "no /nowhere/server.key: make it with 'djinn keys new server"),
-        (["--ipc", "/" + "x" * 120], "is too long: with its suffixes 131 bytes, at most 107 fit"),
+        (["--ipc", "/" + "x" * 120], "is too long: with its suffixes 127 bytes, at most 107 fit"),
     ],
 )
 def test_a_server_that_cannot_serve_says_why_in_one_sentence(refused_server, home, options, words):

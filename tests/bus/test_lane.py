@@ -1,0 +1,264 @@
+"""The lane: whole messages through shared memory, between processes that may die or lie."""
+
+import dataclasses
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from djinn_zmq.bus.lane import CONTINUED, MORE, PIECES_LIMIT, Ends, Lane, create, wait
+from djinn_zmq.errors import Busy, ProtocolError
+from djinn_zmq.memory import shared
+from djinn_zmq.memory.ring import RECORD, size_of
+from djinn_zmq.settings import KIB, MIB, Settings
+
+CAPACITY = 64 * KIB
+SHALLOW = dataclasses.replace(Settings(), high_water=4)
+WAIT_S = 10.0
+
+ECHO = """
+import sys
+from djinn_zmq.bus.lane import Ends, Lane, wait
+from djinn_zmq.settings import Settings
+lane = Lane(Ends(*map(int, sys.argv[1:4])), Settings(), first=False)
+while True:
+    while (pieces := lane.receive()) is not None:
+        lane.send(pieces)
+    wait(lane, 0, 10.0)
+"""
+
+
+@pytest.fixture
+def lanes() -> Iterator[tuple[Lane, Lane]]:
+    first, theirs = Lane.create(CAPACITY, SHALLOW)
+    second = Lane(theirs, SHALLOW, first=False)
+    yield first, second
+    first.close()
+    second.close()
+
+
+@pytest.fixture
+def echo() -> Iterator[tuple[Lane, "subprocess.Popen[bytes]"]]:
+    """A lane to another process, which sends back what it gets."""
+    lane, theirs = Lane.create(CAPACITY, Settings())
+    process = subprocess.Popen(
+        [sys.executable, "-c", ECHO, *map(str, theirs)],
+        stdin=subprocess.PIPE,
+        pass_fds=theirs,
+        cwd=Path(__file__).parents[2],
+    )
+    theirs.close()
+    yield lane, process
+    lane.close()
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def rang(lane: Lane) -> bool:
+    """Has the other end rung since the last look?"""
+    poll = select.poll()
+    poll.register(lane.fileno(), select.POLLIN)
+    found = bool(poll.poll(0))
+    lane.hush()
+    return found
+
+
+def arrives(lane: Lane, other: int = 0) -> list[bytes]:
+    """The next message; waits for it."""
+    read, write = os.pipe()
+    try:
+        while (pieces := lane.receive()) is None:
+            assert not wait(lane, read, WAIT_S)
+    finally:
+        os.close(read)
+        os.close(write)
+    return [bytes(piece) for piece in pieces]
+
+
+SIZES = [(0,), (3, 0), (80, 5), (1, 2, 3), (CAPACITY, 7), (10, MIB, 64 * KIB), (1,) * PIECES_LIMIT]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_message_comes_back_from_another_process_as_it_was_sent(
+    echo: tuple[Lane, "subprocess.Popen[bytes]"], sizes: tuple[int, ...]
+) -> None:
+    lane, _ = echo
+    sent = [bytes([place + 1]) * size for place, size in enumerate(sizes)]
+    for _ in range(3):  # goes round the end
+        lane.send(sent)
+        assert arrives(lane) == sent
+
+
+def test_ten_thousand_messages_in_flight_keep_their_order(
+    echo: tuple[Lane, "subprocess.Popen[bytes]"],
+) -> None:
+    lane, _ = echo
+    sent, received = 0, 0
+    while received < 10_000:
+        while sent < 10_000 and sent - received < 500:
+            lane.send([struct.pack("<I", sent), b"x" * (sent % 700)])
+            sent += 1
+        number, rest = arrives(lane)
+        assert (number, len(rest)) == (struct.pack("<I", received), received % 700)
+        received += 1
+
+
+def test_every_message_rings_the_other_end(lanes: tuple[Lane, Lane]) -> None:
+    first, second = lanes
+    for one, other in ((first, second), (second, first)):
+        assert not rang(other)
+        one.send([b"hello"])
+        assert rang(other)
+        assert not rang(one)
+        assert other.receive() == [b"hello"]
+
+
+def test_what_finds_no_room_follows_when_there_is_some(lanes: tuple[Lane, Lane]) -> None:
+    first, second = lanes
+    big = bytes(CAPACITY // 8)
+    for number in range(12):
+        first.send([bytes([number]), big])
+    assert not first.flush()
+    rang(first)
+    taken = []
+    while len(taken) < 12:
+        pieces = second.receive()
+        if pieces is None:
+            assert rang(first), "who waits for room is not told of it"
+            first.flush()
+        else:
+            taken.append(pieces[0])
+    assert taken == [bytes([number]) for number in range(12)]
+    assert first.flush()
+
+
+def test_an_end_that_does_not_read_makes_busy_and_loses_nothing(lanes: tuple[Lane, Lane]) -> None:
+    first, second = lanes
+    sent = 0
+    with pytest.raises(Busy, match="its other end does not read"):
+        while sent < 1000:
+            first.send([b"%d" % sent, bytes(CAPACITY // 2)])
+            sent += 1
+    assert sent < 10
+    taken = 0
+    while taken < sent:
+        pieces = second.receive()
+        if pieces is None:
+            first.flush()
+        else:
+            assert pieces[0] == b"%d" % taken
+            taken += 1
+
+
+def test_what_a_process_sent_before_it_was_killed_is_still_there(
+    echo: tuple[Lane, "subprocess.Popen[bytes]"],
+) -> None:
+    lane, process = echo
+    lane.send([b"last words"])
+    assert not wait(lane, process.stdin.fileno(), WAIT_S)  # type: ignore[union-attr]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert lane.receive() == [b"last words"]
+    assert lane.receive() is None
+    for _ in range(3):
+        lane.send([b"to nobody"])  # the lease socket tells of the death, not the lane
+
+
+def test_waiting_ends_where_the_other_side_is_gone(lanes: tuple[Lane, Lane]) -> None:
+    read, write = os.pipe()
+    os.close(write)
+    assert wait(lanes[0], read, WAIT_S)
+    os.close(read)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (0, b""),
+        (1, b""),
+        (1, b"\1\0\0"),
+        (1, b"\2\0\0\0x"),
+        (2, b"\2\0\0\0\1\0\0\0xy"),
+        (2, b"\2\0\0\0\1\0\0\0xyzw"),
+        (3, b"\2\0\0\0\1\0\0\0xyz"),
+        (PIECES_LIMIT + 1, bytes(4 * PIECES_LIMIT + 4)),
+        (CONTINUED, b"out of turn"),
+        (MORE | 1, b"\1\0\0\0x"),
+        (MORE | 1, struct.pack("<I", 2**32 - 1) + b"x"),
+        (MORE | PIECES_LIMIT + 1, bytes(CAPACITY // 4)),
+        (2**32 - 1, b"x"),
+    ],
+)
+def test_records_that_are_no_message_are_refused(
+    lanes: tuple[Lane, Lane], kind: int, data: bytes
+) -> None:
+    first, second = lanes
+    assert first._out.put(RECORD.pack(len(data), kind) + data)
+    with pytest.raises(ProtocolError):
+        second.receive()
+
+
+def test_a_message_that_never_ends_is_refused_before_it_is_collected(
+    lanes: tuple[Lane, Lane],
+) -> None:
+    first, second = lanes
+    half = bytes(CAPACITY // 4 - 4)
+    records = [(MORE | 1, struct.pack("<I", CAPACITY // 2) + half)]
+    records += [(MORE | CONTINUED, bytes(CAPACITY // 4))] * 2
+    for kind, data in records:
+        assert first._out.put(RECORD.pack(len(data), kind) + data)
+    with pytest.raises(ProtocolError, match="ends before its last record, or after it"):
+        second.receive()
+
+
+def test_a_bell_that_is_full_still_rings(lanes: tuple[Lane, Lane]) -> None:
+    first, second = lanes
+    os.eventfd_write(second.fileno(), 2**64 - 2)
+    first.send([b"one more"])
+    assert rang(second)
+    assert second.receive() == [b"one more"]
+
+
+def _bell() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK)
+
+
+def _ends(nbytes: int, bell: int) -> Ends:
+    return Ends(shared.create(nbytes, "test"), _bell(), bell)
+
+
+def test_what_is_no_lane_is_refused_and_closed() -> None:
+    pipe, other = os.pipe()
+    os.close(other)
+    unsealed = Ends(os.memfd_create("unsealed"), _bell(), _bell())
+    for ends in (
+        _ends(2 * size_of(CAPACITY), pipe),  # would not ring
+        _ends(2 * size_of(CAPACITY), os.eventfd(0)),  # would make an engine wait
+        _ends(100, _bell()),
+        _ends(2 * size_of(CAPACITY) + 8, _bell()),
+        unsealed,
+    ):
+        with pytest.raises(ProtocolError):
+            Lane(ends, SHALLOW, first=False)
+        for fd in ends:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
+
+
+def test_a_closed_lane_leaves_no_map_and_no_descriptor() -> None:
+    for _ in range(3):
+        first, theirs = Lane.create(CAPACITY, SHALLOW)
+        Lane(theirs, SHALLOW, first=False).close()
+        first.close()
+        first.close()
+    maps = Path("/proc/self/maps").read_text()
+    assert "djinn-lane" not in maps
+    create(CAPACITY).close()
