@@ -11,28 +11,35 @@ with djinn.connect() as server:
 
 from typing import Any
 
-from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Zero
+from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Skip, Zero
 from djinn_zmq.client.looks import Diff, Lens, Top
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.server import Server, connect
+from djinn_zmq.client.stops import Break, HasNaN, Norm, Step, Token
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.version import __version__
 
 __all__ = [
     "Add",
+    "Break",
     "Checkpoint",
     "Diff",
     "DjinnError",
+    "HasNaN",
     "Lens",
     "Lerp",
     "Model",
+    "Norm",
     "Patch",
     "Project",
     "Run",
     "Scale",
     "Server",
     "Set",
+    "Skip",
+    "Step",
+    "Token",
     "Top",
     "Zero",
     "__version__",

@@ -71,6 +71,12 @@ class LayerError(RequestError):
     code = "layer"
 
 
+class StopError(RequestError):
+    """A stop that cannot be: a path that names no module, a condition that can never hold."""
+
+    code = "stop"
+
+
 class PromptError(RequestError):
     """A prompt that is empty, too long, ragged, or names a token the model does not have."""
 

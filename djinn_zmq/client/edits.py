@@ -7,12 +7,15 @@ would broadcast to the part chosen. Edits are made in the order given, on the en
 rounded once; only their own values travel.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from djinn_zmq.client.connection import Operation
 from djinn_zmq.client.indexing import index_of
-from djinn_zmq.errors import EditError
+from djinn_zmq.client.parcels import Parcel
+from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.tensors import Tensor, dtype_name
 
@@ -146,6 +149,41 @@ class Patch:
 
     def __repr__(self) -> str:
         return f"Patch({self.source!r})"
+
+
+class Skip:
+    """Leave a layer out: what would flow into it flows out of it, for this run alone.
+
+    layer: as stops count, so `Skip(3)` is the layer between stop 2 and stop 3; or its path,
+    "layers.2".
+    """
+
+    __slots__ = ("layer",)
+    array = None
+
+    def __init__(self, layer: int | str) -> None:
+        if not isinstance(layer, (int, str, np.integer)) or isinstance(layer, bool):
+            raise EditError(f"Skip: layer is {layer!r}: a number or a path")
+        self.layer = layer if isinstance(layer, str) else int(layer)
+
+    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+        return wire.Skip(self.layer)
+
+    def __repr__(self) -> str:
+        return f"Skip({self.layer!r})"
+
+
+def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tuple[wire.Edit, ...]]:
+    """*edits* as data, their values on the way with *parcel*. Raises RequestError for what is none."""
+    on_wire = []
+    for edit in edits if isinstance(edits, (list, tuple)) else [edits]:
+        if not hasattr(edit, "on_wire") or not hasattr(edit, "array"):
+            raise RequestError(f"{edit!r} is no edit: use djinn_zmq.Add, Set, Patch …")
+        tensor = None
+        if edit.array is not None:
+            tensor = yield from parcel.place(edit.array)
+        on_wire.append(edit.on_wire(tensor))
+    return tuple(on_wire)
 
 
 def _values(name: str, value: Any) -> np.ndarray:

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.run import Logits, Run, ask, wanted_of
+from djinn_zmq.client.run import Run, ask
 from djinn_zmq.client.session import Session
+from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import PromptError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
@@ -46,8 +48,9 @@ class Model:
         self,
         prompt: Prompt,
         *,
-        stop_at: int | None = None,
-        save_at: Sequence[int] | str = (),
+        edits: Sequence[Edit] | Edit = (),
+        stop_at: Any = None,
+        save_at: Any = (),
         logits: Logits = "last",
         timeout_s: float | None = None,
     ) -> Run:
@@ -55,17 +58,24 @@ class Model:
 
         prompt: text, a list of texts of one length, or token ids (int array (positions,) or
         (batch, positions)).
-        stop_at: stop after this many layers and keep a checkpoint; 0: after the embedding.
-        save_at: keep a checkpoint after each of these on the way; "all": after every layer.
+        edits: of what flows into the first layer; a `Skip` leaves out a layer.
+        stop_at: stop after this many layers and keep a checkpoint; 0: after the embedding. Or at a
+        module's path, on a condition (`Break`), or at the first of several of these.
+        save_at: keep a checkpoint at each of these on the way: numbers, paths; "all": after every
+        layer.
         logits: "last" position's, "all" positions', "none", or a number: only that many of the
         last position's likeliest. timeout_s: cancel the run after so many seconds.
-        Raises PromptError, LayerError, NoTokenizer, ArenaFull, DeadlineExceeded, Lost.
+        Raises PromptError, LayerError, StopError, EditError, NoTokenizer, ArenaFull, DeadlineExceeded, Lost.
         """
         wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
-        return self.drive(self._run(prompt, wanted, timeout_s))
+        return self.drive(self._run(prompt, edits, wanted, timeout_s))
 
     def _run(
-        self, prompt: Prompt, wanted: messages.Wanted, timeout_s: float | None
+        self,
+        prompt: Prompt,
+        edits: Sequence[Edit] | Edit,
+        wanted: messages.Wanted,
+        timeout_s: float | None,
     ) -> Operation[Run]:
         parcel = Parcel(self.connection, self.session_id)
         try:
@@ -73,7 +83,8 @@ class Model:
             ids = None
             if not texts:
                 ids = yield from parcel.place(_ids(prompt))
-            meta = messages.Run(texts, ids, wanted)
+            on_wire = yield from placed_edits(edits, parcel)
+            meta = messages.Run(texts, ids, wanted, on_wire)
             return (yield from ask(self._session, Op.RUN, meta, parcel, timeout_s))
         finally:
             parcel.settle()

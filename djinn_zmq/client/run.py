@@ -10,10 +10,11 @@ import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation
-from djinn_zmq.client.edits import Edit
+from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
+from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
@@ -22,24 +23,32 @@ from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Slot, dtype_name, view
 
-Logits = str | int
-
 
 class Checkpoint(Looks):
     """What was saved at a stop: immutable, resumable any number of times.
 
     id: its number on the server. layer: layers executed before it (0: the embedding's output).
-    shape: (batch, positions, hidden_size). dtype, nbytes: of the hidden state. tier: where it is.
+    place: the path of the module it is at; "" between two layers. shape: (batch, positions,
+    hidden_size), or as the module has it. dtype, nbytes: of the hidden state. tier: where it is.
     It is kept on the server until `release`, or until nothing refers to this object any more.
     """
 
-    def __init__(self, session: Session, kept: Kept, ids: np.ndarray) -> None:
-        """ids: its run's, int64 (batch, positions)."""
+    def __init__(
+        self,
+        session: Session,
+        kept: Kept,
+        ids: np.ndarray,
+        base: "Checkpoint | None" = None,
+    ) -> None:
+        """ids: its run's, int64 (batch, positions). base: for one inside a layer, that layer's
+        input, kept as long as this."""
         self._session = session
         self._kept = kept
         self._ids = ids
         self.id: int = kept.id
         self.layer: int = kept.layer
+        self.place: str = kept.place
+        self._base = base
         self.shape: tuple[int, ...] = kept.tensor.shape
         self.dtype: np.dtype = DTYPES[kept.tensor.dtype]
         self.nbytes: int = kept.tensor.nbytes
@@ -57,24 +66,23 @@ class Checkpoint(Looks):
 
     def resume(
         self,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit] | Edit = (),
         *,
         hidden: Any = None,
-        stop_at: int | None = None,
-        save_at: Sequence[int] | str = (),
+        stop_at: Any = None,
+        save_at: Any = (),
         logits: Logits = "last",
         timeout_s: float | None = None,
     ) -> "Run":
         """Go on from here: a new branch; this checkpoint stays as it is.
 
-        edits: made in order before the next layer runs. hidden: an array of this checkpoint's shape
-        and dtype in its place, before the edits. The rest as in `Model.run`, layers counted from
-        the model's start.
-        Raises UnknownCheckpoint, LayerError, EditError; Lost where the engine died meanwhile (a
+        edits: made in order before the model goes on; a `Skip` leaves out a layer further on.
+        hidden: an array of this checkpoint's shape and dtype in its place, before the edits. The
+        rest as in `Model.run`, layers counted from the model's start.
+        Raises UnknownCheckpoint, LayerError, StopError, EditError; Lost where the engine died meanwhile (a
         checkpoint with a host copy outlives that: resume again).
         """
         depth = self._session.model.num_layers
-        edits = list(edits) if isinstance(edits, (list, tuple)) else [edits]
         return self._session.drive(
             self._resume(
                 edits, hidden, wanted_of(stop_at, save_at, logits, self.layer, depth), timeout_s
@@ -83,25 +91,18 @@ class Checkpoint(Looks):
 
     def _resume(
         self,
-        edits: Sequence[Edit],
+        edits: Sequence[Edit] | Edit,
         hidden: Any,
         wanted: messages.Wanted,
         timeout_s: float | None,
     ) -> Operation["Run"]:
         parcel = Parcel(self._session.connection, self._kept.session)
         try:
-            on_wire = []
-            for edit in edits:
-                if not hasattr(edit, "on_wire"):
-                    raise RequestError(f"{edit!r} is no edit: use djinn_zmq.Add, Set, Patch …")
-                tensor = None
-                if edit.array is not None:
-                    tensor = yield from parcel.place(edit.array)
-                on_wire.append(edit.on_wire(tensor))
+            on_wire = yield from placed_edits(edits, parcel)
             placed = None
             if hidden is not None:
                 placed = yield from parcel.place(as_hidden(hidden, self.dtype))
-            meta = messages.Resume(self.id, placed, tuple(on_wire), wanted)
+            meta = messages.Resume(self.id, placed, on_wire, wanted)
             return (yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s))
         finally:
             parcel.settle()
@@ -112,18 +113,21 @@ class Checkpoint(Looks):
 
     def _release(self) -> Operation[None]:
         self._released.detach()
+        self._base = None  # others inside the same layer may still need it
         meta = messages.Release((self.id,))
         yield Call(Op.RELEASE, meta, session=self._kept.session)
 
     def __repr__(self) -> str:
-        return f"<checkpoint after layer {self.layer}: {self.dtype} {self.shape}, {self.tier}>"
+        where = f"at {self.place}" if self.place else f"after layer {self.layer}"
+        return f"<checkpoint {where}: {self.dtype} {self.shape}, {self.tier}>"
 
 
 class Run:
     """What a run came to: finished with logits, or stopped at a layer with a checkpoint.
 
     state: "finished" or "stopped". layer: layers executed. ids: the prompt, int64
-    (batch, positions). checkpoints: by layer, those of `save_at` and the stop's own.
+    (batch, positions). checkpoints: by layer, or by path inside of one: those of `save_at` and the
+    stop's own, in the order in which the run came to them.
     spans: where the time went; print it.
     """
 
@@ -137,19 +141,29 @@ class Run:
         self.layer: int = reply.layer
         self.spans = Spans()
         self.ids = np.array(view(reply.ids, message.buffers))
-        self.checkpoints = {
-            kept.layer: Checkpoint(session, kept, self.ids) for kept in reply.checkpoints
-        }
+        self.checkpoints = self._made(reply.checkpoints)
         if reply.logits_id:
             release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
+
+    def _made(self, kepts: Sequence[Kept]) -> dict[int | str, Checkpoint]:
+        inputs = {kept.base for kept in kepts}  # of layers, for what is inside of them
+        found: dict[int | str, Checkpoint] = {}
+        bases: dict[int, Checkpoint] = {}
+        for kept in kepts:
+            point = Checkpoint(self._session, kept, self.ids, bases.get(kept.base))
+            if kept.id in inputs:
+                bases[kept.id] = point
+            else:
+                found[kept.place or kept.layer] = point
+        return found
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint of the stop; of a finished run, the deepest that was saved."""
         if not self.checkpoints:
             raise LayerError("the run kept no checkpoint: use stop_at= or save_at=")
-        return self.checkpoints[max(self.checkpoints)]
+        return next(reversed(self.checkpoints.values()))
 
     @property
     def stopped(self) -> bool:
@@ -224,33 +238,6 @@ class Run:
     def __repr__(self) -> str:
         kept = ", ".join(map(str, self.checkpoints)) or "none"
         return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
-
-
-def wanted_of(
-    stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
-) -> messages.Wanted:
-    """The caller's words as data; layer, depth: where the run starts, how far the model goes.
-
-    Raises RequestError for what is none.
-    """
-    stop = None if stop_at is None else _layer("stop_at", stop_at)
-    if isinstance(save_at, str) and save_at == "all":
-        save_at = range(layer, (depth if stop is None else stop) + 1)
-    saves = (save_at,) if isinstance(save_at, (int, np.integer)) else save_at
-    save = tuple(sorted({_layer("save_at", one) for one in saves}))
-    if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
-        if logits < 1:
-            raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
-        return messages.Wanted(stop, save, "top", int(logits))
-    if logits not in ("last", "all", "none"):
-        raise RequestError(f'logits={logits!r}: "last", "all", "none" or how many')
-    return messages.Wanted(stop, save, str(logits), 0)
-
-
-def _layer(what: str, value: Any) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    raise LayerError(f"{what}={value!r}: a layer is a whole number")
 
 
 def ask(

@@ -1,6 +1,6 @@
 """Jobs: what sessions have asked an engine to do, and what has come of it so far."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from djinn_zmq.engine.caches import Account
 from djinn_zmq.engine.keeping import new_id
 from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.plans import Plan
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import Kept, Wanted
@@ -23,6 +24,7 @@ class Part(NamedTuple):
     buffers: Sequence[bytes | memoryview] = ()
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]  # hidden, the job's own → hidden, edited
 Turns = Iterator[Part | None]  # a job's work: a layer each time it is asked
 
 
@@ -50,6 +52,13 @@ class Job:
     wanted: Wanted
     shared: bool  # the client maps arenas: large tensors may be answered as slots
     watch: Stopwatch
+    stop_at: int | None = None  # the layer after which it stops in any case
+    save_at: tuple[int, ...] = ()  # layers
+    plan: Plan | None = None  # what else it does on the way; None: nothing
+    given: torch.Tensor | None = None  # the value to hand in where the plan says
+    edit: Change | None = None  # of what flows into the first layer
+    fresh: bool = False  # it starts at the token ids
+    stopped: bool = False
     id: int = field(default_factory=new_id)
     kept: list[Kept] = field(default_factory=list)
     state: states.Run = states.Run.QUEUED

@@ -109,6 +109,8 @@ class Keeping:
         layer: int,
         ids: np.ndarray,
         midway: Any = None,
+        place: str = "",
+        base: int = 0,
     ) -> Kept:
         """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed.
 
@@ -122,7 +124,7 @@ class Keeping:
             self.device.store(data, lease.view)
         tensor = Tensor(name, tuple(data.shape), lease.slot)
         past = 0 if midway is None else midway.branch.ids.shape[1]
-        kept = Kept(new_id(), session, run, layer, tensor, past)
+        kept = Kept(new_id(), session, run, layer, tensor, past, place, base)
         self.entries[kept.id] = Entry(kept, ids, owner, midway)
         return kept
 

@@ -14,6 +14,7 @@ import torch
 from djinn_zmq.engine import attention
 from djinn_zmq.engine.jobs import EngineSession, Job
 from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.measuring import axes_behind, norms
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.engine.runs import Runner
@@ -97,13 +98,14 @@ class Looker:
         def work() -> Iterator[None]:
             hidden = self._load(job, entry)
             with job.watch.span("compute"):
-                job.seen.append(_norms(hidden))
+                job.seen.append(norms(hidden))
             yield
 
         return work()
 
     def _top(self, job: LookJob, entry: Entry, view: Top) -> Iterator[None]:
         _check_top(view.k, len(entry.ids), job.model)
+        _check_between(entry)
 
         def work() -> Iterator[None]:
             recording = self._runner.recording(job)
@@ -123,6 +125,8 @@ class Looker:
                     f"position {position} of a prompt of {extent}: allowed {-extent} to {extent - 1}"
                 )
         entries = sorted(self._saved_with(entry), key=lambda one: one.kept.layer)
+        if not entries:
+            raise RequestError("the run keeps no checkpoint between two layers: save_at= some")
         positions = list(view.positions) or list(range(extent))
         _check_top(view.k, len(entries) * batch * len(positions), job.model)
 
@@ -145,13 +149,15 @@ class Looker:
         return work()
 
     def _saved_with(self, entry: Entry) -> list[Entry]:
-        """The checkpoints of *entry*'s run."""
+        """The checkpoints between two layers of *entry*'s run."""
         run, session = entry.kept.run, entry.kept.session
-        return [
+        saved = [
             one
             for one in self._keeping.entries.values()
             if (one.kept.run, one.kept.session) == (run, session) and one.kept.layer >= 0
         ]
+        inputs = {one.kept.base for one in saved}  # kept for what is inside of a layer
+        return [one for one in saved if not one.kept.place and one.kept.id not in inputs]
 
     def _diff(self, job: LookJob, entry: Entry, view: Diff) -> Iterator[None]:
         other = self._find(view.other, job.session)
@@ -172,6 +178,7 @@ class Looker:
 
     def _attention(self, job: LookJob, entry: Entry, view: Attention) -> Iterator[None]:
         model, layer = job.model, job.layer
+        _check_between(entry)
         last = model.info.num_layers
         if not 1 <= view.layer <= last:
             raise LayerError(
@@ -211,10 +218,11 @@ def _check_top(k: int, rows: int, model: ServedModel) -> None:
         )
 
 
-def _norms(hidden: torch.Tensor) -> torch.Tensor:
-    """L2 over all axes but (batch, positions); over the last where there are but two."""
-    axes = tuple(range(min(2, hidden.ndim - 1), hidden.ndim))
-    return torch.linalg.vector_norm(hidden.double(), dim=axes).float()
+def _check_between(entry: Entry) -> None:
+    if entry.kept.place:
+        raise RequestError(
+            f"the checkpoint is at {entry.kept.place}: this look needs one between two layers"
+        )
 
 
 def _difference(one: torch.Tensor, two: torch.Tensor) -> list[torch.Tensor]:
@@ -223,7 +231,7 @@ def _difference(one: torch.Tensor, two: torch.Tensor) -> list[torch.Tensor]:
     flat = apart.reshape(-1)
     most = int(flat.argmax())  # a NaN counts as the largest
     place = torch.tensor(np.unravel_index(most, tuple(apart.shape)))
-    axes = tuple(range(min(2, one.ndim - 1), one.ndim))
+    axes = axes_behind(one)
     lengths = [torch.linalg.vector_norm(side, dim=axes) for side in (one, two)]
     cosine = (one * two).sum(axes) / (lengths[0] * lengths[1])  # NaN where one has no length
-    return [_norms(one - two), cosine.float(), flat[most], place]
+    return [norms(one - two), cosine.float(), flat[most], place]

@@ -10,15 +10,18 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
-from djinn_zmq.engine import editing
-from djinn_zmq.engine.jobs import EngineSession, Job, Turns
+from djinn_zmq.engine import editing, inside
+from djinn_zmq.engine.jobs import Change, EngineSession, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.plans import Planner, Start, check_layers
 from djinn_zmq.engine.stepping import Recording
-from djinn_zmq.errors import EditError, LayerError, RequestError
+from djinn_zmq.errors import EditError, RequestError, StopError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.edits import Edit, Skip
 from djinn_zmq.wire.messages import Generate, Kept, Resume, Run, Wanted
+from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
@@ -30,6 +33,7 @@ class Runner:
 
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
+        self._planner = Planner()
         self._recordings: OrderedDict[bytes, Recording] = OrderedDict()
         self._recordings_nbytes = 0
 
@@ -52,8 +56,12 @@ class Runner:
             else:
                 ids = model.encode(asked.text)
             model.check_ids(ids)
-            check_wanted(asked.wanted, 0, model, len(ids))
-        job = Job(session, model, ids, 0, asked.wanted, shared, watch)
+            check_logits(asked.wanted, model, len(ids))
+            start = Start(0, fresh=True)
+            planned = self._planner.plan(asked.wanted, asked.edits, start, model, ids)
+        job = Job(session, model, ids, 0, asked.wanted, shared, watch, *planned, fresh=True)
+        if asked.edits:
+            job.edit = self._edit(session, asked.edits, buffers)
         return job, self._work(job, None)
 
     def resume(
@@ -75,10 +83,24 @@ class Runner:
             layer = entry.kept.layer
             if layer < 0 or entry.kept.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be resumed")
-            check_wanted(asked.wanted, layer, model, len(entry.ids))
+            check_logits(asked.wanted, model, len(entry.ids))
+            start = Start(layer, entry.kept.place)
+            planned = self._planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
         hidden = self.edited(entry, asked, buffers, session, watch)
-        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch)
-        return job, self._work(job, hidden)
+        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
+        if not entry.kept.place:
+            return job, self._work(job, hidden)
+        job.given = hidden
+        with watch.span("restore"):
+            return job, self._work(job, self.base_of(entry, job))
+
+    def base_of(self, entry: Entry, job: Job) -> torch.Tensor | None:
+        """What flowed into the layer (or the tail) that a checkpoint is inside of; None for one that
+        lies before the layers."""
+        if not entry.kept.base:
+            job.fresh = True
+            return None
+        return self._source(entry.kept.base, job.session)
 
     def edited(
         self,
@@ -88,7 +110,7 @@ class Runner:
         session: EngineSession,
         watch: Stopwatch,
     ) -> torch.Tensor:
-        """A checkpoint's hidden state, the job's own, with what was asked for done to it."""
+        """A checkpoint's value, the job's own, with what was asked for done to it."""
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.kept.tensor)
         with watch.span("restore"):
@@ -98,13 +120,21 @@ class Runner:
                 hidden = self._keeping.load(entry.kept.tensor)
         if asked.edits:
             with watch.span("edit"):
-                hidden = editing.apply(
-                    hidden,
-                    asked.edits,
-                    lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
-                    lambda number: self._source(number, session),
-                )
+                hidden = self._edit(session, asked.edits, buffers)(hidden)
         return hidden
+
+    def _edit(
+        self,
+        session: EngineSession,
+        edits: tuple[Edit, ...],
+        buffers: Sequence[bytes | memoryview],
+    ) -> Change:
+        return lambda hidden: editing.apply(
+            hidden,
+            tuple(edit for edit in edits if not isinstance(edit, Skip)),
+            lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
+            lambda number: self._source(number, session),
+        )
 
     def _source(self, number: int, session: EngineSession) -> torch.Tensor:
         entry = self._keeping.find(number, session.owner)
@@ -120,34 +150,51 @@ class Runner:
         hidden: (batch, positions, hidden_size), this job's own; None: start at the embedding.
         """
         job.advance("start")
-        stepper, watch, wanted = job.model.stepper, job.watch, job.wanted
+        watch = job.watch
         with watch.span("record"):
             recording = self.recording(job)
+            if hidden is None and job.plan is not None:
+                recording = inside.recorded(job, recording, self.keep)
         if hidden is None:
             # Some models' first layer writes into what it is given, and the recording is kept.
             hidden = recording.embedded.clone()
-        hidden = yield from self.through(job, hidden, recording)
-        if wanted.stop_at is None and wanted.logits != "none":
+            if job.edit is not None and not job.stopped:
+                with watch.span("edit"):
+                    hidden = job.edit(hidden)
+        if not job.stopped:
+            hidden = yield from self.through(job, hidden, recording)
+        if not job.stopped and (job.wanted.logits != "none" or job.plan is not None):
             yield
             with watch.span("compute"):
-                logits = stepper.tail(recording.ids, hidden)
-                job.logits = logits if wanted.logits == "all" else logits[:, -1]
+                self._take_logits(job, hidden, recording)
             self.keep_large_logits(job)
         yield from self.until_done(job)
-        job.advance("finish" if wanted.stop_at is None else "stop")
+        job.advance("stop" if job.stopped else "finish")
+
+    def _take_logits(self, job: Job, hidden: torch.Tensor, recording: Recording) -> None:
+        if job.plan is None:
+            logits: torch.Tensor | None = job.model.stepper.tail(recording.ids, hidden)
+        else:
+            logits = inside.tail(job, hidden, recording, self.keep)
+        if logits is not None and job.wanted.logits != "none":
+            job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
 
     def through(
         self, job: Job, hidden: torch.Tensor, recording: Recording
     ) -> Generator[None, None, torch.Tensor]:
         """Layer by layer from `job.layer` to the stop or the end; yields before each layer."""
-        stepper, wanted = job.model.stepper, job.wanted
+        if job.plan is not None:
+            hidden = yield from inside.through(job, hidden, recording, self.keep)
+            return hidden
+        stepper = job.model.stepper
         self._keep_if_wanted(job, hidden)
-        while job.layer != (stepper.num_layers if wanted.stop_at is None else wanted.stop_at):
+        while job.layer != (stepper.num_layers if job.stop_at is None else job.stop_at):
             yield
             with job.watch.span("compute"):
                 hidden = stepper.step(job.layer, hidden, recording)
                 job.layer += 1
             self._keep_if_wanted(job, hidden)
+        job.stopped = job.stop_at is not None
         return hidden
 
     def until_done(self, job: Job) -> Iterator[None]:
@@ -159,8 +206,11 @@ class Runner:
         job.watch.add("compute", time.perf_counter_ns() - begin_ns)
 
     def keep_large_logits(self, job: Job) -> None:
-        assert job.logits is not None
-        if job.wanted.logits != "top" and self.too_large(job, job.logits):
+        if (
+            job.logits is not None
+            and job.wanted.logits != "top"
+            and self.too_large(job, job.logits)
+        ):
             with job.watch.span("copy"):
                 job.logits_kept = self.keep(job, job.logits, -1)
 
@@ -169,12 +219,15 @@ class Runner:
         return data.nbytes > (SLOT_FROM if job.shared else FRAME_LIMIT)
 
     def _keep_if_wanted(self, job: Job, hidden: torch.Tensor) -> None:
-        if job.layer == job.wanted.stop_at or job.layer in job.wanted.save_at:
+        if job.layer == job.stop_at or job.layer in job.save_at:
             with job.watch.span("copy"):
                 job.kept.append(self.keep(job, hidden, job.layer))
 
-    def keep(self, job: Job, data: torch.Tensor, layer: int) -> Kept:
-        """Keep *data* for the job's session. layer: -1 where it is no checkpoint."""
+    def keep(
+        self, job: Job, data: torch.Tensor, layer: int, *, place: str = "", base: int = 0
+    ) -> Kept:
+        """Keep *data* for the job's session. layer: -1 where it is no checkpoint. place, base: as
+        in `Kept`."""
         session = job.session
         return self._keeping.keep(
             data,
@@ -184,6 +237,8 @@ class Runner:
             layer=layer,
             ids=job.ids,
             midway=job.midway(layer),
+            place=place,
+            base=base,
         )
 
     def discard(self, job: Job) -> None:
@@ -213,21 +268,15 @@ class Runner:
 
 
 def check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) -> None:
-    """Raises LayerError for a layer the model has not, or one that lies behind the start.
+    """As `check_layers` and `check_logits`, for what takes numbers only."""
+    if isinstance(wanted.stop_at, Stops):
+        raise StopError("in a session a run stops after layers: stop_at= and save_at= take numbers")
+    check_layers(wanted.stop_at, wanted.save_at, layer, model)
+    check_logits(wanted, model, batch)
 
-    RequestError where the top logits are more than there are, or than one frame carries.
-    """
-    last = model.info.num_layers
-    stop = last if wanted.stop_at is None else wanted.stop_at
-    for what, asked in (("stop_at", stop), *(("save_at", save) for save in wanted.save_at)):
-        if not 0 <= asked <= last:
-            raise LayerError(
-                f'layer {asked} does not exist: "{model.info.name}" has {last} layers (0-{last})'
-            )
-        if asked < layer:
-            raise LayerError(f"{what} {asked} lies behind the checkpoint at layer {layer}")
-        if asked > stop:
-            raise LayerError(f"save_at {asked} lies behind stop_at {stop}: it is never reached")
+
+def check_logits(wanted: Wanted, model: ServedModel, batch: int) -> None:
+    """Raises RequestError where the top logits are more than there are, or than one frame carries."""
     if wanted.logits not in ("last", "all", "none", "top"):
         raise RequestError(f'logits "{wanted.logits}": "last", "all", "none" or a number')
     if wanted.logits == "top" and not 1 <= wanted.top <= model.info.vocab_size:

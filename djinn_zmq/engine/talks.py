@@ -21,9 +21,11 @@ from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner, check_wanted
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
-from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError
+from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.edits import Edit, Skip
 from djinn_zmq.wire.messages import BRANCH, Continue, Generate, Kept, Resume, Wanted
+from djinn_zmq.wire.stops import Stops
 
 
 class Talker:
@@ -73,6 +75,7 @@ class Talker:
         with watch.span("decode"):
             midway = _midway(entry, session)
             check_wanted(asked.wanted, entry.kept.layer, model, 1)
+            _check_skips_nothing(asked.edits)
         hidden = self._runner.edited(entry, asked, buffers, session, watch)
         job = self._job(midway.branch, None, session, model, watch, asked.wanted, shared, midway)
         job.layer = entry.kept.layer
@@ -102,6 +105,7 @@ class Talker:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
             _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens)
             check_wanted(asked.wanted, 0, model, 1)
+            _check_skips_nothing(asked.edits)
         hidden = None
         if entry is not None:
             hidden = self._runner.edited(entry, asked, buffers, session, watch)
@@ -250,6 +254,8 @@ class Talker:
             ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
             recording = stepper.record(ids, job.working.cache)
         given = recording.embedded if hidden is None else hidden
+        assert not isinstance(job.wanted.stop_at, Stops)
+        job.stop_at, job.save_at = job.wanted.stop_at, job.wanted.save_at
         hidden = yield from self._runner.through(job, given, recording)
         return hidden
 
@@ -316,6 +322,14 @@ def _check_room(count: int, static: int, model: ServedModel, new: int = 1) -> No
         raise PromptError(f"{count} tokens{more}: the session's static cache has {static} places")
 
 
+def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:
+    for edit in edits:
+        if isinstance(edit, Skip):
+            raise EditError(
+                f"Skip({edit.layer!r}) in a session: a layer left out would keep no keys and values"
+            )
+
+
 def _wanted_in(job: TalkJob, midway: bool) -> Wanted:
     """What is wanted in the step at hand. midway: its first layers have been executed before."""
     assert job.asked is not None
@@ -325,6 +339,7 @@ def _wanted_in(job: TalkJob, midway: bool) -> Wanted:
     if not midway:
         return wanted
     stop = wanted.stop_at
+    assert not isinstance(stop, Stops)
     return msgspec.structs.replace(
         wanted,
         stop_at=stop if stop is not None and stop > job.layer else None,

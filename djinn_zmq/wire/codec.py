@@ -161,7 +161,7 @@ def tensors_of(meta: Any) -> Iterable[Tensor]:
 
 
 _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
-    messages.Run: lambda meta: (meta.ids,),
+    messages.Run: lambda meta: (meta.ids, *tensors_in(meta.edits)),
     messages.Tokens: lambda meta: (meta.ids,),
     messages.TokensReply: lambda meta: (meta.ids,),
     messages.Resume: lambda meta: (meta.hidden, *tensors_in(meta.edits)),

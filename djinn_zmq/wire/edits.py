@@ -89,7 +89,16 @@ class Patch(msgspec.Struct, frozen=True, array_like=True, tag=6, forbid_unknown_
     source_at: Index
 
 
-Edit = Add | Set | Scale | Zero | Project | Lerp | Patch
+class Skip(msgspec.Struct, frozen=True, array_like=True, tag=7, forbid_unknown_fields=True):
+    """The layer is left out: what would flow into it flows out of it.
+
+    layer: as stops count (the layer after which a stop at this number comes), or its path.
+    """
+
+    layer: int | str
+
+
+Edit = Add | Set | Scale | Zero | Project | Lerp | Patch | Skip
 
 
 def selection(index: Index, shape: tuple[int, ...], what: str = "hidden") -> tuple[Any, ...]:

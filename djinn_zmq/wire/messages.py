@@ -11,6 +11,7 @@ import msgspec
 from djinn_zmq.wire.edits import Edit, Index
 from djinn_zmq.wire.looks import Look, LookReply
 from djinn_zmq.wire.ops import Op, Spans, message
+from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.tensors import Tensor
 
 VERSION = 1
@@ -59,6 +60,8 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     layer: int  # layers executed before it; LOGITS, BRANCH: not a checkpoint
     tensor: Tensor  # hidden: (batch, positions, hidden_size)
     past: int = 0  # positions whose keys and values it goes on from: they live with the engine
+    place: str = ""  # the path of the module whose value it is; "": between two layers
+    base: int = 0  # inside a layer: the kept input of that layer, or of the tail; else 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -190,18 +193,22 @@ class Stop(msgspec.Struct, **message(Op.STOP)):
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where to stop, what to keep on the way, and which logits to send."""
 
-    stop_at: int | None
+    stop_at: int | None | Stops
     save_at: tuple[int, ...]
     logits: str  # "last", "all", "none", or "top"
     top: int  # how many, for "top"
 
 
 class Run(msgspec.Struct, **message(Op.RUN)):
-    """One forward pass over *text*, or over *ids*: int64 (batch, positions)."""
+    """One forward pass over *text*, or over *ids*: int64 (batch, positions).
+
+    edits: of what flows into the first layer.
+    """
 
     text: tuple[str, ...]
     ids: Tensor | None
     wanted: Wanted
+    edits: tuple[Edit, ...] = ()
 
 
 class Resume(msgspec.Struct, **message(Op.RESUME)):

@@ -64,6 +64,8 @@ def test_layers_that_do_not_exist_are_refused_with_those_that_do(tiny, point):
     with pytest.raises(errors.LayerError, match="layer -1 does not exist"):
         tiny.run(FRANCE, stop_at=-1)
     with pytest.raises(errors.LayerError, match="a layer is a whole number"):
+        tiny.run(FRANCE, stop_at=2.5)
+    with pytest.raises(errors.StopError, match='"2" names no module'):
         tiny.run(FRANCE, stop_at="2")
     with pytest.raises(errors.LayerError, match="stop_at 1 lies behind the checkpoint at layer 2"):
         point.resume(stop_at=1)

@@ -8,7 +8,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
-from djinn_zmq.errors import LayerError, RequestError, SelectionError, UnknownCheckpoint
+from djinn_zmq.errors import LayerError, RequestError, SelectionError, StopError, UnknownCheckpoint
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 
@@ -33,7 +33,7 @@ def test_all_saves_every_layer_from_the_start_of_the_run_to_its_stop(model, fran
     assert sorted(france.checkpoints) == [0, 1, 2, 3, 4]
     assert sorted(model.run(FRANCE, save_at="all", stop_at=2).checkpoints) == [0, 1, 2]
     assert sorted(france.checkpoints[3].resume(save_at="all").checkpoints) == [3, 4]
-    with pytest.raises(LayerError, match="'none': a layer is a whole number"):
+    with pytest.raises(StopError, match='"none" names no module'):
         model.run(FRANCE, save_at=["none"])
 
 

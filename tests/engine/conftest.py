@@ -1,8 +1,15 @@
 """The engine's own conditions: one thread, inference mode; and no look at a hub."""
 
+import socket
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from djinn_zmq.errors import Lost
+from djinn_zmq.settings import KIB, Settings
+from djinn_zmq.wire.messages import Granted
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,3 +27,31 @@ def _as_in_the_engine() -> Iterator[None]:
     transformers.utils.logging.enable_progress_bar()
     transformers.utils.logging.set_verbosity_warning()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def keeping() -> Iterator[Any]:
+    """With a server that numbers arenas and has none of its own."""
+    from djinn_zmq.bus.lease import LeaseSocket
+    from djinn_zmq.engine.keeping import Keeping
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server, lease = LeaseSocket(ours), LeaseSocket(theirs)
+
+    def number_arenas() -> None:
+        number = 0
+        try:
+            while True:
+                server.receive()
+                number += 1
+                server.send(Granted(number))
+        except Lost:
+            server.close()
+
+    thread = threading.Thread(target=number_arenas)
+    thread.start()
+    keeping = Keeping(Settings(host_memory=128 * KIB, arena=128 * KIB), lease, 0)
+    yield keeping
+    keeping.close()
+    lease.close()
+    thread.join()

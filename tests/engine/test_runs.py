@@ -1,8 +1,5 @@
 """Runs and resumes as the loop makes them: what they keep, what they refuse, what their replies carry."""
 
-import socket
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine import replies
 from djinn_zmq.engine.jobs import EngineSession, Job
@@ -22,20 +18,17 @@ from djinn_zmq.errors import (
     ArenaFull,
     EditError,
     LayerError,
-    Lost,
     ProtocolError,
     RequestError,
     UnknownCheckpoint,
 )
-from djinn_zmq.settings import KIB, Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
-from djinn_zmq.wire.messages import Granted, Load, Resume, Run, Wanted
+from djinn_zmq.wire.messages import Load, Resume, Run, Wanted
 from djinn_zmq.wire.tensors import Inline, Tensor, inline, over, view
 from tests.engine.architectures import VOCAB_SIZE, prompts, tiny_model
 
 CPU = torch.device("cpu")
-LIMITS = Settings(host_memory=128 * KIB, arena=128 * KIB)
 MINE, YOURS = EngineSession(1, "me", "it"), EngineSession(2, "you", "it")
 NO_EDITS: tuple[wire.Edit, ...] = ()
 
@@ -45,31 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     path = tmp_path_factory.mktemp("gemma2")
     tiny_model("Gemma2", torch.bfloat16).save_pretrained(path)
     return load(Load("it", str(path), "auto"), CPU, lambda *_: None)
-
-
-@pytest.fixture
-def keeping() -> Iterator[Keeping]:
-    """With a server that numbers arenas and has none of its own."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server, lease = LeaseSocket(ours), LeaseSocket(theirs)
-
-    def number_arenas() -> None:
-        number = 0
-        try:
-            while True:
-                server.receive()
-                number += 1
-                server.send(Granted(number))
-        except Lost:
-            server.close()
-
-    thread = threading.Thread(target=number_arenas)
-    thread.start()
-    keeping = Keeping(LIMITS, lease, 0)
-    yield keeping
-    keeping.close()
-    lease.close()
-    thread.join()
 
 
 @pytest.fixture

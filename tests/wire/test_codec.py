@@ -7,7 +7,7 @@ import pytest
 
 from djinn_zmq import errors
 from djinn_zmq.errors import LayerError, ProtocolError
-from djinn_zmq.wire import codec, edits, messages
+from djinn_zmq.wire import codec, edits, looks, messages, stops
 from djinn_zmq.wire.codec import HEADER_SIZE, Header, decode, encode, peek
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
@@ -30,7 +30,7 @@ GOLDEN = {
         messages.Run(("hi",), None, messages.Wanted(2, (1,), "top", 5)),
         (
             "444a0110 0800 0000 0200000000000000 0300000000000000 88130000 07000000"
-            "94 10 91 a26869 c0 94 02 91 01 a3746f70 05"
+            "95 10 91 a26869 c0 94 02 91 01 a3746f70 05 90"
         ),
     ),
     "resume with an add": (
@@ -74,6 +74,50 @@ GOLDEN = {
             "94 05 93 a7666c6f61743332 91 02 92 00 c408 0000803f 000000c0 cb3fd0000000000000 90"
             "94 06 04 90 90"
             "94 c0 90 a46c617374 00"
+        ),
+    ),
+    "run with stops of every kind": (
+        Op.RUN,
+        {},
+        messages.Run(
+            ("hi",),
+            None,
+            messages.Wanted(
+                stops.Stops(
+                    (
+                        stops.Break(
+                            2,
+                            (
+                                (stops.HasNaN(),),
+                                (stops.Norm(">", 0.5), stops.Step(3)),
+                                (stops.Token("is"),),
+                            ),
+                        ),
+                        stops.Break(".mlp", ()),
+                    ),
+                    ("norm",),
+                ),
+                (),
+                "last",
+                0,
+            ),
+            (edits.Skip(3),),
+        ),
+        (
+            "444a0110 0000 0000 0000000000000000 0000000000000000 00000000 00000000"
+            "95 10 91 a26869 c0 94"
+            "93 00 92 92 02 93 91 91 00 92 93 01 a13e cb3fe0000000000000 92 03 03 91 92 02 a26973"
+            "92 a42e6d6c70 90 91 a46e6f726d"
+            "90 a46c617374 00 91 92 07 03"
+        ),
+    ),
+    "look": (
+        Op.LOOK,
+        {},
+        looks.Look(looks.Lens(9, (0, -1), 3)),
+        (
+            "444a0115 0000 0000 0000000000000000 0000000000000000 00000000 00000000"
+            "92 15 94 02 09 92 00 ff 03"
         ),
     ),
     "failure": (

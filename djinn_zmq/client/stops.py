@@ -1,0 +1,179 @@
+"""Stops: where a run stops, on which condition, and what it keeps on the way.
+
+A place is a number (so many layers executed), or a module's path. `"layers.12.mlp"` is that module's
+output (modules count from 0, as the model's own names do), `"layers.12.mlp.input"` its input,
+`"layers.12.self_attn.heads"` what each attention head gives, (batch, positions, heads, head_dim);
+`"embedding"`, `"norm"` and `"head"` are before and behind the layers in every model. With a leading
+dot, `".mlp"`, it is that module of every layer: a run stops at the first it comes to.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.errors import LayerError, RequestError, StopError
+from djinn_zmq.wire import stops as wire
+from djinn_zmq.wire.messages import Wanted
+
+Logits = str | int
+Place = int | str
+
+
+class Condition:
+    """What must hold for a `Break` to stop. Combine with `|` and `&`."""
+
+    on_wire: wire.Condition
+
+    def __or__(self, other: "Condition") -> "Condition":
+        return _Joined("|", self, other)
+
+    def __and__(self, other: "Condition") -> "Condition":
+        return _Joined("&", self, other)
+
+    def __bool__(self) -> bool:
+        raise StopError("a condition is evaluated on the engine: combine with | and &")
+
+
+class _Joined(Condition):
+    """As any of several ways to hold, each of tests that must hold together."""
+
+    def __init__(self, sign: str, one: Condition, other: Condition) -> None:
+        if not isinstance(other, Condition):
+            raise StopError(f"{other!r} is no condition: use HasNaN, Norm, Token, Step")
+        if sign == "|":
+            self.on_wire = one.on_wire + other.on_wire
+        else:
+            self.on_wire = tuple(here + there for here in one.on_wire for there in other.on_wire)
+        count = sum(map(len, self.on_wire))
+        if count > wire.TESTS_LIMIT:
+            raise StopError(f"a condition of {count} tests: at most {wire.TESTS_LIMIT}")
+        self._shown = f"({one!r} {sign} {other!r})"
+
+    def __repr__(self) -> str:
+        return self._shown
+
+
+class HasNaN(Condition):
+    """Some number at the stop is NaN."""
+
+    on_wire = ((wire.HasNaN(),),)
+
+    def __repr__(self) -> str:
+        return "HasNaN()"
+
+
+class Norm(Condition):
+    """The L2 norm of the value at some position is `op` (">", ">=", "<", "<=") *value*."""
+
+    def __init__(self, op: str, value: float) -> None:
+        try:
+            self._test = wire.Norm(str(op), float(value))
+        except (TypeError, ValueError) as exc:
+            raise StopError(f"Norm({op!r}, {value!r}): the second is a number") from exc
+        self.on_wire = ((self._test,),)
+
+    def __repr__(self) -> str:
+        return f'Norm("{self._test.op}", {self._test.value:g})'
+
+
+class Token(Condition):
+    """The tokens this forward pass works on hold this one: the prompt's, or while generating the
+    newest. Text (with a blank before it or without), or an id."""
+
+    def __init__(self, token: str | int) -> None:
+        if isinstance(token, np.integer):
+            token = int(token)
+        if not isinstance(token, (str, int)) or isinstance(token, bool):
+            raise StopError(f"Token({token!r}): text, or an id")
+        self._token = token
+        self.on_wire = ((wire.Token(token),),)
+
+    def __repr__(self) -> str:
+        return f"Token({self._token!r})"
+
+
+class Step(Condition):
+    """This forward pass is number *number* of a generation. A plain run is step 0."""
+
+    def __init__(self, number: int) -> None:
+        if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+            raise StopError(f"Step({number!r}): a whole number")
+        self._number = int(number)
+        self.on_wire = ((wire.Step(self._number),),)
+
+    def __repr__(self) -> str:
+        return f"Step({self._number})"
+
+
+class Break:
+    """A stop at a place, where a condition holds there. Without a place: after whichever layer it
+    holds first. Without a condition: in any case."""
+
+    def __init__(self, at: Place | None = None, when: Condition | None = None) -> None:
+        if when is not None and not isinstance(when, Condition):
+            raise StopError(f"when={when!r}: use HasNaN, Norm, Token, Step, joined by | and &")
+        if at is None and when is None:
+            raise StopError("a Break needs a place, a condition, or both")
+        self.at: Place = "" if at is None else _place("Break", at)
+        self.when = when
+
+    @property
+    def on_wire(self) -> wire.Break:
+        return wire.Break(self.at, () if self.when is None else self.when.on_wire)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.at)] if self.at != "" else []
+        parts += [f"when={self.when!r}"] if self.when is not None else []
+        return f"Break({', '.join(parts)})"
+
+
+def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int) -> Wanted:
+    """The caller's words as data; layer, depth: where the run starts, how far the model goes.
+
+    Raises RequestError for what is none.
+    """
+    number, breaks = _stop_of(stop_at)
+    if isinstance(save_at, str) and save_at == "all":
+        save_at = range(layer, (depth if number is None else number) + 1)
+    saves = [save_at] if isinstance(save_at, (int, str, np.integer)) else save_at
+    places = [_place("save_at", one) for one in saves]
+    numbers = tuple(sorted({one for one in places if isinstance(one, int)}))
+    paths = tuple(dict.fromkeys(one for one in places if isinstance(one, str)))
+    stop: int | wire.Stops | None = number
+    if paths or breaks:
+        if number is not None:
+            breaks = (wire.Break(number, ()),)
+        stop = wire.Stops(breaks, paths)
+    if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
+        if logits < 1:
+            raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
+        return Wanted(stop, numbers, "top", int(logits))
+    if logits not in ("last", "all", "none"):
+        raise RequestError(f'logits={logits!r}: "last", "all", "none" or how many')
+    return Wanted(stop, numbers, str(logits), 0)
+
+
+def _stop_of(stop_at: Any) -> tuple[int | None, tuple[wire.Break, ...]]:
+    """A number alone, or all that is more than one."""
+    if stop_at is None:
+        return None, ()
+    if isinstance(stop_at, Break):
+        return None, (stop_at.on_wire,)
+    if isinstance(stop_at, (list, tuple)):
+        if not stop_at:
+            raise LayerError("stop_at=[]: at least one place; None: run to the end")
+        return None, tuple(_break_of(one).on_wire for one in stop_at)
+    place = _place("stop_at", stop_at)
+    return (place, ()) if isinstance(place, int) else (None, (wire.Break(place, ()),))
+
+
+def _break_of(one: Any) -> Break:
+    return one if isinstance(one, Break) else Break(_place("stop_at", one))
+
+
+def _place(what: str, value: Any) -> Place:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    raise LayerError(f"{what}={value!r}: a layer is a whole number, a place in one a module's path")

@@ -1,0 +1,201 @@
+"""Stops at any place and on conditions, through real processes."""
+
+import asyncio
+import gc
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq import Break, HasNaN, Norm, Scale, Skip, Step, Token, Zero, aio
+from djinn_zmq.errors import EditError, LayerError, RequestError, StopError, UnknownCheckpoint
+
+FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
+PLACES = [
+    "embedding", "layers.0.self_attn.heads", "layers.1.input_layernorm", "layers.1.mlp",
+    "layers.2.self_attn.input", "layers.3.mlp.down_proj.input", "norm.input", "norm", "head",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(served):
+    with served.connect() as server:
+        yield server.model("tiny")
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return model.run(FRANCE, logits="all").logits.tobytes()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_zero_edit_at_any_place_changes_no_bit_and_a_real_one_does(model, plain, place):
+    run = model.run(FRANCE, stop_at=place)
+    point = run.checkpoint
+    assert (run.state, point.place) == ("stopped", place) and place in repr(point)
+    whole = np.asarray(point.hidden)
+    for nothing in ([], [Scale(1.0)], [djinn.Set(whole)]):
+        assert point.resume(nothing, logits="all").logits.tobytes() == plain
+    assert point.resume(hidden=whole, logits="all").logits.tobytes() == plain
+    assert point.resume([Zero()], logits="all").logits.tobytes() != plain
+    assert point.resume(logits="all").logits.tobytes() == plain  # the checkpoint is untouched
+
+
+def test_a_head_is_zeroed_by_its_number(model):
+    point = model.run(FRANCE, stop_at="layers.2.self_attn.heads").checkpoint
+    assert point.shape == (1, 5, 4, 16)
+    flat = model.run(FRANCE, stop_at="layers.2.self_attn.o_proj.input").checkpoint
+    assert np.asarray(flat.hidden).tobytes() == np.asarray(point.hidden).tobytes()
+    by_head = point.resume(Zero(at=(0, -1, 3)))
+    by_columns = flat.resume(Zero(at=(0, -1, slice(48, 64))))
+    assert by_head.logits.tobytes() == by_columns.logits.tobytes()
+
+
+def test_an_mlp_is_patched_from_another_prompt(model):
+    here = model.run(FRANCE, save_at=".mlp").checkpoints
+    there = model.run(GERMANY, save_at=".mlp").checkpoints
+    assert list(here) == [f"layers.{index}.mlp" for index in range(4)]
+    early = here["layers.0.mlp"].resume(djinn.Patch(there["layers.0.mlp"], at=(0, 3)))
+    assert early.logits.tobytes() != model.run(FRANCE).logits.tobytes()
+
+
+def test_the_residual_before_and_after_a_layer_has_two_names(model):
+    by_path = model.run(FRANCE, stop_at="layers.1", save_at="model.layers.1.input").checkpoints
+    assert list(by_path) == [1, 2]
+    by_number = model.run(FRANCE, save_at=[1, 2]).checkpoints
+    assert all(by_path[layer].diff(by_number[layer]).same_bits for layer in (1, 2))
+
+
+def test_the_same_breakpoints_walk_through_a_run(model, plain):
+    stops = ["layers.1.mlp", 1, Break(".self_attn", when=Norm(">", 1e9)), 3]
+    run, seen = model.run(FRANCE, stop_at=stops, logits="all"), []
+    while run.stopped:
+        seen.append(run.checkpoint.place or run.layer)
+        run = run.checkpoint.resume(stop_at=stops, logits="all")
+    assert seen == [1, "layers.1.mlp", 3] and run.logits.tobytes() == plain
+
+
+def test_conditions_are_evaluated_on_the_engine(model):
+    whole = model.run(FRANCE, save_at="all")
+    norms = {layer: float(point.norms().max()) for layer, point in whole.checkpoints.items()}
+    for when, stops in (
+        (HasNaN() | Norm(">", 50) | Token("is") | Step(3), True),
+        (HasNaN(), False),
+        (Norm(">", norms[2] + 1), False),
+        (Norm(">=", norms[2] - 1) & Token("france") & Step(0), True),
+        (Norm("<", 1e-3), False),
+        (Token(model.encode("of")[0]), True),
+    ):
+        run = model.run(FRANCE, stop_at=Break(2, when=when))
+        assert (run.state, run.layer) == (("stopped", 2) if stops else ("finished", 4)), when
+    first = min(layer for layer, norm in norms.items() if norm >= norms[2])
+    assert model.run(FRANCE, stop_at=Break(when=Norm(">=", norms[2] - 1e-3))).layer == first
+
+
+def test_a_skipped_layer_is_left_out_of_that_run_alone(model, plain):
+    skipped = model.run(FRANCE, edits=Skip(3), save_at=[2, 3], logits="all")
+    assert skipped.checkpoints[2].diff(skipped.checkpoints[3]).same_bits
+    assert skipped.logits.tobytes() != plain
+    point = model.run(FRANCE, stop_at=1).checkpoint
+    again = point.resume([Scale(1.0), Skip("layers.2")], logits="all")
+    assert again.logits.tobytes() == skipped.logits.tobytes()
+    assert point.resume(logits="all").logits.tobytes() == plain
+
+
+def test_a_stop_inside_a_layer_gives_back_all_it_kept(model, served):
+    with served.connect() as server:
+        mine = server.model("tiny")
+        gc.collect()
+        server.ping()
+        before = server.status().memory.checkpoints
+        run = mine.run(FRANCE, save_at=["layers.1.mlp", "layers.1.self_attn"])
+        one, other = run.checkpoints.values()
+        assert server.status().memory.checkpoints == before + 3  # and the layer's input, once
+        one.release()
+        assert other.resume().top(1)[0].token == "paris"
+        with pytest.raises(UnknownCheckpoint):
+            one.resume()
+        del run, one, other
+        gc.collect()
+        server.ping()
+        assert server.status().memory.checkpoints == before
+
+
+def test_looks_at_what_is_inside_a_layer(model):
+    run = model.run(FRANCE, save_at=["layers.1.mlp", "layers.1.self_attn.heads", 2])
+    heads = run.checkpoints["layers.1.self_attn.heads"]
+    whole = np.asarray(heads.hidden).astype(np.float64).reshape(1, 5, 64)
+    np.testing.assert_allclose(heads.norms(), np.linalg.norm(whole, axis=-1), rtol=1e-6)
+    assert run.lens(-1).layers == (2,)
+    for look in (heads.top, heads.attention):
+        with pytest.raises(RequestError, match="at layers.1.self_attn.heads: this look needs"):
+            look()
+
+
+def test_a_stop_inside_a_layer_outlives_its_engine(fresh):
+    with fresh.connect() as server:
+        model = server.model("tiny")
+        point = model.run(FRANCE, stop_at="layers.2.mlp").checkpoint
+        expected = point.resume().logits.tobytes()
+        os.kill(server.status().engines[0].pid, signal.SIGKILL)
+        for _ in range(100):
+            try:
+                assert point.resume().logits.tobytes() == expected
+                break
+            except djinn.errors.Lost:
+                continue
+        else:
+            pytest.fail("the checkpoint did not come back")
+
+
+def test_what_can_never_be_is_refused_and_the_session_goes_on(model, plain):
+    point = model.run(FRANCE, stop_at="layers.2.mlp").checkpoint
+    for call, kind, words in (
+        (lambda: model.run(FRANCE, stop_at="layers.1.mpl"), StopError, "did you mean mlp"),
+        (lambda: model.run(FRANCE, stop_at="layers.4"), StopError, r"layers\.0 to layers\.3"),
+        (lambda: model.run(FRANCE, save_at="lm_hed"), StopError, "did you mean lm_head"),
+        (lambda: model.run(FRANCE, stop_at=Break(9, HasNaN())), LayerError, "layer 9 does not"),
+        (
+            lambda: model.run(FRANCE, stop_at=Break(2, Token("qwertz"))),
+            StopError,
+            "no single token",
+        ),
+        (lambda: model.run(FRANCE, stop_at=Break(2, Token("paris"))), StopError, "holds no token"),
+        (lambda: model.run(FRANCE, stop_at=Break(2, Token(999))), StopError, "ids 0 to 207"),
+        (lambda: model.run(FRANCE, stop_at=Break(2, Norm("<", -1))), StopError, "not negative"),
+        (lambda: model.run(FRANCE, stop_at=Break(2, Norm("=", 1))), StopError, "one of >, >="),
+        (lambda: model.run(FRANCE, stop_at=Break(2, Step(3))), StopError, "a plain run is step 0"),
+        (
+            lambda: model.run(FRANCE, stop_at=Break(2, HasNaN() & Step(1))),
+            StopError,
+            "can never hold: there is no step 1",
+        ),
+        (lambda: point.resume(stop_at="layers.1.mlp"), LayerError, "lies behind the checkpoint at"),
+        (lambda: point.resume(stop_at=2), LayerError, "lies behind the checkpoint at layers.2.mlp"),
+        (lambda: point.resume(Skip(3)), LayerError, "lies behind"),
+        (lambda: point.resume(Zero(at=(0, 9))), EditError, "out of range"),
+        (lambda: Break(), StopError, "a place, a condition"),
+        (lambda: Break(2, when="nan"), StopError, "use HasNaN"),
+        (lambda: HasNaN() or Norm(">", 1), StopError, r"combine with \| and &"),
+        (lambda: HasNaN() | 3, StopError, "3 is no condition"),
+        (lambda: Norm(">", "x"), StopError, "is a number"),
+        (lambda: Skip(1.5), EditError, "a number or a path"),
+        (lambda: model.run(FRANCE, stop_at=[]), LayerError, "at least one place"),
+        (lambda: model.run(FRANCE, stop_at=2.5), LayerError, "a layer is a whole number"),
+    ):
+        with pytest.raises(kind, match=words):
+            call()
+        assert point.resume(logits="all").logits.tobytes() == plain
+
+
+def test_stops_from_asyncio_code_and_over_tcp(served, plain):
+    async def main() -> None:
+        async with aio.connect(served.tcp) as server:
+            model = await server.model("tiny")
+            run = await model.run(FRANCE, stop_at=Break("layers.1.mlp", when=Token("france")))
+            done = await run.checkpoint.resume([Scale(1.0)], logits="all")
+            assert (await done.logits).tobytes() == plain
+
+    asyncio.run(main())
