@@ -3,7 +3,9 @@
 The interval is a bootstrap over whole rounds, as in `samples`, and every depth draws the same
 rounds: in a round all depths took turns on the same machine, so what the machine did meanwhile moves
 them together and not the slope. (An interval from the residuals of single samples would take
-neighbouring samples for independent ones and be several times too narrow.)
+neighbouring samples for independent ones and be several times too narrow.) It is a 99 % interval: a
+run fits many lines, and of those that are flat one in a hundred is to look otherwise, not one in
+twenty.
 """
 
 from collections.abc import Mapping
@@ -12,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.probe.samples import SEED, Interval, Samples, interval_of, round_draws
+from djinn_zmq.probe.samples import (
+    SEED,
+    Interval,
+    Samples,
+    interval_of,
+    resampled_medians,
+    round_draws,
+)
+
+CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,8 @@ class Fit:
         low, high = (1e6 * end for end in self.interval)
         verdict = "rises" if self.rises else "flat" if self.flat else "falls"
         return (
-            f"{self.name}: {1e6 * self.slope_s:.3g} us a layer ({low:.3g} to {high:.3g}), "
+            f"{self.name}: {1e6 * self.slope_s:.3g} us a layer "
+            f"({CONFIDENCE:.0%}: {low:.3g} to {high:.3g}), "
             f"r² {self.r2:.3f}, n = {self.n}: {verdict}"
         )
 
@@ -79,16 +91,14 @@ def line(name: str, by_depth: Mapping[int, Samples]) -> Fit:
     medians = np.array([one.median_s for one in samples])
     slope, at_zero = _least_squares(x, medians)
     draws = round_draws(rounds.pop(), SEED)
-    resampled = np.array(
-        [[np.median(one.seconds[drawn]) for one in samples] for drawn in draws], np.float64
-    )
-    slopes = _least_squares(x, resampled.T)[0]
+    resampled = np.array([resampled_medians(one.seconds, draws) for one in samples])
+    slopes = _least_squares(x, resampled)[0]
     rest = medians - at_zero - slope * x
     spread = float(((medians - medians.mean()) ** 2).sum())
     return Fit(
         name,
         float(slope),
-        interval_of(np.asarray(slopes)),
+        interval_of(np.asarray(slopes), CONFIDENCE),
         float(at_zero),
         1 - float((rest**2).sum()) / spread if spread else 1.0,
         sum(one.n for one in samples),

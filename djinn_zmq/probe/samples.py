@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+CHUNK = 200_000  # samples
 SEED = 20261123  # the same samples give the same interval
 
 Seconds = npt.NDArray[np.float64]
@@ -84,7 +85,7 @@ class Samples:
 
     def interval_s(self) -> Interval:
         """Bootstrap interval of the median, in seconds."""
-        return interval_of(_medians(self.seconds, round_draws(self.rounds)))
+        return interval_of(resampled_medians(self.seconds, round_draws(self.rounds)))
 
     def as_json(self) -> dict[str, Any]:
         """All of it, the samples too, as JSON values. Seconds throughout."""
@@ -152,7 +153,7 @@ def ratio(
     draws = round_draws(above.rounds)
     paired = above.rounds == below.rounds
     others = draws if paired else round_draws(below.rounds, SEED + 1)
-    ratios = _medians(above.seconds, draws) / _medians(below.seconds, others)
+    ratios = resampled_medians(above.seconds, draws) / resampled_medians(below.seconds, others)
     return Ratio(
         name or f"{above.name} / {below.name}",
         above.median_s / below.median_s,
@@ -168,12 +169,19 @@ def round_draws(rounds: int, seed: int = SEED) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
 
 
-def _medians(seconds: Seconds, draws: npt.NDArray[np.int64]) -> Seconds:
-    """float64 (RESAMPLES,): one resample at a time, so memory stays that of the samples."""
-    return np.array([np.median(seconds[drawn]) for drawn in draws], np.float64)
+def resampled_medians(seconds: Seconds, draws: npt.NDArray[np.int64]) -> Seconds:
+    """float64 (RESAMPLES,): some resamples at a time, so memory stays near that of the samples."""
+    at_once = max(1, CHUNK // max(1, seconds.size))
+    return np.concatenate(
+        [
+            np.median(seconds[draws[begin : begin + at_once]].reshape(-1, seconds.size), axis=1)
+            for begin in range(0, len(draws), at_once)
+        ]
+    )
 
 
-def interval_of(values: Seconds) -> Interval:
-    tail = 50 * (1 - CONFIDENCE)
+def interval_of(values: Seconds, confidence: float = CONFIDENCE) -> Interval:
+    """The middle of resampled *values*: float64 (RESAMPLES,)."""
+    tail = 50 * (1 - confidence)
     low, high = np.percentile(values, [tail, 100 - tail])
     return Interval(float(low), float(high))

@@ -1,0 +1,211 @@
+"""What is to be compared: resuming a checkpoint through a Djinn server. `python -m bench.djinn_resume`.
+
+    transport   lane, ipc, tcp
+    end         ready: until layer N+1 could run; logits: the layers behind it and the head as well
+    edits       none; one row; all of the activation replaced
+    tier        where the checkpoint lies when it is resumed: device, host, disk
+
+Each is varied alone, the others at the first that there is; `every_combination` does all with all.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import djinn_zmq as djinn
+from bench.cases import Found, Timed
+from bench.config import ResumeLatency
+from djinn_zmq.client.model import Model
+from djinn_zmq.client.run import Checkpoint
+from djinn_zmq.errors import RequestError
+from djinn_zmq.probe import features
+from djinn_zmq.probe.results import NotMeasured
+from djinn_zmq.probe.rungs import resuming
+from djinn_zmq.spans import Spans
+
+NAME = "djinn"
+UNEDITED = "none"
+
+
+@dataclass(slots=True)
+class Client:
+    """One way to the server. points: checkpoints by layer, of one run."""
+
+    transport: str
+    model: Model
+    points: dict[int, Checkpoint] = field(default_factory=dict)
+    row: np.ndarray | None = None  # float32 (hidden_size,)
+
+
+@dataclass(slots=True)
+class Djinn:
+    """All clients of the experiment. spans: by variant, of the resumes made so far."""
+
+    clients: list[Client]
+    missing: list[NotMeasured]
+    spans: dict[str, list[Spans]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Client:
+        return self.clients[0]
+
+
+def connect(
+    endpoints: dict[str, str], config: ResumeLatency, model: str, stack: ExitStack
+) -> Djinn:
+    """A client for each transport that is asked for and there. Raises Unreachable, UnknownModel.
+
+    endpoints: "ipc", "tcp" → endpoint.
+    """
+    found = Djinn([], [])
+    key = None if config.key is None else Path(config.key)
+    for transport in config.transports:
+        scheme = "ipc" if transport == "lane" else transport
+        if transport == "lane" and not features.LANE:
+            found.missing.append(NotMeasured("djinn by lane", "this version has no lane"))
+            continue
+        if scheme not in endpoints:
+            why = f"the server that was named has no {scheme} endpoint for this program"
+            found.missing.append(NotMeasured(f"djinn by {transport}", why))
+            continue
+        options = features.lane(transport == "lane")
+        server = stack.enter_context(
+            djinn.connect(endpoints[scheme], key=key, progress=None, **options)
+        )
+        found.clients.append(Client(transport, server.model(model)))
+    if not found.clients:
+        raise RequestError(
+            f"none of the transports {', '.join(config.transports)} is there: nothing to measure"
+        )
+    return found
+
+
+def save(found: Djinn, ids: np.ndarray, layers: list[int]) -> None:
+    """One run a client that keeps a checkpoint after each of *layers*. Raises LayerError."""
+    for client in found.clients:
+        client.points = client.model.run(ids, save_at=layers).checkpoints
+        client.row = np.zeros(client.model.hidden_size, np.float32)
+
+
+def exact(found: Djinn, plain_bits: bytes) -> tuple[int, int]:
+    """(how many unedited resumes equal the plain model of this process bit for bit, of how many)."""
+    equal = [
+        point.resume().logits.tobytes() == plain_bits
+        for client in found.clients
+        for point in client.points.values()
+    ]
+    return sum(equal), len(equal)
+
+
+def cases(found: Djinn, config: ResumeLatency) -> Found:
+    chosen: Found = list(found.missing)
+    for transport, end, edit, tier in _variants(config, [one.transport for one in found.clients]):
+        client = next(one for one in found.clients if one.transport == transport)
+        variant = f"{transport}, to {end}, edited {edit}" + (f", from {tier}" if tier else "")
+        why = _unreachable_tier(client, tier)
+        if why is not None:
+            chosen.append(NotMeasured(f"{NAME}: {variant}", why))
+            continue
+        for layer, point in client.points.items():
+            chosen.append(_case(found, client, point, layer, variant, (end, edit, tier)))
+    return chosen
+
+
+def _variants(
+    config: ResumeLatency, transports: list[str]
+) -> Iterator[tuple[str, str, str, str | None]]:
+    """(transport, end, edit, tier); tier None: wherever the engine keeps it."""
+    axes: list[list[Any]] = [
+        transports,
+        list(config.ends),
+        list(config.edits),
+        [None, *config.tiers],
+    ]
+    if config.every_combination:
+        yield from itertools.product(*axes)
+        return
+    base = [axis[0] for axis in axes]
+    chosen = [tuple(base)]
+    for place, axis in enumerate(axes):
+        chosen += [(*base[:place], value, *base[place + 1 :]) for value in axis[1:]]
+    if "logits" in config.ends:  # every way's whole as well, for who does not care for halves
+        chosen += [(way, "logits", base[2], None) for way in transports]
+    yield from dict.fromkeys(chosen)
+
+
+def _case(
+    found: Djinn,
+    client: Client,
+    point: Checkpoint,
+    layer: int,
+    variant: str,
+    what: tuple[str, str, str | None],
+) -> Timed:
+    end, edit, tier = what
+    options: dict[str, Any] = {}
+    if edit == "row":
+        options["edits"] = [djinn.Add(client.row, at=(0, -1))]
+    elif edit == "all":
+        options["hidden"] = np.asarray(point.hidden)
+    spans = found.spans.setdefault(variant, [])
+    task = resuming(point, client.model, spans, ready=end == "ready", **options)
+    more = {"transport": client.transport, "end": end, "edit": edit, "tier": tier or point.tier}
+    before = task.before
+    if tier is not None and features.TIERS:
+        before = _in_tier(point, tier, before)
+    return Timed(NAME, variant, layer, task.call, before, more=more)
+
+
+def _unreachable_tier(client: Client, tier: str | None) -> str | None:
+    """Why no checkpoint can be had in *tier*, or None."""
+    kept = next(iter(client.points.values())).tier
+    if features.TIERS or tier in (None, kept):
+        return None
+    return f"checkpoints are kept in the {kept} tier only: this version has no point.evict"
+
+
+def _in_tier(
+    point: Checkpoint, tier: str, before: Callable[[], object] | None
+) -> Callable[[], object]:
+    """What brings *point* to *tier* in front of each call."""
+
+    def bring() -> None:
+        if before is not None:
+            before()
+        if tier == "device":
+            point.prefetch()  # type: ignore[attr-defined,unused-ignore]
+        else:
+            point.evict(to=tier)  # type: ignore[attr-defined,unused-ignore]
+        if point.tier != tier:
+            raise RuntimeError(f"asked for the {tier} tier, the checkpoint is in {point.tier}")
+
+    return bring
+
+
+def spans_table(found: Djinn, most: int) -> dict[str, list[dict[str, Any]]]:
+    """Where each variant's time goes: the median of each span over the last *most* resumes."""
+    made = {}
+    for variant, spans in found.spans.items():
+        last = spans[-most:]
+        if not last:
+            continue
+        made[f"spans: {variant}"] = [
+            {
+                "span": name,
+                "median_us": float(np.median([one[place][1] for one in last])) / 1e3,
+                "n": len(last),
+            }
+            for place, (name, _) in enumerate(last[0])
+        ]
+    return made
+
+
+if __name__ == "__main__":
+    from bench.resume_latency import only
+
+    only(NAME)

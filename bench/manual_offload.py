@@ -1,0 +1,99 @@
+"""Baseline: a pinned copy in host memory and a copy back, by hand. `python -m bench.manual_offload`.
+
+The "speed of light" of the prototype's experiment: what somebody pays who writes the CUDA calls
+themselves, for one activation whose place they know. Nothing is checked, shared, named or freed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import Found, Timed, both_clocks
+from bench.plain import Plain
+from djinn_zmq.probe.results import NotMeasured
+
+NAME = "manual_offload"
+PREALLOCATED, PER_CALL = "preallocated", "allocated in each call"
+HIDDEN, WITH_KV = "hidden state", "hidden state and KV"
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Tensors in host memory and where they go on the device, in the order they are copied."""
+
+    host: list[torch.Tensor]
+    device: list[torch.Tensor]
+
+    def add(self, like: torch.Tensor, pinned: bool) -> None:
+        host = torch.empty_like(like, device="cpu", pin_memory=pinned)
+        host.zero_()  # touched: no page fault is measured
+        self.host.append(host)
+        self.device.append(torch.empty_like(like))
+
+
+def cases(plain: Plain, layers: list[int]) -> Found:
+    """The activation, alone and with the keys and values of layers 1..N, from host memory."""
+    hidden, cache = Pairs([], []), Pairs([], [])
+    hidden.add(plain.hidden[0], plain.cuda)
+    hidden.host[0].copy_(plain.hidden[0])
+    entry = _kv_entry(plain)
+    for _ in range(2 * max(layers, default=0)):
+        cache.add(entry, plain.cuda)
+    found: Found = []
+    if not plain.cuda:
+        why = "no GPU: a copy within host memory stands in its place, under the same name"
+        found.append(NotMeasured(f"{NAME} from pinned memory to a GPU", why))
+    for layer in layers:
+        count = 2 * layer
+        what = {
+            HIDDEN: hidden,
+            WITH_KV: Pairs(hidden.host + cache.host[:count], hidden.device + cache.device[:count]),
+        }
+        for kind, pairs in what.items():
+            for how, copy in ((PREALLOCATED, _copy), (PER_CALL, _allocate_and_copy)):
+                found += _timed(plain, layer, f"{kind}, {how}", copy, pairs)
+    return found
+
+
+def _timed(
+    plain: Plain, layer: int, variant: str, copy: Callable[..., None], pairs: Pairs
+) -> Found:
+    def make(**clock: object) -> Timed:
+        def call() -> None:
+            copy(pairs, plain)
+            if not clock:
+                plain.wait()
+
+        return Timed(NAME, variant, layer, call, **clock)
+
+    return both_clocks(make, plain.cuda)
+
+
+def _copy(pairs: Pairs, plain: Plain) -> None:
+    for host, device in zip(pairs.host, pairs.device, strict=True):
+        device.copy_(host, non_blocking=True)
+
+
+def _allocate_and_copy(pairs: Pairs, plain: Plain) -> None:
+    """New memory on the device each time, from torch's caching allocator."""
+    for host in pairs.host:
+        if plain.cuda:
+            host.to(plain.device, non_blocking=True)
+        else:
+            host.clone()
+
+
+def _kv_entry(plain: Plain) -> torch.Tensor:
+    """A tensor like one layer's keys: (1, kv_heads, positions, head_dim), without values."""
+    config = plain.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    like = plain.hidden[0]
+    return torch.empty((1, heads, like.shape[1], width), dtype=like.dtype, device=like.device)
+
+
+if __name__ == "__main__":
+    from bench.resume_latency import only
+
+    only(NAME)

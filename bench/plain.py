@@ -1,0 +1,99 @@
+"""The same model in this process, without Djinn: what all baselines are measured on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from djinn_zmq.engine import shapes
+from djinn_zmq.probe.device_time import waits
+
+
+class Plain:
+    """ids: int64 (1, positions), on the device. hidden: the residual after 0..L layers, each
+    (1, positions, hidden_size)."""
+
+    def __init__(self, source: str, dtype: str, device: str, ids: np.ndarray, threads: int) -> None:
+        """source: of the served model: "random:SHAPE", a directory or a hub id."""
+        torch.set_num_threads(
+            threads
+        )  # the number shows in a CPU's last bits: as many as the engine
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.wait = waits(self.device)
+        self.model = _model(source, dtype, self.device)
+        self.ids = torch.from_numpy(ids).to(self.device)
+        self.decoder = self.model.get_decoder()
+        self.layers = list(self.decoder.layers)
+        self.hidden = self._hidden_states()
+
+    def _hidden_states(self) -> list[torch.Tensor]:
+        """By hooks, not by `output_hidden_states`: that one norms the last of them."""
+        hidden: list[torch.Tensor] = []
+
+        def before_first(_: Any, args: Any, kwargs: Any) -> None:
+            hidden.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(_: Any, args: Any, out: Any) -> None:
+            hidden.append(out[0] if isinstance(out, tuple) else out)
+
+        hooks = [self.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+        hooks += [layer.register_forward_hook(after) for layer in self.layers]
+        try:
+            self.model(self.ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden
+
+    @property
+    def activation_nbytes(self) -> int:
+        return int(self.hidden[0].nbytes)
+
+    def forward(self) -> torch.Tensor:
+        """The uninterrupted model: logits (1, positions, vocab), done when it returns."""
+        logits: torch.Tensor = self.model(self.ids, use_cache=False).logits
+        self.wait()
+        return logits
+
+    def forward_keeping_all(self) -> None:
+        """What a researcher writes by hand: every layer's output stays on the device."""
+        self.model(self.ids, use_cache=False, output_hidden_states=True)
+        self.wait()
+
+    def up_to(self, layer: int, *, wait: bool = True) -> None:
+        """Embedding and layers 1..N: what has to be run again to have the activation."""
+        self._run(self.layers[:layer], self.decoder, wait, input_ids=self.ids)
+
+    def from_layer(self, layer: int, *, wait: bool = True) -> None:
+        """Layers N+1..L, norm and head, on an activation that is in its place."""
+        self._run(self.layers[layer:], self.model, wait, inputs_embeds=self.hidden[layer])
+
+    def _run(self, layers: Sequence[Any], module: Any, wait: bool, **inputs: Any) -> None:
+        whole = self.decoder.layers, self.decoder.config.num_hidden_layers
+        self.decoder.layers = torch.nn.ModuleList(layers)
+        self.decoder.config.num_hidden_layers = len(layers)
+        try:
+            module(**inputs, use_cache=False)
+            if wait:
+                self.wait()
+        finally:
+            self.decoder.layers, self.decoder.config.num_hidden_layers = whole
+
+    def last_logits(self) -> bytes:
+        """The bits of the last position's logits."""
+        return bits(self.forward()[:, -1])
+
+
+def bits(data: torch.Tensor) -> bytes:
+    return data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _model(source: str, dtype: str, device: torch.device) -> Any:
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if source.startswith(shapes.PREFIX):
+        return shapes.make(source.removeprefix(shapes.PREFIX), wanted, device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+    return model.to(device).eval()

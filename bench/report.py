@@ -1,0 +1,118 @@
+"""What the resume experiment's samples say: fits, ratios, checks; on the terminal and as files."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from djinn_zmq.probe import fits, tables
+from djinn_zmq.probe.results import Check, Results, write
+from djinn_zmq.probe.samples import Samples, ratio
+
+FILES = {
+    "recompute": "recompute_latency.json",
+    "manual_offload": "manual_offload_latency.json",
+    "djinn": "djinn_resume_latency.json",
+}
+MERGED = "resume_latency.json"
+OFFLOAD = "hidden state, preallocated"
+# Targets on a GPU, as ratios to the manual offload (ready) and to the model's own layers (logits).
+READY_LIMITS = {("lane", "none"): 0.5, ("lane", "row"): 1.0, ("lane", "all"): 1.6}
+LOGITS_LIMIT = 1.02
+
+
+def add_findings(results: Results) -> None:
+    """Fits of everything that has a layer, ratios to what it is compared with, and the two checks
+    that the experiment is about: recompute rises with depth, a resume does not."""
+    by_variant: dict[tuple[str, str, str], dict[int, Samples]] = {}
+    for one in results.samples:
+        label = one.labels
+        if label["layer"] is not None:
+            key = (label["baseline"], label["variant"], label["clock"])
+            by_variant.setdefault(key, {})[label["layer"]] = one
+    found = {}
+    for (baseline, variant, clock), samples in by_variant.items():
+        if len(samples) >= 3:
+            on = "" if clock == "host" else f" ({clock} time)"
+            found[baseline, variant, clock] = fits.line(f"{baseline}: {variant}{on}", samples)
+    results.fits = list(found.values())
+    results.ratios = _ratios(results, by_variant)
+    kept = [one for one in results.checks if "bits" in one.what]
+    results.checks = kept + _checks(found, by_variant)
+
+
+def _ratios(results: Results, by_variant: dict) -> list:  # type: ignore[type-arg]
+    on_gpu = results.settings.get("device") != "cpu"
+    offload = by_variant.get(("manual_offload", OFFLOAD, "host"), {})
+    rest = by_variant.get(("eager", "layers N+1..L and head", "host"), {})
+    found = []
+    for (baseline, _, _), samples in by_variant.items():
+        if baseline != "djinn":
+            continue
+        for layer, one in samples.items():
+            label = one.labels
+            if label["end"] == "ready" and layer in offload:
+                limit = READY_LIMITS.get((label["transport"], label["edit"])) if on_gpu else None
+                name = f"{one.name} / manual offload"
+                found.append(ratio(one, offload[layer], name=name, limit=limit))
+            elif label["end"] == "logits" and label["edit"] == "none" and layer in rest:
+                name = f"{one.name} / the model's own layers"
+                limit = LOGITS_LIMIT if on_gpu else None
+                found.append(ratio(one, rest[layer], name=name, limit=limit))
+    return found
+
+
+def _checks(found: dict, by_variant: dict) -> list[Check]:  # type: ignore[type-arg]
+    checks = []
+    rising = found.get(("recompute", "to layer N", "host"))
+    if rising is not None:
+        checks.append(Check("recompute rises with depth", rising.rises, str(rising)))
+    for key, fit in found.items():
+        first = next(iter(by_variant[key].values())).labels
+        if key[0] == "djinn" and first["end"] == "ready":
+            checks.append(
+                Check(
+                    f"{fit.name} is flat",
+                    fit.flat,
+                    f"{fit}; largest over smallest median {fit.spread:.2f}",
+                )
+            )
+    return checks
+
+
+def write_all(results: Results, folder: Path) -> None:
+    """A file for each of the prototype's three, and one with everything."""
+    for baseline, name in FILES.items():
+        samples = [one for one in results.samples if one.labels["baseline"] == baseline]
+        if samples:
+            write(_part(results, baseline, samples), folder / name)
+    write(results, folder / MERGED)
+
+
+def _part(results: Results, baseline: str, samples: Sequence[Samples]) -> Results:
+    ours = f"{baseline}:"
+    return replace(
+        results,
+        bench=FILES[baseline].removesuffix(".json"),
+        samples=list(samples),
+        fits=[one for one in results.fits if one.name.startswith(ours)],
+        ratios=[one for one in results.ratios if one.name.startswith(ours)],
+        checks=[one for one in results.checks if baseline == "djinn" or ours in one.found],
+        not_measured=[one for one in results.not_measured if baseline in one.what],
+        tables=results.tables if baseline == "djinn" else {},
+    )
+
+
+def show(results: Results) -> None:
+    click.echo("\n" + tables.of_samples("all cases", results.samples, "ms"))
+    if results.ratios:
+        click.echo("\n" + tables.of_ratios("at the medians", results.ratios))
+    click.echo()
+    for fit in results.fits:
+        click.echo(str(fit))
+    click.echo()
+    for check in results.checks:
+        click.echo(str(check))
+    for one in results.not_measured:
+        click.echo(str(one))

@@ -1,0 +1,132 @@
+"""The resume experiment runs end to end on `tiny`. What it finds is not asserted, but that it finds
+everything it was asked for, or says by name what it could not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench import resume_latency
+from djinn_zmq.probe import schema
+from djinn_zmq.probe.serving import own_server, sockets_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--model=tiny", "--device=cpu", "--max-length=6", "--warmup=0", "--per-turn=1")
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "bench.resume_latency", *options]
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*options), cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def served():
+    with sockets_folder() as folder, own_server(folder, "--threads=1") as one:
+        yield one
+
+
+def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(tmp_path):
+    ended = run(*TINY, "--repeat=4", "--layers", "1", "2", "4", f"--output-dir={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    found = schema.read(tmp_path / "resume_latency.json")
+    assert found.checks[0].held, "unedited resumes must equal the plain model's bits"
+    cases = {(one.labels["baseline"], one.labels["layer"]) for one in found.samples}
+    for baseline in ("recompute", "manual_offload", "eager", "djinn"):
+        assert {(baseline, layer) for layer in (1, 2, 4)} <= cases
+    assert ("prototype", None) in cases
+    missing = " ".join(one.what for one in found.not_measured)
+    measured = " ".join(one.name for one in found.samples)
+    for wanted in ("nnsight", "lane", "from device", "from host", "from disk", "pinned"):
+        assert wanted in missing or wanted in measured
+    assert all(one.n == 4 for one in found.samples)
+    rising = [fit for fit in found.fits if fit.name == "recompute: to layer N"]
+    assert rising[0].depths == [1, 2, 4] and "us a layer" in ended.stdout
+    for name in ("recompute", "manual_offload", "djinn_resume"):
+        part = schema.read(tmp_path / f"{name}_latency.json")
+        assert {one.labels["baseline"] for one in part.samples} == {name.removesuffix("_resume")}
+    table = found.tables["spans: ipc, to logits, edited none"]
+    assert "compute" in {row["span"] for row in table}
+
+
+def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path):
+    options = (*TINY, "--baselines", "djinn", "recompute", "--edits", "none", "--layers", "1", "2",
+               "--ends", "ready", "--tiers", "host", f"--output-dir={tmp_path}")  # fmt: skip
+    kept = tmp_path / "rounds.jsonl"
+    with sockets_folder() as folder, own_server(folder, "--threads=1") as one:
+        process = subprocess.Popen(
+            command(*options, "--repeat=100000", f"--server={one.ipc}"),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        limit = time.monotonic() + 60
+        while not (kept.exists() and kept.read_text().count('"round"') > 2):
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.01)
+        os.kill(one.pids[0], signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("Error: the server is gone in mid-benchmark") and str(kept) in last
+    assert "Traceback" not in said
+    partial = schema.read(tmp_path / "resume_latency.json")
+    done = partial.settings["rounds_taken"]
+    assert done >= 3 and partial.not_measured[-1].why == "the run was interrupted"
+
+    ended = run(*options, f"--repeat={done + 2}")
+    assert ended.returncode == 0, ended.stderr
+    assert f"going on after {done} of {done + 2} rounds" in ended.stdout
+    whole = schema.read(tmp_path / "resume_latency.json")
+    assert whole.settings["rounds_taken"] == done + 2 and whole.settings["sittings"] == 2
+    assert whole.samples[0].samples[:done] == partial.samples[0].samples
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "5"], 'layer 5 does not exist: "tiny" has 4 layers (0-4)'),
+        (["--server=127.0.0.1:1"], "no server answers at tcp://127.0.0.1:1"),
+        (["--repeat=0"], "repeat is 0: it must be at least 1"),
+        (["--config=no-such.yaml"], "no-such.yaml cannot be read: No such file or directory"),
+        (["--model=nobody/nothing/never"], "nobody/nothing/never"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence_before_anything_is_measured(
+    tmp_path, served, options, words
+):
+    server = () if any("--server" in one for one in options) else (f"--server={served.ipc}",)
+    ended = CliRunner().invoke(
+        resume_latency.main, [*TINY, *server, *options, f"--output-dir={tmp_path}"]
+    )
+    assert ended.exit_code == 1 and ended.exception.__class__ is SystemExit
+    assert words in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "resume_latency.json").exists()
+
+
+def test_a_wrong_key_in_the_file_is_named_with_those_that_are_allowed(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: tiny\nlayrs: [1]\n")
+    ended = CliRunner().invoke(resume_latency.main, [f"--config={path}"])
+    assert ended.exit_code == 1
+    assert 'there is no key "layrs": allowed are baselines' in ended.stderr
+
+
+def test_each_baseline_is_a_command_of_its_own(tmp_path, served):
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.recompute", *TINY, "--repeat=2", "--layers", "1", "2", "3",
+         f"--server={served.tcp}", f"--output-dir={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "recompute_latency.json").read_text())
+    assert {one["labels"]["baseline"] for one in found["samples"]} == {"recompute"}
+    assert not (tmp_path / "djinn_resume_latency.json").exists()
