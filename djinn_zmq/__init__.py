@@ -12,11 +12,13 @@ with djinn.connect() as server:
 from typing import Any
 
 from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Skip, Zero
+from djinn_zmq.client.generation import Generation
 from djinn_zmq.client.looks import Diff, Lens, Top
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.server import Server, connect
 from djinn_zmq.client.stops import Break, HasNaN, Norm, Step, Token
+from djinn_zmq.client.talk import Session
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.version import __version__
 
@@ -26,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "Diff",
     "DjinnError",
+    "Generation",
     "HasNaN",
     "Lens",
     "Lerp",
@@ -36,6 +39,7 @@ __all__ = [
     "Run",
     "Scale",
     "Server",
+    "Session",
     "Set",
     "Skip",
     "Step",

@@ -332,8 +332,14 @@ class Connection:
         if isinstance(meta, messages.RunReply):
             for kept in meta.checkpoints:
                 self.forget(session, kept.id)
-            if meta.logits_id:
-                self.forget(session, meta.logits_id)
+            for number in (meta.logits_id, meta.branch):
+                if number:
+                    self.forget(session, number)
+        elif isinstance(meta, (messages.Token, messages.Generated)):
+            for kept in meta.checkpoints:
+                self.forget(session, kept.id)
+            if isinstance(meta, messages.Generated) and meta.branch:
+                self.forget(session, meta.branch)
         elif isinstance(meta, LookReply):
             for seen in meta.seen:
                 if seen.id:
@@ -424,7 +430,8 @@ class Connection:
         return self._monitor.getsockopt(zmq.FD)
 
     def forget(self, session: int, number: int) -> None:
-        """Nobody refers to a kept tensor any more. Safe to call from a finalizer."""
+        """Nobody refers to a kept tensor any more; number 0: to the session. Safe to call from a
+        finalizer."""
         self._garbage.append((session, number))
 
     def _release_garbage(self) -> None:
@@ -434,9 +441,10 @@ class Connection:
             by_session.setdefault(session, []).append(number)
         while by_session:
             session, numbers = by_session.popitem()
+            ended = 0 in numbers  # the session itself is forgotten, and all of it
             frame = codec.encode(
-                Op.RELEASE,
-                messages.Release(tuple(numbers)),
+                Op.CLOSE if ended else Op.RELEASE,
+                messages.Close() if ended else messages.Release(tuple(numbers)),
                 flags=Flag.ONE_WAY,
                 request=self._next_request(),
                 session=session,

@@ -8,16 +8,16 @@ import numpy as np
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
+from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Run, ask
-from djinn_zmq.client.session import Session
+from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
-from djinn_zmq.errors import PromptError
+from djinn_zmq.client.talk import Session
+from djinn_zmq.errors import NoSessions, RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
-
-Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, positions)
 
 
 class Model:
@@ -27,7 +27,7 @@ class Model:
     info: all that is known of it.
     """
 
-    def __init__(self, server: Any, session: Session, on_close: Callable[["Model"], None]) -> None:
+    def __init__(self, server: Any, session: Channel, on_close: Callable[["Model"], None]) -> None:
         """server: the `Server` it was opened on. on_close: told when the session is closed."""
         self.server = server
         self.session_id: int = session.id
@@ -79,15 +79,34 @@ class Model:
     ) -> Operation[Run]:
         parcel = Parcel(self.connection, self.session_id)
         try:
-            texts = _texts(prompt)
+            texts = texts_of(prompt)
             ids = None
             if not texts:
-                ids = yield from parcel.place(_ids(prompt))
+                ids = yield from parcel.place(ids_of(prompt))
             on_wire = yield from placed_edits(edits, parcel)
             meta = messages.Run(texts, ids, wanted, on_wire)
             return (yield from ask(self._session, Op.RUN, meta, parcel, timeout_s))
         finally:
             parcel.settle()
+
+    def session(self, *, static: int = 0) -> Any:
+        """Open a conversation of its own, with a KV cache: a `Session`, for a `with` block.
+
+        static: positions of a static cache, as transformers' StaticCache; 0: one that grows.
+        Raises NoSessions for a model whose cached steps are not exact.
+        """
+        return self.drive(self._open_session(static))
+
+    def _open_session(self, static: int) -> Operation[Session]:
+        if self.info.no_sessions:
+            raise NoSessions(f'"{self.name}" serves no sessions: {self.info.no_sessions}')
+        reply = yield Call(Op.OPEN, messages.Open(self.name), progress=self._session.progress)
+        channel = self._session
+        session = Session(
+            channel.connection, channel.drive, channel.progress, reply.meta, _static(static)
+        )
+        self.server.conversations.add(session)
+        return session
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""
@@ -128,28 +147,7 @@ class Model:
         )
 
 
-def _texts(prompt: Prompt) -> tuple[str, ...]:
-    if isinstance(prompt, str):
-        return (prompt,)
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt):
-        return tuple(prompt)
-    return ()
-
-
-def _ids(prompt: Prompt) -> np.ndarray:
-    """Token ids as int64 (batch, positions). Raises PromptError."""
-    try:
-        array = np.asarray(prompt)
-    except ValueError as exc:
-        raise PromptError(
-            "the prompts have different lengths: prompts of one batch must have the same number "
-            "of tokens; run them one by one"
-        ) from exc
-    if array.size == 0:
-        raise PromptError("an empty prompt cannot be run")
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise PromptError(
-            f"a prompt of {array.dtype} and shape {array.shape}: give text, a list of texts, or "
-            "int token ids of shape (positions,) or (batch, positions)"
-        )
-    return np.ascontiguousarray(array.reshape(-1, array.shape[-1]), np.int64)
+def _static(value: Any) -> int:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
+        return int(value)
+    raise RequestError(f"static={value!r}: a number of positions, or 0 for a cache that grows")

@@ -86,6 +86,9 @@ class Parts(Generic[T, R]):
         return
         yield
 
+    def _on_sent(self, request: int) -> None:
+        """The request is on its way."""
+
     def _step(self) -> Operation[Any]:
         if self._over:
             return _OVER
@@ -94,6 +97,7 @@ class Parts(Generic[T, R]):
             if self._request is None:
                 call = yield from self._ask
                 self._request = connection.send(call)
+                self._on_sent(self._request)
                 gone = weakref.finalize(self, connection.abandon_later, self._request)
                 gone.atexit = False
             message = yield Next(self._request)

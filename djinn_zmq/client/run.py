@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -12,6 +12,7 @@ from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top
+from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
@@ -19,9 +20,10 @@ from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
+from djinn_zmq.wire.edits import Edit as WireEdit
 from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import DTYPES, Slot, dtype_name, view
+from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, dtype_name, view
 
 
 class Checkpoint(Looks):
@@ -39,12 +41,14 @@ class Checkpoint(Looks):
         kept: Kept,
         ids: np.ndarray,
         base: "Checkpoint | None" = None,
+        way: "Way | None" = None,
     ) -> None:
         """ids: its run's, int64 (batch, positions). base: for one inside a layer, that layer's
-        input, kept as long as this."""
+        input, kept as long as this. way: how it was come to."""
         self._session = session
         self._kept = kept
         self._ids = ids
+        self._way = way or Way()
         self.id: int = kept.id
         self.layer: int = kept.layer
         self.place: str = kept.place
@@ -98,14 +102,52 @@ class Checkpoint(Looks):
     ) -> Operation["Run"]:
         parcel = Parcel(self._session.connection, self._kept.session)
         try:
-            on_wire = yield from placed_edits(edits, parcel)
-            placed = None
-            if hidden is not None:
-                placed = yield from parcel.place(as_hidden(hidden, self.dtype))
+            placed, on_wire = yield from self.carry(edits, hidden, parcel)
             meta = messages.Resume(self.id, placed, on_wire, wanted)
-            return (yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s))
+            way = Way(self, self._way.before)
+            run = yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s, way)
+            self._session.stand_at(run)
+            return run
         finally:
             parcel.settle()
+
+    def generate(
+        self,
+        max_new_tokens: int | None = None,
+        edits: Sequence[Edit] = (),
+        *,
+        hidden: Any = None,
+        **more: Any,
+    ) -> Any:
+        """Go on from here, in a session: the rest of this forward, then token by token.
+
+        edits, hidden: as in `resume`. The rest as in `Session.generate`.
+        """
+        return self._session.generate_from(self, max_new_tokens, edits, hidden, **more)
+
+    @property
+    def history(self) -> list["Checkpoint"]:
+        """The checkpoints on the way here that are still kept, oldest first, this one last.
+
+        They are kept as long as this one is referred to, or until they are released.
+        """
+        found: list[Checkpoint] = []
+        point: Checkpoint | None = self
+        while point is not None:
+            if point.kept:
+                found.append(point)
+            point = point._way.previous
+        return found[::-1]
+
+    @property
+    def position(self) -> int:
+        """Tokens of its conversation up to here, its own forward's included."""
+        return len(self._way.before) + self._ids.shape[1]
+
+    @property
+    def kept(self) -> bool:
+        """False once it was released."""
+        return self._released.alive
 
     def release(self) -> Any:
         """Give its memory back now. Resuming it afterwards raises UnknownCheckpoint."""
@@ -121,6 +163,16 @@ class Checkpoint(Looks):
         where = f"at {self.place}" if self.place else f"after layer {self.layer}"
         return f"<checkpoint {where}: {self.dtype} {self.shape}, {self.tier}>"
 
+    def carry(
+        self, edits: Sequence[Edit], hidden: Any, parcel: Parcel
+    ) -> Operation[tuple[Tensor | None, tuple[WireEdit, ...]]]:
+        """Edits and a hidden state in its place, as they travel with *parcel*."""
+        on_wire = yield from placed_edits(edits, parcel)
+        placed = None
+        if hidden is not None:
+            placed = yield from parcel.place(as_hidden(hidden, self.dtype))
+        return placed, on_wire
+
 
 class Run:
     """What a run came to: finished with logits, or stopped at a layer with a checkpoint.
@@ -131,8 +183,10 @@ class Run:
     spans: where the time went; print it.
     """
 
-    def __init__(self, session: Session, message: Message) -> None:
+    def __init__(self, session: Session, message: Message, way: "Way | None" = None) -> None:
+        """way: how it was come to; its checkpoints are the next steps on it."""
         reply: RunReply = message.meta
+        way = way or Way()
         self._session = session
         self._message = message
         self._logits: np.ndarray | None = None
@@ -141,22 +195,15 @@ class Run:
         self.layer: int = reply.layer
         self.spans = Spans()
         self.ids = np.array(view(reply.ids, message.buffers))
-        self.checkpoints = self._made(reply.checkpoints)
+        self.checkpoints = along(session, reply.checkpoints, self.ids, way)
+        self.mark: Mark | None = None
+        if reply.branch:
+            last = list(self.checkpoints.values())[-1] if self.checkpoints else way.previous
+            ids = np.concatenate([way.before, self.ids[0]])
+            self.mark = Mark(session.connection, session.id, reply.branch, ids, last)
         if reply.logits_id:
             release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
-
-    def _made(self, kepts: Sequence[Kept]) -> dict[int | str, Checkpoint]:
-        inputs = {kept.base for kept in kepts}  # of layers, for what is inside of them
-        found: dict[int | str, Checkpoint] = {}
-        bases: dict[int, Checkpoint] = {}
-        for kept in kepts:
-            point = Checkpoint(self._session, kept, self.ids, bases.get(kept.base))
-            if kept.id in inputs:
-                bases[kept.id] = point
-            else:
-                found[kept.place or kept.layer] = point
-        return found
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -240,10 +287,39 @@ class Run:
         return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
 
 
+class Way(NamedTuple):
+    """How a run was come to."""
+
+    previous: Checkpoint | None = None  # the one it was resumed from, or that came before it
+    before: np.ndarray = np.zeros(0, np.int64)  # the tokens of its conversation before its own
+
+
+def along(
+    session: Session, kepts: Sequence[Kept], ids: np.ndarray, way: Way
+) -> dict[int | str, Checkpoint]:
+    """The checkpoints that a run kept, by layer or by path, each the step before the next."""
+    inputs = {kept.base for kept in kepts}  # of layers, for what is inside of them
+    found: dict[int | str, Checkpoint] = {}
+    bases: dict[int, Checkpoint] = {}
+    for kept in kepts:
+        point = Checkpoint(session, kept, ids, bases.get(kept.base), way)
+        if kept.id in inputs:
+            bases[kept.id] = point
+        else:
+            found[kept.place or kept.layer] = point
+            way = Way(point, way.before)
+    return found
+
+
 def ask(
-    session: Session, op: Op, meta: msgspec.Struct, parcel: Parcel, timeout_s: float | None
+    session: Session,
+    op: Op,
+    meta: msgspec.Struct,
+    parcel: Parcel,
+    timeout_s: float | None,
+    way: Way | None = None,
 ) -> Operation[Run]:
-    """Send a RUN or RESUME and make a Run of the reply."""
+    """Send a RUN, RESUME or CONTINUE and make a Run of the reply."""
     call = Call(
         op,
         meta,
@@ -253,7 +329,7 @@ def ask(
         progress=session.progress,
     )
     reply = yield call
-    run = Run(session, reply)
+    run = Run(session, reply, way)
     # What the engine did not spend between our sending and the reply's coming is the wire's.
     inside = sum(elapsed_ns for _, elapsed_ns in reply.meta.spans)
     run.spans = Spans(

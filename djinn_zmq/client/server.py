@@ -2,6 +2,7 @@
 
 import os
 import sys
+import weakref
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,7 @@ from djinn_zmq.bus.keys import client_keys
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
+from djinn_zmq.client.talk import Session as Conversation
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
@@ -33,6 +35,7 @@ class Server:
         self.connection = connection
         self.progress = progress
         self.welcome: messages.Welcome | None = None
+        self.conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._models: dict[str, Model] = {}
 
     def drive(self, operation: Operation[Any]) -> Any:
@@ -104,6 +107,8 @@ class Server:
                     yield Call(
                         Op.CLOSE, messages.Close(), session=model.session_id, timeout_s=CLOSE_S
                     )
+                for conversation in list(self.conversations):
+                    yield from conversation.end()
         except DjinnError:
             pass  # the server is gone or busy; it finds out by itself
         finally:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.client.connection import Call, Connection, Operation, Progress
+from djinn_zmq.errors import RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
@@ -31,6 +32,15 @@ class Session:
         self.id: int = opened.session
         self.model: ModelInfo = opened.model
         self._pieces: dict[int, str] = {}
+
+    def stand_at(self, run: Any) -> None:
+        """*run* went on from one of this session's checkpoints: that matters to a conversation."""
+
+    def generate_from(self, checkpoint: Any, *_: Any, **__: Any) -> Any:
+        raise RequestError(
+            "a plain run's checkpoint has no past to generate from: run its prompt in a session, "
+            "model.session()"
+        )
 
     def pieces_of(self, ids: np.ndarray) -> Operation[list[str]]:
         """Each id's text, asked for once; "" where the model has no tokenizer."""

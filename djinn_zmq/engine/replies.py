@@ -66,11 +66,14 @@ def of_token(job: TalkJob, token: int, logits: torch.Tensor) -> tuple[Token, Buf
     buffers: Buffers = []
     wanted = job.asked.wanted
     top = top_of(logits, wanted.top) if wanted.logits == "top" else None
+    norm = float(log_norm_of(logits)[0])
     meta = Token(
+        before=None if job.begun else _place(job.tokens, buffers),
         step=job.step,
         id=token,
         text=job.spelling.add(token),
-        log_probability=float(logits[0, token].double() - log_norm_of(logits)[0]),
+        log_probability=float(logits[0, token].double()) - norm,
+        log_norm=norm,
         logits=place_torch(logits, buffers) if wanted.logits == "last" else None,
         top_values=None if top is None else place_torch(top[0], buffers),
         top_ids=None if top is None else place_torch(top[1], buffers),

@@ -7,6 +7,7 @@ branches go on from one past side by side and never see each other.
     step              0             0           1            1       a stop is in a step, at a layer
 """
 
+import sys
 from collections.abc import Generator, Sequence
 
 import msgspec
@@ -101,9 +102,9 @@ class Talker:
             tokens = self._with_prompt(asked, start, buffers, session, model)
             if not tokens.size:
                 raise PromptError("neither text nor token ids: nothing to generate from")
-            if asked.max_new_tokens < 1:
+            if asked.max_new_tokens < 0:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
-            _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens)
+            _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             check_wanted(asked.wanted, 0, model, 1)
             _check_skips_nothing(asked.edits)
         hidden = None
@@ -196,23 +197,25 @@ class Talker:
         if hidden is not None:
             logits = yield from self._step(job, hidden)
         if not job.reason and tokens.shape[1] > job.working.length:
+            if tokens.shape[1] > job.tokens.shape[1]:  # a prompt: it is another generation
+                job.step = 0
             job.tokens = tokens
             logits = yield from self._step(job, None)
         ends = job.model.ends if job.asked.ends is None else job.asked.ends
-        made = 0
+        made, most = 0, job.asked.max_new_tokens or _room(job)
         while not job.reason:
             assert logits is not None and job.step is not None
             token = job.sampler.draw(logits)
             if job.kept:
                 yield from self._runner.until_done(job)
             yield Part(*replies.of_token(job, token, logits))
-            job.kept = []  # the client's from now on
+            job.kept, job.begun = [], True  # what was kept is the client's from now on
             made += 1
             job.step += 1
             job.tokens = np.append(job.tokens, [[token]], axis=1)
             if token in ends:
                 job.reason = "end"
-            elif made == job.asked.max_new_tokens:
+            elif made == most:
                 job.reason = "length"
             else:
                 logits = yield from self._step(job, None)
@@ -328,6 +331,12 @@ def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:
             raise EditError(
                 f"Skip({edit.layer!r}) in a session: a layer left out would keep no keys and values"
             )
+
+
+def _room(job: TalkJob) -> int:
+    """How many tokens may be generated until the model, or the cache, takes no more."""
+    limits = [limit for limit in (job.model.info.max_positions, job.start.static) if limit]
+    return min(limits, default=sys.maxsize) - job.tokens.shape[1] + 1
 
 
 def _wanted_in(job: TalkJob, midway: bool) -> Wanted:

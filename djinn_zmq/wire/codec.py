@@ -177,6 +177,7 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     messages.Continue: lambda meta: (meta.ids,),
     messages.Generate: lambda meta: (meta.ids, meta.hidden, *tensors_in(meta.edits)),
     messages.Token: lambda meta: (
+        meta.before,
         meta.logits,
         meta.top_values,
         meta.top_ids,

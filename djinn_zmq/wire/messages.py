@@ -271,7 +271,7 @@ class Generate(msgspec.Struct, **message(Op.GENERATE)):
     ids: Tensor | None  # int64 (1, positions)
     wanted: Wanted  # in each of the steps; logits, top: of each token
     steps: tuple[int, ...]  # that `wanted` stops and saves in; none: all of them
-    max_new_tokens: int
+    max_new_tokens: int  # 0: as many as there is room for
     sampling: Sampling
     ends: tuple[int, ...] | None  # tokens behind which it ends; None: the model's own
 
@@ -279,10 +279,12 @@ class Generate(msgspec.Struct, **message(Op.GENERATE)):
 class Token(msgspec.Struct, **message(Op.GENERATE)):
     """A part of a GENERATE's answer: a token, and what its forward saved."""
 
+    before: Tensor | None  # with the first: int64 (1, positions), all tokens before it
     step: int  # tokens of this generation before it
     id: int
     text: str  # what it adds to the text so far; "" within a character, or without a tokenizer
     log_probability: float  # natural logarithm, in the model's own distribution
+    log_norm: float  # log of the sum of exp over all logits
     logits: Tensor | None  # "last": (1, vocab)
     top_values: Tensor | None  # (1, k)
     top_ids: Tensor | None

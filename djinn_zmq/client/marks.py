@@ -1,0 +1,28 @@
+"""Where a conversation stands between two forwards, kept on the server as long as somebody cares."""
+
+import weakref
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.client.connection import Connection
+
+
+class Mark:
+    """A place in a conversation: go on from it any number of times with `Session.back(mark)`.
+
+    ids: all tokens up to here, int64 (positions,). checkpoint: the last one on the way, or None.
+    """
+
+    def __init__(
+        self, connection: Connection, session: int, number: int, ids: np.ndarray, checkpoint: Any
+    ) -> None:
+        self.session = session
+        self.number = number
+        self.ids = ids
+        self.checkpoint = checkpoint
+        released = weakref.finalize(self, connection.forget, session, number)
+        released.atexit = False
+
+    def __repr__(self) -> str:
+        return f"<mark after {len(self.ids)} tokens>"

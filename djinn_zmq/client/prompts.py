@@ -1,0 +1,36 @@
+"""What a caller may give as a prompt, and what it is on the wire."""
+
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.errors import PromptError
+
+Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, positions)
+
+
+def texts_of(prompt: Prompt) -> tuple[str, ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt):
+        return tuple(prompt)
+    return ()
+
+
+def ids_of(prompt: Prompt) -> np.ndarray:
+    """Token ids as int64 (batch, positions). Raises PromptError."""
+    try:
+        array = np.asarray(prompt)
+    except ValueError as exc:
+        raise PromptError(
+            "the prompts have different lengths: prompts of one batch must have the same number "
+            "of tokens; run them one by one"
+        ) from exc
+    if array.size == 0:
+        raise PromptError("an empty prompt cannot be run")
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise PromptError(
+            f"a prompt of {array.dtype} and shape {array.shape}: give text, a list of texts, or "
+            "int token ids of shape (positions,) or (batch, positions)"
+        )
+    return np.ascontiguousarray(array.reshape(-1, array.shape[-1]), np.int64)

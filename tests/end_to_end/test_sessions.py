@@ -1,0 +1,337 @@
+"""Conversations through real processes: generate, stop in a step, branch, step back, go on."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import djinn_zmq as djinn
+from djinn_zmq import aio
+from djinn_zmq.errors import (
+    Cancelled,
+    Closed,
+    DeadlineExceeded,
+    EditError,
+    LayerError,
+    Lost,
+    PromptError,
+    RequestError,
+    UnknownCheckpoint,
+    UnknownSession,
+)
+
+FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
+TINY = "djinn_zmq/models/tiny"
+WAIT_S = 30.0
+
+
+def bits(array) -> bytes:
+    return np.asarray(array).tobytes()
+
+
+def said(generation) -> list[tuple[int, bytes]]:
+    return [(token.id, bits(token.logits)) for token in generation]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The same model by itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server's engine: the number of threads shows in the last bit
+    yield transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype="auto").eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def session(tiny):
+    with tiny.session() as session:
+        yield session
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def anywhere(request, served):
+    """A session beside the server, and one across TCP."""
+    endpoint = served.endpoint if request.param == "ipc" else served.tcp
+    with djinn.connect(endpoint) as server, server.model("tiny").session() as session:
+        yield session
+
+
+def test_it_generates_what_the_model_does_by_itself(anywhere, plain):
+    generation = anywhere.generate(FRANCE, max_new_tokens=12, ends=(), logits="last")
+    heard = said(generation)
+    prompt = torch.tensor(anywhere.ids[:-12])[None]
+    with torch.inference_mode():
+        out = plain.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12,
+            eos_token_id=None, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+    assert [number for number, _ in heard] == out.sequences[0, prompt.shape[1] :].tolist()
+    assert [logits for _, logits in heard] == [
+        one.to(torch.bfloat16).view(torch.int16).numpy().tobytes() for one in out.logits
+    ]
+    assert (generation.reason, generation.step) == ("length", 12)
+
+
+def test_tokens_come_as_text_with_their_probability_and_rivals(session):
+    generation = session.generate(FRANCE, max_new_tokens=9, logits=3)
+    first = next(generation)
+    assert (first.text, first.step) == (" paris", 0)
+    assert first.top[0].token == "paris"
+    assert first.probability == pytest.approx(first.top[0].probability)
+    assert first.logits is None
+    rest = list(generation)
+    assert [token.step for token in rest] == list(range(1, len(rest) + 1))
+    assert generation.reason == "end" and generation.text.startswith(" paris .")
+    assert session.ids[-1] == rest[-1].id
+
+
+def test_a_generation_stopped_in_every_step_is_bit_for_bit_the_one_that_was_not(anywhere):
+    start = anywhere.run(FRANCE).mark
+    whole = said(anywhere.generate(GERMANY, 6, ends=(), logits="last"))
+    anywhere.back(start)
+    generation = anywhere.generate(GERMANY, 6, ends=(), logits="last", stop_at=2)
+    heard, stops = said(generation), 0
+    while generation.stopped:
+        point = generation.checkpoint
+        assert (point.layer, generation.layer, generation.step) == (2, 2, stops)
+        stops += 1
+        generation = generation.resume(djinn.Add(np.zeros(64, np.float32)))  # which changes no bit
+        heard += said(generation)
+    assert stops == 6 and heard == whole
+    assert len(anywhere.checkpoint.history) == 6
+
+
+def test_a_stop_in_a_named_step_has_branches_that_do_not_see_each_other(session):
+    stopped = session.generate(FRANCE, 6, ends=(), stop_at=3, steps=2)
+    assert len(list(stopped)) == 2 and stopped.stopped
+    assert stopped.checkpoint.position == len(session.ids) == 7
+    ids = []
+    for edits in ([], [djinn.Scale(0.0)], []):
+        stopped.resume(edits).finish()
+        ids.append(session.ids.tolist())
+    assert ids[0] == ids[2] != ids[1] and len(ids[0]) == 11
+
+
+def test_a_checkpoint_resumed_is_gone_on_from_and_patched_from_another_session(session, tiny):
+    point = session.run(FRANCE, stop_at=1).checkpoint
+    with tiny.session() as other:
+        germany = other.run(GERMANY, stop_at=1).checkpoint
+        done = point.resume(djinn.Patch(germany, at=(0, 3)))
+    assert done.top(1)[0].token == "berlin"
+    assert next(session.generate(max_new_tokens=1)).text == " berlin"
+    session.back(point)
+    assert next(session.generate(max_new_tokens=1)).text == " paris"
+    assert next(point.generate(1, djinn.Zero())).text != " paris"
+
+
+def test_back_steps_by_checkpoint_and_by_token(session):
+    session.run(FRANCE, save_at=[1, 3])
+    generation = session.generate(max_new_tokens=4, ends=(), save_at=[0, 2])
+    list(generation)
+    history = session.checkpoint.history
+    assert [(one.position, one.layer) for one in history] == [
+        (5, 1), (5, 3), (6, 0), (6, 2), (7, 0), (7, 2), (8, 0), (8, 2),
+    ]  # fmt: skip
+    assert [one.layer for one in generation.tokens[1].checkpoints.values()] == [0, 2]
+    assert session.back() is history[-1] and len(session.ids) == 8
+    assert session.back() is history[-2]
+    assert session.back(by="token") is history[-3]
+    assert session.back(by="token") is history[-5] and session.back() is history[-6]
+    history[1].release()
+    assert session.back(by="token") is history[0]
+    with pytest.raises(RequestError, match="no checkpoint before here"):
+        session.back()
+    again = session.generate(max_new_tokens=4, ends=())
+    assert [token.id for token in again] == generation.ids.tolist()
+
+
+def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
+    for token in session.generate(FRANCE, max_new_tokens=200, ends=()):
+        if token.step == 2:
+            break
+    assert len(session.ids) == 5 + 3 and session.ids[-1] == token.id
+    left = session.run("the").ids
+    assert left.shape == (1, 9), "nothing of it had been kept, so it is run again"
+    gone = session.generate("a", max_new_tokens=200, ends=())
+    next(gone)
+    session.run("b")
+    with pytest.raises(Cancelled):
+        list(gone)
+
+
+def test_two_sessions_generating_and_stopping_at_once_say_what_each_says_alone(tiny):
+    def talk(session, prompt):
+        """Yields after everything it is told."""
+        generation = session.generate(prompt, 5, ends=(), logits="last", stop_at=2, steps=[0, 3])
+        while True:
+            yield from said_one_by_one(generation)
+            if not generation.stopped:
+                return
+            generation = generation.resume()
+
+    def said_one_by_one(generation):
+        for token in generation:
+            yield token.id, bits(token.logits)
+
+    alone = []
+    for prompt in (FRANCE, GERMANY):
+        with tiny.session() as session:
+            alone.append(list(talk(session, prompt)))
+    with tiny.session() as one, tiny.session() as other:
+        together = list(zip(talk(one, FRANCE), talk(other, GERMANY), strict=True))
+    assert [list(each) for each in zip(*together, strict=True)] == alone
+
+
+def test_sampling_goes_on_from_its_seed_and_a_branch_draws_its_own(session):
+    wish = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "ends": ()}
+    start = session.run("the").mark
+    one = session.generate(seed=5, **wish).finish() and session.ids
+    session.back(start)
+    first = session.generate(seed=5, stop_at=1, steps=6, **wish)
+    list(first)
+    rests = [first.resume().finish() and session.ids for _ in range(2)]
+    assert all(np.array_equal(rest, one) for rest in rests)
+    session.back(start)
+    other = session.generate(seed=6, **wish).finish() and session.ids
+    assert not np.array_equal(one, other)
+
+
+def test_what_a_session_holds_is_shown_and_given_back(server, tiny, served):
+    with tiny.session() as session:
+        session.run(FRANCE)
+        mine = next(one for one in server.sessions() if one.id == session.id)
+        assert mine.kv == 2 * 4 * 5 * 32 * 2  # keys and values, layers, positions, width, bytes
+        shown = subprocess.run(
+            [sys.executable, "-m", "djinn_zmq.cli.main", "ps", f"--server={served.endpoint}"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert "KV" in shown and "2.5 KiB" in shown
+        point = session.run(GERMANY, stop_at=2).checkpoint
+        session.back(point)
+        for _ in range(3):
+            point.resume(stop_at=3).checkpoint.release()
+        gc.collect()
+    assert session.id not in [one.id for one in server.sessions()]
+
+
+def test_bad_input_is_refused_by_name_and_the_session_goes_on(session, tiny):
+    session.run(FRANCE)
+    bad = [
+        (lambda: session.run([1] * 252), PromptError, r'257 tokens: "tiny" takes at most 256'),
+        (lambda: list(session.generate("a", 252)), PromptError, "6 tokens and 252 new ones"),
+        (lambda: list(session.generate("a", stop_at=9)), LayerError, "layer 9 does not exist"),
+        (lambda: session.generate("a", 0), RequestError, "max_new_tokens=0"),
+        (lambda: list(session.generate("a", temperature=-1)), RequestError, "temperature -1"),
+        (lambda: list(session.generate("a", top_p=0)), RequestError, "top_p 0.0"),
+        (lambda: list(session.generate("a", top_k=10**6)), RequestError, "top_k 1000000: 1 to"),
+        (lambda: session.generate("a", logits="all"), RequestError, 'logits="all"'),
+        (lambda: session.generate("a", steps=-1), RequestError, "steps=-1"),
+        (lambda: session.run(["a", "b"]), PromptError, "2 prompts: a session is one conversation"),
+        (lambda: session.run(""), PromptError, "an empty prompt"),
+        (lambda: session.run([[9999]]), PromptError, "token id 9999"),
+        (lambda: session.back(by="mood"), RequestError, "by='mood'"),
+        (lambda: list(session.generate("a", timeout_s=1e-3)), DeadlineExceeded, "within 1 ms"),
+        (lambda: tiny.session(static=-1), RequestError, "static=-1"),
+        (lambda: tiny.run(FRANCE, stop_at=1).checkpoint.generate(1), RequestError, "no past"),
+        (
+            lambda: list(session.run("a", stop_at=1).checkpoint.generate(1, djinn.Add([1.0] * 3))),
+            EditError, "does not fit",
+        ),
+    ]  # fmt: skip
+    mark = session.mark()
+    for act, error, text in bad:
+        with pytest.raises(error, match=text):
+            act()
+    session.back(mark)
+    assert next(session.generate(max_new_tokens=1)).text == " paris"
+
+
+def test_branches_of_a_closed_session_are_gone_by_name(tiny):
+    session = tiny.session()
+    point = session.run(FRANCE, stop_at=2).checkpoint
+    open_one = session.generate("a", 50, ends=())
+    next(open_one)
+    session.close()
+    session.close()
+    with pytest.raises(Closed, match="the session is closed"):
+        session.run("a")
+    with pytest.raises((Closed, Cancelled, UnknownSession)):
+        list(open_one)
+    with pytest.raises(UnknownSession, match="may have been closed"):
+        point.resume()
+    with pytest.raises((UnknownCheckpoint, UnknownSession)):
+        tiny.run(FRANCE, stop_at=1).checkpoint.resume(djinn.Patch(point))
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_after_an_engines_death_what_needs_its_past_is_lost_by_name(fresh):
+    with fresh.connect() as server:
+        tiny = server.model("tiny")
+        plain = tiny.run(FRANCE, stop_at=2).checkpoint
+        session = tiny.session()
+        point = session.run(FRANCE, stop_at=2).checkpoint
+        hidden = bits(point.hidden.fetch())
+        session.generate(max_new_tokens=3, ends=()).finish()
+        pid = fresh.engine_pid()
+        os.kill(pid, signal.SIGKILL)
+        limit = time.monotonic() + WAIT_S
+        while server.status().engines[0].pid == pid:
+            assert time.monotonic() < limit
+        assert plain.resume().top(1)[0].token == "paris"
+        with pytest.raises(Lost, match="the keys and values of 5 tokens, which died with their"):
+            point.resume()
+        assert bits(point.hidden.fetch()) == hidden, "what it saved is there all the same"
+        with pytest.raises(Lost, match="branch .* is gone"):
+            session.run("a")
+        assert next(one for one in server.sessions() if one.id == session.id).kv == 0
+        count = len(session.ids)
+        session.rebuild()
+        session.run("a")
+        assert len(session.ids) == count + 1
+        session.close()
+
+
+def test_the_same_in_asyncio_code(served):
+    async def main():
+        async with aio.connect(served.endpoint) as server:
+            model = await server.model("tiny")
+            async with await model.session() as one, await model.session() as other:
+
+                async def talk(session, prompt):
+                    generation = session.generate(prompt, 5, ends=(), logits="last", stop_at=2)
+                    heard = []
+                    while True:
+                        async for token in generation:
+                            heard.append((token.id, bits(token.logits)))
+                        if not generation.stopped:
+                            return heard
+                        generation = generation.resume()
+
+                both = await asyncio.gather(talk(one, FRANCE), talk(other, GERMANY))
+                run = await one.run("a", stop_at=1)
+                assert one.back() is not run.checkpoint
+                mark = await other.mark()
+                assert other.back(mark) is mark.checkpoint
+                with pytest.raises(TypeError, match="async for"):
+                    next(other.generate("a", 1))
+                slow = other.generate("a", 100, ends=())
+                await anext(slow)
+            with pytest.raises(Closed):
+                await one.run("a")
+            return both
+
+    together = asyncio.run(main())
+    with served.connect() as server:
+        alone = []
+        for prompt in (FRANCE, GERMANY):
+            with server.model("tiny").session() as session:
+                alone.append(said(session.generate(prompt, 5, ends=(), logits="last")))
+    assert together == alone
