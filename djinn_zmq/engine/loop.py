@@ -341,8 +341,8 @@ class EngineLoop:
             self._refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
         self._tell_kept(job, job.everything_kept)
-        self._answer(active.envelope, header, meta, buffers, store=True)
         self._tell_held(job.session)
+        self._answer(active.envelope, header, meta, buffers, store=True)
 
     def _fail(self, active: Active, error: DjinnError) -> None:
         if active.job.state not in ("finished", "stopped"):
