@@ -11,6 +11,7 @@ with djinn.connect() as server:
 
 from typing import Any
 
+from djinn_zmq.client.batch import Batch
 from djinn_zmq.client.edits import Add, Lerp, Patch, Project, Scale, Set, Skip, Zero
 from djinn_zmq.client.generation import Generation
 from djinn_zmq.client.looks import Diff, Lens, Top
@@ -24,6 +25,7 @@ from djinn_zmq.version import __version__
 
 __all__ = [
     "Add",
+    "Batch",
     "Break",
     "Checkpoint",
     "Diff",

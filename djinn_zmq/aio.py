@@ -82,6 +82,11 @@ class AsyncConnection(Connection):
                 sent.append((self._ask(call), call))
             while sent:
                 replies.append(await self._answer(*sent.popleft()))
+        except (DjinnError, asyncio.CancelledError) as exc:
+            exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
+            for reply in replies:
+                self.give_back(reply)
+            raise
         finally:
             for request, _ in sent:  # one before them failed: these are not awaited
                 self._forget(request)

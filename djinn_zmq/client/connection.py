@@ -153,9 +153,12 @@ class Connection:
                 sent.append((self.send(call), call))
             while sent:
                 replies.append(self._wait(*sent.popleft()))
-        except DjinnError:
+        except DjinnError as exc:
+            exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
             for request, _ in sent:  # one before them failed: nobody waits for these
                 self.give_up(request)
+            for reply in replies:
+                self.give_back(reply)
             raise
         return replies
 

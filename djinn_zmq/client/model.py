@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client.batch import edits_of_each, made
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
@@ -13,7 +14,7 @@ from djinn_zmq.client.run import Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.talk import Session
-from djinn_zmq.errors import NoSessions, RequestError
+from djinn_zmq.errors import NoSessions, PromptError, RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
@@ -88,6 +89,36 @@ class Model:
             return (yield from ask(self._session, Op.RUN, meta, parcel, timeout_s))
         finally:
             parcel.settle()
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        edits: Any = None,
+        stop_at: Any = None,
+        save_at: Any = (),
+        logits: Logits = "last",
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Run many prompts of any lengths, each bit for bit as if it were alone: a `Batch` of runs.
+
+        prompts: texts, or lists of token ids. edits: for each prompt its own, or None, as many as
+        there are prompts; or one edit for all. The rest as in `run`.
+        Where one is refused all are; the error has a note that says which.
+        """
+        wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
+        if isinstance(prompts, str) or not len(prompts):
+            raise PromptError("a list of prompts, at least one")
+        each = edits_of_each(edits, len(prompts))
+        return self.drive(
+            made(
+                self._session,
+                [
+                    self._run(prompt, own, wanted, timeout_s)
+                    for prompt, own in zip(prompts, each, strict=True)
+                ],
+            )
+        )
 
     def session(self, *, static: int = 0) -> Any:
         """Open a conversation of its own, with a KV cache: a `Session`, for a `with` block.

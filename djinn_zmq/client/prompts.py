@@ -24,7 +24,7 @@ def ids_of(prompt: Prompt) -> np.ndarray:
     except ValueError as exc:
         raise PromptError(
             "the prompts have different lengths: prompts of one batch must have the same number "
-            "of tokens; run them one by one"
+            "of tokens; Model.batch runs them each by itself"
         ) from exc
     if array.size == 0:
         raise PromptError("an empty prompt cannot be run")

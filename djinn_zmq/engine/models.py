@@ -54,7 +54,7 @@ class ServedModel:
         if len(lengths) > 1:
             raise PromptError(
                 f"the prompts have {', '.join(map(str, lengths))} tokens: prompts of one batch "
-                "must have the same number; run them one by one"
+                "must have the same number; Model.batch runs them each by itself"
             )
         return np.array(rows, np.int64).reshape(len(rows), lengths[0])
 

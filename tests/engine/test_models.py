@@ -173,7 +173,7 @@ def test_prompts_of_one_length_make_a_batch(tiny: ServedModel) -> None:
 
 
 def test_prompts_of_different_lengths_are_refused_with_their_lengths(tiny: ServedModel) -> None:
-    with pytest.raises(PromptError, match="2, 5 tokens.*the same number; run them one by one"):
+    with pytest.raises(PromptError, match="2, 5 tokens.*the same number; Model.batch runs them"):
         tiny.encode(("the capital of france is", "the capital"))
 
 
