@@ -95,6 +95,18 @@ class SelectionError(RequestError, IndexError):
     code = "index"
 
 
+class BadFile(RequestError):
+    """A file that is no checkpoint, or not one of this model. The sentence names it."""
+
+    code = "bad-file"
+
+
+class OnDevice(RequestError):
+    """The bytes are in an engine's own memory alone, where only the engine reads them."""
+
+    code = "on-device"
+
+
 class AccessDenied(RequestError):
     """The peer may not do this: wrong owner, or not the user who runs the server."""
 

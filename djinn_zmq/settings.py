@@ -14,13 +14,17 @@ GIB = 1024 * MIB
 SOCKET_NAME = "djinn.sock"
 LONGEST_SOCKET_PATH = 107  # bytes: sun_path without its final NUL
 ENDPOINT_VARIABLE = "DJINN_ENDPOINT"
+TIERS_THAT_MAY_BE_OFF = ("device_memory", "disk")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a server and its engines may use. Sizes in bytes, times in seconds."""
 
-    host_memory: int = 4 * GIB  # checkpoints kept in shared host memory, all engines together
+    host_memory: int = 4 * GIB  # checkpoints in shared host memory, of each engine
+    device_memory: int | None = None  # checkpoints on each engine's device; None: from what is free
+    disk: int = 0  # checkpoints in files, of each engine
+    state: str | None = None  # the directory those files are in; None: there is no disk tier
     arena: int = 64 * MIB  # size of one shared arena; larger checkpoints get one of their own
     client_arenas: int = 1 * GIB  # staging memory one client may share with the engines
     frame_limit: int = 1 * MIB + 64 * KIB  # one frame on the bus, 1 MiB of bulk and its header
@@ -35,7 +39,9 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value <= 0:
+            if value == 0 and field.name in TIERS_THAT_MAY_BE_OFF:
+                continue
+            if isinstance(value, (int, float)) and value <= 0:
                 raise RequestError(f"{field.name} is {value}: it must be positive")
         if self.arena % (64 * KIB):
             raise RequestError(f"arena is {self.arena} bytes: it must be a multiple of 64 KiB")

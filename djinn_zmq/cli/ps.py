@@ -93,6 +93,19 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
                 for one in status.sessions
             ],
         ),
+        _table(
+            ("TIER", "ENGINE", "CHECKPOINTS", "USED", "LIMIT"),
+            [
+                (
+                    one.name,
+                    str(one.engine),
+                    str(one.checkpoints),
+                    format_bytes(one.used),
+                    format_bytes(one.limit) if one.limit else "none",
+                )
+                for one in memory.tiers
+            ],
+        ),
         (
             f"memory: {memory.checkpoints} checkpoints, {format_bytes(memory.used)} used, "
             f"{format_bytes(memory.arenas)} mapped, limit {format_bytes(memory.limit)} an engine"

@@ -1,5 +1,6 @@
 """Arrays that stay on the server until somebody looks at them."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 
 from djinn_zmq.client.connection import PIECE, Call, Connection, Operation
 from djinn_zmq.client.indexing import index_of
-from djinn_zmq.errors import Lost, StaleSlot
+from djinn_zmq.errors import AccessDenied, Lost, OnDevice, StaleSlot, UnknownCheckpoint
 from djinn_zmq.wire.edits import Index, selection
 from djinn_zmq.wire.messages import Kept, Read
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Slot, over
+from djinn_zmq.wire.tiers import Hold, Move, Where
 
 Drive = Callable[[Operation[Any]], Any]
 
@@ -68,26 +70,85 @@ class RemoteArray:
 
     def _read(self, index: Index) -> Operation[np.ndarray]:
         chosen = selection(index, self.shape, "the array")
-        if self._connection.sharing.can_map(self._kept.tensor):
-            return self._read_slot(chosen)
-        return (yield from self._pull(index))
+        whole = yield from self._whole()
+        if whole is None:
+            return (yield from self._pull(index))
+        return self._checked(np.array(whole[chosen]))
 
-    def _read_slot(self, chosen: tuple[Any, ...]) -> np.ndarray:
-        """Copied out of the shared slot; nobody is asked."""
-        tensor = self._kept.tensor
-        assert isinstance(tensor.where, Slot)
-        arena = self._connection.sharing.arena(tensor.where.arena)
+    def read_into(self, target: np.ndarray) -> Operation[None]:
+        """All of it, into an array of its shape and dtype."""
+        whole = yield from self._whole()
+        target[...] = (yield from self._pull(())) if whole is None else whole
+        if whole is not None:
+            self._checked(target)
+
+    def view(self) -> Any:
+        """All of it, read-only, where it stands: nothing is copied.
+
+        On the server's machine the array lies in the engine's own slot. It is good for as long as it
+        lives: that keeps the checkpoint from being evicted or its slot from being used again, also
+        after a `release`; the end of the connection or the engine ends it. From elsewhere it is a
+        copy.
+        """
+        return self._drive(self._view())
+
+    def _view(self) -> Operation[np.ndarray]:
+        sharing, kept = self._connection.sharing, self._kept
+        if sharing.lease is None:
+            array = yield from self._pull(())
+            array.flags.writeable = False
+            return array
+        reply = yield Call(Op.HOLD, Hold(kept.id, "host", False), session=kept.session)
+        held = reply.meta
+        slot = held.tensor.where
+        root = np.frombuffer(sharing.arena(slot.arena).view(slot, self.nbytes), np.uint8)
+        end = weakref.finalize(root, self._connection.forget, kept.session, held.hold)
+        end.atexit = False
+        return root.view(self.dtype).reshape(self.shape)
+
+    def _whole(self) -> Operation[np.ndarray | None]:
+        """The shared slot it is in now, as an array; None where it is in none that can be mapped.
+
+        Nobody is asked while it is where it was. Raises Lost where it was released.
+        """
+        sharing = self._connection.sharing
+        for known in (True, False):
+            if not known:
+                meta = Where((self._kept.id,))
+                try:
+                    reply = yield Call(Op.WHERE, meta, session=self._kept.session)
+                except UnknownCheckpoint as exc:
+                    raise Lost(f"{self!r} is no more: it was released") from exc
+                self._kept = reply.meta.kept[0]
+            tensor = self._kept.tensor
+            if not sharing.can_map(tensor):
+                return None
+            assert isinstance(tensor.where, Slot)
+            try:
+                data = sharing.arena(tensor.where.arena).view(tensor.where, tensor.nbytes)
+            except (StaleSlot, AccessDenied):
+                continue  # moved since
+            return over(data, tensor.dtype, tensor.shape)
+        return None
+
+    def _checked(self, copy: np.ndarray) -> np.ndarray:
+        """*copy*, if what it was made of has stood still meanwhile."""
+        where = self._kept.tensor.where
+        assert isinstance(where, Slot)
         try:
-            whole = over(arena.view(tensor.where, tensor.nbytes), tensor.dtype, tensor.shape)
-            part = np.array(whole[chosen])
-            arena.check(tensor.where)
+            self._connection.sharing.arena(where.arena).check(where)
         except StaleSlot as exc:
-            raise Lost(f"{self!r} is no more: it was released") from exc
-        return part
+            raise Lost(f"{self!r} was released or evicted while it was read") from exc
+        return copy
 
     def _pull(self, index: Index) -> Operation[np.ndarray]:
         """Pieces over the bus, several asked for at once."""
-        first = yield self._piece(index, 0)
+        try:
+            first = yield self._piece(index, 0)
+        except OnDevice:
+            move = Move((self._kept.id,), "host", False)
+            yield Call(Op.MOVE, move, session=self._kept.session)
+            first = yield self._piece(index, 0)
         meta = first.meta
         pieces = [first]
         shape = tuple(meta.shape)

@@ -1,22 +1,25 @@
 """A model on a server, as a client sees it."""
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client import tiers
 from djinn_zmq.client.batch import edits_of_each, made
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
-from djinn_zmq.client.run import Run, ask
+from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.talk import Session
 from djinn_zmq.errors import NoSessions, PromptError, RequestError
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import ModelInfo
+from djinn_zmq.wire.messages import Kept, ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
 
@@ -162,6 +165,43 @@ class Model:
     def _encode(self, text: str) -> Operation[np.ndarray]:
         reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session_id)
         return np.array(view(reply.meta.ids, reply.buffers))
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
+        """A checkpoint of this model out of the file that `Checkpoint.save` wrote.
+
+        Raises BadFile for what is no such file, or is of another model, naming the difference.
+        """
+        return self.drive(self._load_checkpoint(Path(path)))
+
+    def _load_checkpoint(self, path: Path) -> Operation[Checkpoint]:
+        kept, ids = yield from tiers.load(self._session, path)
+        return Checkpoint(self._session, kept, ids)
+
+    def returned(self) -> Any:
+        """Your checkpoints of this model that came back from the disk when the server started, and
+        that no session has: a list with .id, .layer, .tensor. `checkpoint` takes one up again."""
+        return self.drive(self._returned())
+
+    def _returned(self) -> Operation[list[Kept]]:
+        reply = yield from tiers.claim(self._session, ())
+        return list(reply.kept)
+
+    def checkpoint(self, number: int) -> Any:
+        """Take up checkpoint *number* of those that `returned` lists: it is this session's then."""
+        return self.drive(self._checkpoint(number))
+
+    def _checkpoint(self, number: int) -> Operation[Checkpoint]:
+        reply = yield from tiers.claim(self._session, (number,))
+        return Checkpoint(self._session, reply.kept[0], np.array(view(reply.ids[0], ())))
+
+    def away(self, expected_s: float) -> Any:
+        """A hint: this session pauses for about so long. What it has kept gives way first where
+        memory is needed; nothing is lost."""
+        return self.drive(tiers.away(self._session, expected_s))
+
+    def back_soon(self) -> Any:
+        """A hint: this session is about to go on. What it has kept is brought up meanwhile."""
+        return self.drive(tiers.back_soon(self._session))
 
     def close(self) -> Any:
         """End the session: its runs are cancelled, its checkpoints released."""

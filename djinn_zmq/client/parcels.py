@@ -1,7 +1,8 @@
 """How a request's tensors travel: inside it, beside it, in shared memory, or ahead of it.
 
 up to 2 KiB      in the meta
-from 64 KiB      in a slot of the client's own arena, where the server shares memory
+from 64 KiB      in a slot of the client's own arena, where the server shares memory; what stands
+                 in one already (`Checkpoint.writable`) is named, not copied
 up to 1 MiB      as a buffer of the message
 larger           uploaded first, in pieces of 1 MiB
 """
@@ -36,6 +37,9 @@ class Parcel:
         array = np.ascontiguousarray(array).reshape(array.shape)
         if array.nbytes <= INLINE_LIMIT:
             return inline(array)
+        standing = self._connection.sharing.slot_of(array)
+        if standing is not None:
+            return Tensor(array.dtype.name, array.shape, standing)
         raw = memoryview(array.reshape(-1).view(np.uint8))
         sharing = self._connection.sharing
         if sharing.lease is not None and array.nbytes >= SLOT_FROM:

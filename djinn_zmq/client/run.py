@@ -16,6 +16,7 @@ from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
+from djinn_zmq.client.tiers import Tiered
 from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
@@ -23,15 +24,15 @@ from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.edits import Edit as WireEdit
 from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, dtype_name, view
+from djinn_zmq.wire.tensors import DTYPES, Tensor, dtype_name, view
 
 
-class Checkpoint(Looks):
+class Checkpoint(Looks, Tiered):
     """What was saved at a stop: immutable, resumable any number of times.
 
     id: its number on the server. layer: layers executed before it (0: the embedding's output).
     place: the path of the module it is at; "" between two layers. shape: (batch, positions,
-    hidden_size), or as the module has it. dtype, nbytes: of the hidden state. tier: where it is.
+    hidden_size), or as the module has it. dtype, nbytes: of the hidden state.
     It is kept on the server until `release`, or until nothing refers to this object any more.
     """
 
@@ -60,13 +61,9 @@ class Checkpoint(Looks):
         self._released.atexit = False
 
     @property
-    def tier(self) -> str:
-        return "host" if isinstance(self._kept.tensor.where, Slot) else "device"
-
-    @property
     def hidden(self) -> RemoteArray:
         """The hidden state, read when indexed: (batch, positions, hidden_size)."""
-        return RemoteArray(self._session.connection, self._session.drive, self._kept, self)
+        return self._remote()
 
     def resume(
         self,
@@ -160,8 +157,9 @@ class Checkpoint(Looks):
         yield Call(Op.RELEASE, meta, session=self._kept.session)
 
     def __repr__(self) -> str:
+        tier = self._kept.tiers[0]  # when it was last heard of
         where = f"at {self.place}" if self.place else f"after layer {self.layer}"
-        return f"<checkpoint {where}: {self.dtype} {self.shape}, {self.tier}>"
+        return f"<checkpoint {where}: {self.dtype} {self.shape}, {tier}>"
 
     def carry(
         self, edits: Sequence[Edit], hidden: Any, parcel: Parcel

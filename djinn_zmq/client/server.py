@@ -17,6 +17,7 @@ from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import SessionInfo, StatusReply
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tiers import Event, Events
 
 CONNECT_S = 5.0
 CLOSE_S = 1.0
@@ -80,6 +81,18 @@ class Server:
     def _status(self) -> Operation[StatusReply]:
         reply = yield Call(Op.STATUS, messages.Status())
         return reply.meta
+
+    def events(self, after: int = 0) -> Any:
+        """What happened lately, as far as it is yours to know: a list of events, oldest first.
+
+        after: only those behind this number. Each has .number, .unix_s, .kind, .session, .text,
+        .nbytes, .elapsed_ns.
+        """
+        return self.drive(self._events(after))
+
+    def _events(self, after: int) -> Operation[list[Event]]:
+        reply = yield Call(Op.EVENTS, Events(after))
+        return list(reply.meta.events)
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions of the server; `.yours` tells your own."""

@@ -4,7 +4,12 @@ Its own arenas, in which it sends tensors, and the engines', which it reads. Wit
 neither, and everything travels over the bus.
 """
 
+import math
 import os
+import weakref
+from collections import deque
+
+import numpy as np
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.errors import ArenaFull, Lost
@@ -20,6 +25,8 @@ class Sharing:
         self._settings = settings
         self._arenas: dict[int, Arena] = {}
         self._pool: Pool | None = None
+        self._lent: dict[int, Lease] = {}  # by address: slots that are the user's arrays
+        self._ended: deque[int] = deque()  # those whose arrays are gone
 
     def join(self, path: str | os.PathLike[str], token: bytes) -> None:
         """Share from now on. Raises Unreachable, AccessDenied, Lost where that cannot be."""
@@ -27,6 +34,8 @@ class Sharing:
 
     def stage(self, nbytes: int) -> Lease:
         """A slot of this client's own arenas. Raises ArenaFull beyond their limit."""
+        while self._ended:
+            self.give_back(self._lent.pop(self._ended.popleft()))
         if self._pool is None:
             self._pool = Pool(
                 self._settings.client_arenas, self._settings.arena, self._share, "client"
@@ -37,6 +46,25 @@ class Sharing:
         assert self.lease is not None
         granted, _ = self.lease.ask(messages.Share(), arena.fd)
         return granted.arena
+
+    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a slot of its own, which `slot_of` finds again; the slot comes back when
+        nothing refers to the array any more."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        lease = self.stage(nbytes)
+        root = np.frombuffer(lease.view, np.uint8)
+        address = root.__array_interface__["data"][0]
+        self._lent[address] = lease
+        # From a finalizer, which may run in the middle of anything: only noted.
+        weakref.finalize(root, self._ended.append, address).atexit = False
+        return root.view(dtype).reshape(shape)
+
+    def slot_of(self, array: np.ndarray) -> Slot | None:
+        """The slot that *array* fills from its start to its end, if it is one of `array`'s."""
+        if not self._lent or not array.flags.c_contiguous:
+            return None
+        lease = self._lent.get(array.__array_interface__["data"][0])
+        return lease.slot if lease is not None and len(lease.view) == array.nbytes else None
 
     def give_back(self, lease: Lease) -> None:
         assert self._pool is not None

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from djinn_zmq.client import tiers
 from djinn_zmq.client.connection import Call, Connection, Operation, Progress
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
@@ -298,6 +299,15 @@ class Session(Channel):
             self.standing = standing
 
     # ---- its end
+
+    def away(self, expected_s: float) -> Any:
+        """A hint: it pauses for about so long. What it has kept gives way first where memory is
+        needed; nothing is lost."""
+        return self.drive(tiers.away(self, expected_s))
+
+    def back_soon(self) -> Any:
+        """A hint: it is about to go on. What it has kept is brought up meanwhile."""
+        return self.drive(tiers.back_soon(self))
 
     def close(self) -> Any:
         """End it: what it still does is cancelled, its checkpoints, keys and values released."""

@@ -4,6 +4,7 @@ On a CPU a copy is a memcpy and everything is done when the call returns. `cuda`
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from djinn_zmq.memory.arena import Arena
 
 
 class Cpu:
-    """Plain memory."""
+    """Plain memory. Its device tier is plain memory, too, where one is asked for."""
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
@@ -22,6 +23,8 @@ class Cpu:
 
     def detach(self, arena: Arena) -> None:
         """*arena* is about to be unmapped."""
+
+    # ---- host memory
 
     def store(self, data: torch.Tensor, slot: memoryview) -> None:
         """Copy *data* into *slot* (as many bytes). Complete when `mark` after it says so."""
@@ -34,9 +37,57 @@ class Cpu:
         out.reshape(-1).view(torch.uint8).numpy()[:] = data
         return out
 
+    def see(self, data: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor to be read only, from *data* as in `fetch`; a view of it where the device can
+        read host memory."""
+        if not data.size:
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_numpy(np.asarray(_Unflagged(data))).view(dtype).reshape(shape)
+
+    # ---- the device tier
+
+    def budget(self) -> int:
+        """Bytes its device tier may have where nobody said: a CPU reads host memory as it is."""
+        return 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor | None:
+        """Memory for a slab, uint8 (nbytes,), or None where there is no more."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError:
+            return None
+
+    def copy(self, data: torch.Tensor, slot: torch.Tensor) -> None:
+        """Copy *data* into *slot*, uint8 (as many bytes,), of a slab."""
+        slot.copy_(data.detach().contiguous().reshape(-1).view(torch.uint8))
+
+    def fill(self, data: np.ndarray, slot: torch.Tensor) -> None:
+        """Copy host memory, uint8 (nbytes,), into *slot*, ahead of the layers begun after it."""
+        slot.numpy()[:] = data
+
+    def fill_beside(self, data: np.ndarray, slot: torch.Tensor) -> None:
+        """The same, beside the layers: complete when `mark` says so."""
+        self.fill(data, slot)
+
+    # ---- order
+
     def mark(self) -> Callable[[], bool]:
         """A question: is all done that was begun before this call?"""
         return lambda: True
+
+    def broken(self, error: BaseException) -> str:
+        """Why the device is of no use any more after *error*; "" where it goes on working."""
+        return ""
+
+
+class _Unflagged:
+    """An array's memory without its read-only flag, which torch would warn of. Nobody writes."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        interface: dict[str, Any] = dict(data.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self._data = data  # keeps the memory mapped
 
 
 Device = Cpu  # what `cuda.Cuda` also is

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.caches import Account
-from djinn_zmq.engine.keeping import new_id
+from djinn_zmq.engine.keeping import Entry, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Plan
 from djinn_zmq.spans import Stopwatch
@@ -64,6 +64,7 @@ class Job:
     state: states.Run = states.Run.QUEUED
     logits: torch.Tensor | None = None  # "all": (batch, positions, vocab); else (batch, vocab)
     logits_kept: Kept | None = None  # where they are too large for a frame
+    loans: list[Entry] = field(default_factory=list)  # what it reads and made: stays till its end
 
     @property
     def branch(self) -> int:

@@ -5,31 +5,44 @@ so everything here outlives this process. A successor adopts what the server han
 """
 
 import contextlib
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
+from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.slabs import Slabs
+from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
+    BadFile,
     Lost,
     ProtocolError,
     StaleSlot,
     UnknownCheckpoint,
 )
 from djinn_zmq.memory.arena import Arena, OwnArena, Pool
-from djinn_zmq.settings import Settings
+from djinn_zmq.memory.files import FORMAT
+from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
-from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, view
+from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, Where, view
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+ARENAS = 4
+LEAST_ARENA = 1 * MIB
+LOCAL_OWNER = f"uid:{os.getuid()}"
+NO_FACTS: Mapping[str, str] = MappingProxyType({})
 
 
 def new_id() -> int:
@@ -37,12 +50,49 @@ def new_id() -> int:
     return secrets.randbits(62) | 1
 
 
+def _zone(owner: str) -> str:
+    """Who may map what *owner* keeps: processes of the server's own user, if it is theirs; else
+    nobody."""
+    return owner if owner == LOCAL_OWNER else ""
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
-    kept: Kept
-    ids: np.ndarray  # int64 (batch, positions)
-    owner: str
+    """A checkpoint, or logits that were too large for a frame."""
+
+    id: int
+    session: int
+    run: int
+    layer: int  # -1: not a checkpoint
+    body: Body
     midway: Any = None  # of a session's; lives and dies with this process
+    past: int = 0  # positions whose keys and values it goes on from
+    place: str = ""  # as in Kept
+    base: int = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.body.ids  # int64 (batch, positions)
+
+    @property
+    def owner(self) -> str:
+        return self.body.owner
+
+    @property
+    def kept(self) -> Kept:
+        """As others know it, with where it is now."""
+        body = self.body
+        return Kept(
+            self.id,
+            self.session,
+            self.run,
+            self.layer,
+            body.tensor,
+            self.past,
+            self.place,
+            self.base,
+            body.tiers,
+        )
 
 
 class Keeping:
@@ -51,11 +101,36 @@ class Keeping:
     ) -> None:
         """device: whose tensors are kept; a CPU where none is given."""
         self.device = device or Cpu()
-        self.pool = Pool(settings.host_memory, settings.arena, self._share, f"engine-{index}")
+        limit = settings.host_memory
+        # Several even of a small one: an arena is one owner's.
+        nbytes = min(settings.arena, max(limit // ARENAS, LEAST_ARENA))
+        self.pool = Pool(limit, nbytes, self._share, f"engine-{index}", self._retire)
         self.entries: dict[int, Entry] = {}
+        self.moves: list[tuple[Entry, str, int]] = []  # what moved, how, ns: still to be told
+        self._holds: dict[int, tuple[int, Body]] = {}  # clients' views: (session, what they view)
+        self._adopted_bodies: dict[Where, Body] = {}
         self._lease = lease
         self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        budget = settings.device_memory
+        slabs = Slabs(self.device.budget() if budget is None else budget, self.device.allocate)
+        folder = Path(settings.state) if settings.state and settings.disk else None
+        self.disk = Disk(folder, settings.disk, lambda: os.eventfd_write(self._wake, 1))
+        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved)
         self.prepare()
+
+    def fileno(self) -> int:
+        """Readable when something has been done beside us: then `settle`."""
+        return self._wake
+
+    def settle(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        self.tiers.settle()
+        self.tiers.write_behind()
+
+    def _moved(self, body: Body, how: str, elapsed_ns: int) -> None:
+        self.moves += ((self.entries[number], how, elapsed_ns) for number in body.checkpoints)
 
     # ---- arenas
 
@@ -63,6 +138,11 @@ class Keeping:
         granted, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
         self.device.attach(arena)
         return granted.arena
+
+    def _retire(self, arena: OwnArena) -> None:
+        """*arena* is empty and makes room for one of another owner's."""
+        self.device.detach(arena)
+        self._lease.send(Retire(arena.number))
 
     def _arena(self, number: int) -> Arena:
         own = self.pool.arenas.get(number)
@@ -111,22 +191,97 @@ class Keeping:
         midway: Any = None,
         place: str = "",
         base: int = 0,
+        facts: Mapping[str, str] = NO_FACTS,
     ) -> Kept:
-        """Copy *data* into a slot of its own. Raises ArenaFull; then nothing has changed.
+        """Copy *data* into slots of its own. Raises ArenaFull; then nothing has changed.
 
         midway: of a checkpoint in a session, what else its forward goes on with.
 
-        The copy is complete when the device's `mark`, called afterwards, says so.
+        The copies are complete when the device's `mark`, called afterwards, says so. facts: what a
+        file of it would say of its model.
         """
-        name = NAMES[data.dtype]
-        lease = self.pool.lease(data.nbytes, session)
-        if data.numel():
-            self.device.store(data, lease.view)
-        tensor = Tensor(name, tuple(data.shape), lease.slot)
-        past = 0 if midway is None else midway.branch.ids.shape[1]
-        kept = Kept(new_id(), session, run, layer, tensor, past, place, base)
-        self.entries[kept.id] = Entry(kept, ids, owner, midway)
-        return kept
+        shape = tuple(data.shape)
+        body = self._body(NAMES[data.dtype], shape, data.nbytes, session, owner, layer, ids, facts)
+        self.tiers.place(body, data)
+        entry = Entry(new_id(), session, run, layer, body, midway, 0, place, base)
+        return self._enter(entry)
+
+    def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
+        """Another checkpoint of the same bytes: nothing is copied."""
+        return self._enter(Entry(new_id(), entry.session, run, entry.layer, entry.body, midway))
+
+    def _enter(self, entry: Entry) -> Kept:
+        if entry.midway is not None:
+            entry.past = entry.midway.branch.ids.shape[1]
+        if entry.past or entry.place:  # a file of it alone is not enough to go on from
+            entry.body.facts["needs"] = entry.place or f"{entry.past} tokens' keys and values"
+        self.entries[entry.id] = entry
+        self.tiers.share(entry.body, entry.id)
+        return entry.kept
+
+    def _body(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        nbytes: int,
+        session: int,
+        owner: str,
+        layer: int,
+        ids: np.ndarray,
+        facts: Mapping[str, str],
+    ) -> Body:
+        return Body(
+            dtype=dtype,
+            shape=shape,
+            nbytes=nbytes,
+            session=session,
+            owner=owner,
+            zone=_zone(owner),
+            ids=ids,
+            facts={"format": FORMAT, "owner": owner, "layer": str(layer), **facts},
+            fixed=layer < 0,
+        )
+
+    def hold(self, entry: Entry) -> None:
+        """Somebody reads it: it stays where it is until `let_go`."""
+        entry.body.users += 1
+
+    def let_go(self, entry: Entry) -> None:
+        self.tiers.leave(entry.body)
+
+    def hold_for(self, session: int, entry: Entry) -> int:
+        """A client's view begins to use it; returns the number that `drop` ends that by."""
+        number = new_id()
+        self._holds[number] = (session, entry.body)
+        entry.body.users += 1
+        entry.body.views += 1
+        return number
+
+    def _end_hold(self, number: int) -> None:
+        _, body = self._holds.pop(number)
+        body.views -= 1
+        self.tiers.leave(body)
+
+    def resident(self, entry: Entry) -> bool:
+        """Is it where the device can read it?"""
+        body = entry.body
+        return any(copy is not None for copy in (body.device, body.host, body.scratch))
+
+    def bring(self, entry: Entry) -> Iterator[None]:
+        """Make it resident. Raises ArenaFull, BadFile."""
+        return self.tiers.bring(entry.body)
+
+    def fits(self, nbytes: int, owner: str) -> bool:
+        return self.pool.fits(nbytes, _zone(owner))
+
+    def room(self, nbytes: int, owner: str) -> Iterator[None]:
+        """Until it fits, or nothing more can be done for that."""
+        return self.tiers.room(nbytes, _zone(owner))
+
+    def hidden(self, entry: Entry) -> torch.Tensor:
+        """Its bytes on the device, to be read only by one who counts as a user. Resident ones."""
+        self.tiers.touch(entry.body)
+        return self.tiers.hidden(entry.body)
 
     def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:
         """A wire tensor on the device, wherever its bytes are; one copy, checked after it."""
@@ -153,6 +308,14 @@ class Keeping:
         """
         self._check_owner(tensor, owner)
         return self.load(tensor, buffers)
+
+    def see_sent(
+        self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
+    ) -> torch.Tensor:
+        """As `load_sent`, to be read only: where it stands, if the device can read it there."""
+        self._check_owner(tensor, owner)
+        data = self._bytes(tensor, buffers)
+        return self.device.see(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
 
     def ids_sent(
         self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
@@ -184,31 +347,74 @@ class Keeping:
 
     # ---- ends
 
-    def drop(self, numbers: Sequence[int]) -> None:
+    def drop(self, numbers: Sequence[int], session: int | None = None) -> None:
+        """End checkpoints, kept logits and holds. session: only those that are its own."""
         for number in numbers:
-            entry = self.entries.pop(number, None)
-            if entry is not None and isinstance(entry.kept.tensor.where, Slot):
-                self.pool.give_back(entry.kept.tensor.where)
+            entry, hold = self.entries.get(number), self._holds.get(number)
+            if entry is not None and session in (None, entry.session):
+                del self.entries[number]
+                self.tiers.release(entry.body, number)
+            elif hold is not None and session in (None, hold[0]):
+                self._end_hold(number)
 
     def drop_session(self, session: int) -> None:
         """All that *session* has, whether anybody was told of it or not."""
-        self.entries = {n: e for n, e in self.entries.items() if e.kept.session != session}
-        self.pool.reclaim(session)
+        self.drop([number for number, one in self.entries.items() if one.session == session])
+        self.drop([number for number, one in self._holds.items() if one[0] == session])
+        self.tiers.forget_session(session)
 
-    def adopt(self, kepts: Sequence[Kept], ids: np.ndarray, owner: str) -> list[int]:
-        """Take over a predecessor's tensors. Returns the numbers of those that are lost."""
+    def adopt(
+        self,
+        kepts: Sequence[Kept],
+        ids: np.ndarray,
+        owner: str,
+        facts: Mapping[str, str] = NO_FACTS,
+    ) -> list[int]:
+        """Take over a predecessor's tensors, or files of a server that is gone. Returns the numbers
+        of those that are lost."""
         lost = []
         for kept in kepts:
-            where = kept.tensor.where
             try:
-                if not isinstance(where, Slot):
-                    raise Lost("it was on a device")
-                self._own(where.arena).adopt(where, kept.tensor.nbytes, kept.session)
-            except (Lost, StaleSlot, ProtocolError):
+                body = self._adopted(kept, ids, owner, facts)
+            except (Lost, StaleSlot, ProtocolError, BadFile):
                 lost.append(kept.id)
                 continue
-            self.entries[kept.id] = Entry(kept, ids, owner)
+            entry = Entry(kept.id, kept.session, kept.run, kept.layer, body)
+            entry.past, entry.place, entry.base = kept.past, kept.place, kept.base
+            self.entries[kept.id] = entry
+            body.checkpoints.add(kept.id)
         return lost
+
+    def _adopted(self, kept: Kept, ids: np.ndarray, owner: str, facts: Mapping[str, str]) -> Body:
+        tensor, where = kept.tensor, kept.tensor.where
+        if where in self._adopted_bodies:  # checkpoints of the same bytes share them again
+            return self._adopted_bodies[where]
+        args = (tensor.dtype, tensor.shape, tensor.nbytes, kept.session, owner, kept.layer)
+        body = self._body(*args, ids, facts)
+        if isinstance(where, Slot):
+            arena = self._own(where.arena)
+            body.host = arena.adopt(where, tensor.nbytes, kept.session)
+            arena.zone = body.zone
+        if "disk" in kept.tiers and self.disk.folder is not None:
+            self._adopt_file(body, kept.id)
+        if body.host is None and not body.disk:
+            raise Lost("it was on a device")
+        self.tiers.add(body)
+        self._adopted_bodies[where] = body
+        return body
+
+    def _adopt_file(self, body: Body, number: int) -> None:
+        """Its file, where that holds what it should. Raises BadFile where nothing else does."""
+        try:
+            saved = self.disk.stored(number)
+            if (saved.hidden.dtype, saved.hidden.shape) != (body.dtype, body.shape):
+                raise BadFile(f"{saved.path} holds {saved.hidden.dtype} {saved.hidden.shape}")
+        except BadFile:
+            if body.host is None:
+                raise
+            return
+        body.disk = number
+        self.disk.used += body.nbytes
 
     def _own(self, number: int) -> OwnArena:
         """A predecessor's arena, ours to lease from now on."""
@@ -222,10 +428,18 @@ class Keeping:
 
     def finish_adopting(self) -> None:
         """Slots of adopted arenas that nobody claimed were in the dead engine's hands: free them."""
+        self._adopted_bodies.clear()
         for arena in self.pool.arenas.values():
             arena.sweep_unleased()
 
     def close(self) -> None:
+        self.disk.close()
+        self.entries.clear()
+        self._holds.clear()
+        self.moves.clear()
+        self._adopted_bodies.clear()
+        self.tiers.close()
         self.pool.close()
         for foreign, _ in self._foreign.values():
             foreign.close()
+        os.close(self._wake)

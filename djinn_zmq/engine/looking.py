@@ -69,17 +69,13 @@ class Looker:
             layer = entry.kept.layer
             job = LookJob(session, model, entry.ids, layer, NO_RUN, shared, watch)
             work = self._views[type(asked.view)](job, entry, asked.view)
-        return job, self._work(job, work)
+        return job, self._runner.settling(job, self._work(job, work))
 
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
         if entry.kept.layer < 0:
             raise RequestError(f"{number:x} is not a checkpoint")
         return entry
-
-    def _load(self, job: Job, entry: Entry) -> torch.Tensor:
-        with job.watch.span("restore"):
-            return self._keeping.load(entry.kept.tensor)
 
     def _work(self, job: LookJob, work: Iterator[None]) -> Iterator[None]:
         job.advance("start")
@@ -96,7 +92,7 @@ class Looker:
 
     def _norms(self, job: LookJob, entry: Entry, view: Norms) -> Iterator[None]:
         def work() -> Iterator[None]:
-            hidden = self._load(job, entry)
+            hidden = yield from self._runner.lend(job, entry)
             with job.watch.span("compute"):
                 job.seen.append(norms(hidden))
             yield
@@ -109,10 +105,10 @@ class Looker:
 
         def work() -> Iterator[None]:
             recording = self._runner.recording(job)
-            hidden = self._load(job, entry)
+            hidden = yield from self._runner.lend(job, entry)
             yield
             with job.watch.span("compute"):
-                logits = job.model.stepper.tail(recording.ids, hidden)[:, -1]
+                logits = job.model.stepper.tail(recording.ids, hidden, lent=True)[:, -1]
                 job.seen += [*top_of(logits, view.k), log_norm_of(logits)]
 
         return work()
@@ -134,11 +130,11 @@ class Looker:
             recording = self._runner.recording(job)
             rows = []
             for one in entries:
-                hidden = self._load(job, one)
+                hidden = yield from self._runner.lend(job, one)
                 yield
                 with job.watch.span("compute"):
                     # The whole prompt, as in a run: fewer positions would round otherwise.
-                    logits = job.model.stepper.tail(recording.ids, hidden)[:, positions]
+                    logits = job.model.stepper.tail(recording.ids, hidden, lent=True)[:, positions]
                     flat = logits.reshape(-1, logits.shape[-1])
                     found = (*top_of(flat, view.k), log_norm_of(flat))
                     rows.append([part.reshape(batch, len(positions), -1) for part in found])
@@ -168,7 +164,8 @@ class Looker:
             )
 
         def work() -> Iterator[None]:
-            one, two = self._load(job, entry), self._load(job, other)
+            one = yield from self._runner.lend(job, entry)
+            two = yield from self._runner.lend(job, other)
             with job.watch.span("compute"):
                 same = torch.tensor(same_bits(one, two))
                 job.seen += [*_difference(one.double(), two.double()), same]
@@ -193,10 +190,10 @@ class Looker:
 
         def work() -> Iterator[None]:
             recording = self._runner.recording(job)
-            hidden = self._load(job, entry)
+            hidden = yield from self._runner.lend(job, entry)
             for index in range(layer, view.layer - 1):
                 with job.watch.span("compute"):
-                    hidden = model.stepper.step(index, hidden, recording)
+                    hidden = model.stepper.step(index, hidden, recording, lent=index == layer)
                 yield
             with job.watch.span("compute"):
                 job.seen.append(

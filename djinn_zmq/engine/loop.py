@@ -25,6 +25,7 @@ from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.turns import Active, Turns
@@ -34,6 +35,7 @@ from djinn_zmq.errors import (
     DjinnError,
     Lost,
     PromptError,
+    RequestError,
     RunError,
     UnknownSession,
 )
@@ -44,6 +46,7 @@ from djinn_zmq.wire.codec import Header, Message
 from djinn_zmq.wire.messages import Flag, Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
+from djinn_zmq.wire.tiers import AwayReply, Moved
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class EngineLoop:
         self._runner = Runner(self._keeping)
         self._looker = Looker(self._keeping, self._runner)
         self._talker = Talker(self._keeping, self._runner)
+        self._mover = Mover(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
@@ -71,6 +75,7 @@ class EngineLoop:
         self._poll = Poll()
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
+        self._poll.watch(self._keeping, lambda _: self._keeping.settle())
         self._notices = {
             Op.LOAD: self._load,
             Op.ENTER: self._enter,
@@ -88,6 +93,10 @@ class EngineLoop:
             Op.LOOK: self._run,
             Op.CONTINUE: self._run,
             Op.GENERATE: self._run,
+            Op.MOVE: self._run,
+            Op.HOLD: self._run,
+            Op.RESTORE: self._run,
+            Op.AWAY: self._away,
         }
         self._begin: dict[int, Callable[..., tuple[Job, Iterator[Part | None]]]] = {
             Op.RUN: self._runner.begin,
@@ -95,19 +104,28 @@ class EngineLoop:
             Op.LOOK: self._looker.begin,
             Op.CONTINUE: self._talker.run,
             Op.GENERATE: self._talker.generate,
+            Op.MOVE: self._mover.move,
+            Op.HOLD: self._mover.hold,
+            Op.RESTORE: self._mover.restore,
         }
+        self._chores: list[Iterator[None]] = []  # work that nobody waits for
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid()))
+        limit = self._keeping.tiers.slabs.limit
+        self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid(), limit))
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
-                self._poll.turn(self._turns.until_s())
+                self._poll.turn(0 if self._chores else self._turns.until_s())
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
                         self._keeping.on_packet(news)
                 if self._turns:
                     self._work(self._turns.next())
+                elif self._chores:
+                    self._chore(self._chores[0])
+                if self._keeping.moves:
+                    self._tell_moves()
 
     def close(self) -> None:
         self._poll.close()
@@ -199,7 +217,7 @@ class EngineLoop:
         self._keeping.drop_session(number)
 
     def _drop(self, message: Message) -> None:
-        self._keeping.drop(message.meta.ids)
+        self._keeping.drop(message.meta.ids, message.header.session)
         session = self._sessions.get(message.header.session)
         if session is not None:
             for number in message.meta.ids:
@@ -210,7 +228,8 @@ class EngineLoop:
         self._adopting = True
         session = self._sessions[message.header.session]
         ids = np.array(view(message.meta.ids, message.buffers))
-        lost = self._keeping.adopt(message.meta.kept, ids, session.owner)
+        meta: messages.Adopt = message.meta
+        lost = self._keeping.adopt(meta.kept, ids, session.owner, dict(meta.facts))
         if lost:
             self._tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
 
@@ -286,7 +305,34 @@ class EngineLoop:
         meta, buffers = replies.of_tokens(ids, model.pieces(ids))
         self._answer(envelope, message.header, meta, buffers)
 
+    def _away(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        expected_s: float = message.meta.expected_s
+        if not 0 <= expected_s < float("inf"):
+            raise RequestError(f"away for {expected_s} seconds: a number, or 0 for back soon")
+        if expected_s:
+            self._keeping.tiers.away(session.id, expected_s)
+        else:
+            self._chores.append(self._keeping.tiers.back(session.id))
+        self._answer(envelope, message.header, AwayReply(), [])
+
     # ---- working
+
+    def _chore(self, chore: Iterator[None]) -> None:
+        """One step of what nobody waits for."""
+        try:
+            next(chore)
+        except StopIteration:
+            self._chores.remove(chore)
+        except Exception:  # noqa: BLE001  nobody is to be answered
+            _log.exception("bringing back a session's checkpoints failed")
+            self._chores.remove(chore)
+
+    def _tell_moves(self) -> None:
+        moves, self._keeping.moves = self._keeping.moves, []
+        for entry, how, elapsed_ns in moves:
+            self._tell(Op.MOVED, Moved(entry.kept, how, elapsed_ns), entry.session)
 
     def _work(self, active: Active) -> None:
         """One layer of one run, and what follows where it was the last."""
@@ -298,15 +344,15 @@ class EngineLoop:
         try:
             active.held = next(active.turns)
         except StopIteration:
-            self._turns.remove(active)
             self._finish(active)
+            self._over(active)
         except DjinnError as exc:
-            self._turns.remove(active)
             self._fail(active, exc)
+            self._over(active)
         except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
             _log.exception("a run of %s failed", active.job.model.info.name)
-            self._turns.remove(active)
             self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
+            self._over(active)
         else:
             if active.held is not None:
                 self._hand_out(active)
@@ -333,6 +379,7 @@ class EngineLoop:
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
+        self._tell_moves()  # the server must know before the client asks it
         try:
             meta, buffers = replies.of(job)
         except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
@@ -352,11 +399,15 @@ class EngineLoop:
 
     def _end(self, active: Active, error: DjinnError) -> None:
         """Stop an active run at the layer it has come to."""
-        self._turns.remove(active)
         active.turns.close()  # type: ignore[attr-defined]
         active.job.advance("cancel")
         self._discard(active)
         self._refuse(active.envelope, active.header, error)
+        self._over(active)
+
+    def _over(self, active: Active) -> None:
+        self._turns.remove(active)
+        self._runner.settle(active.job)
 
     def _discard(self, active: Active) -> None:
         self._runner.discard(active.job)

@@ -15,6 +15,7 @@ import transformers
 from djinn_zmq.engine import cached, shapes
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
+from djinn_zmq.memory.files import facts_of
 from djinn_zmq.settings import MIB, format_bytes
 from djinn_zmq.wire.messages import Load, ModelInfo
 
@@ -38,6 +39,11 @@ class ServedModel:
     tokenizer: Any  # transformers' PreTrainedTokenizerBase, or None
     device: torch.device
     ends: tuple[int, ...] = ()  # tokens behind which its generations end
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a checkpoint's file says of its model, so that no other takes it for its own."""
+        return facts_of(self.info)
 
     def encode(self, texts: tuple[str, ...], *, begins: bool = True) -> np.ndarray:
         """Prompts of one length to token ids, int64 (batch, positions).

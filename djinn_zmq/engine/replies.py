@@ -10,6 +10,7 @@ from djinn_zmq.engine.branches import TalkJob
 from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
+from djinn_zmq.engine.moving import HoldJob, MoveJob, RestoreJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import Generated, RunReply, Token, TokensReply
@@ -22,6 +23,8 @@ def of(job: Job) -> tuple[msgspec.Struct, Buffers]:
     """What *job* has come to."""
     if isinstance(job, TalkJob) and job.asked is not None:
         return of_generation(job)
+    if isinstance(job, (MoveJob, HoldJob, RestoreJob)):
+        return job.reply(), []
     return of_look(job) if isinstance(job, LookJob) else of_run(job)
 
 

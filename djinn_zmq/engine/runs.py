@@ -6,7 +6,7 @@ with its reply, and a resume is a new run that starts further up.
 
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 
@@ -19,13 +19,17 @@ from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, RequestError, StopError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire.edits import Edit, Skip
+from djinn_zmq.wire.edits import Edit, Patch, Skip
 from djinn_zmq.wire.messages import Generate, Kept, Resume, Run, Wanted
 from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
+
+
+# What a job starts with and may not change (None: its ids), and the checkpoint that it is, if any.
+Opening = Generator[None, None, tuple[torch.Tensor | None, Entry | None]]
 
 
 class Runner:
@@ -61,8 +65,10 @@ class Runner:
             planned = self._planner.plan(asked.wanted, asked.edits, start, model, ids)
         job = Job(session, model, ids, 0, asked.wanted, shared, watch, *planned, fresh=True)
         if asked.edits:
-            job.edit = self._edit(session, asked.edits, buffers)
-        return job, self._work(job, None)
+            sources = self._sources(session, asked.edits)
+            self._hold(job, sources.values())
+            job.edit = self._edit(session, asked.edits, buffers, sources)
+        return job, self.settling(job, self._work(job, None))
 
     def resume(
         self,
@@ -86,114 +92,176 @@ class Runner:
             check_logits(asked.wanted, model, len(entry.ids))
             start = Start(layer, entry.kept.place)
             planned = self._planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
-        hidden = self.edited(entry, asked, buffers, session, watch)
         job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
-        if not entry.kept.place:
-            return job, self._work(job, hidden)
-        job.given = hidden
-        with watch.span("restore"):
-            return job, self._work(job, self.base_of(entry, job))
+        opening = self.opening(job, entry, asked, buffers)
+        return job, self.settling(job, self._work(job, opening))
 
-    def base_of(self, entry: Entry, job: Job) -> torch.Tensor | None:
-        """What flowed into the layer (or the tail) that a checkpoint is inside of; None for one that
-        lies before the layers."""
-        if not entry.kept.base:
-            job.fresh = True
-            return None
-        return self._source(entry.kept.base, job.session)
-
-    def edited(
+    def opening(
         self,
+        job: Job,
         entry: Entry,
         asked: Resume | Generate,
         buffers: Sequence[bytes | memoryview],
-        session: EngineSession,
-        watch: Stopwatch,
-    ) -> torch.Tensor:
-        """A checkpoint's value, the job's own, with what was asked for done to it."""
+    ) -> Opening:
+        """How *job* comes to what it starts with: a checkpoint with what was asked for done to it.
+
+        Raises UnknownCheckpoint, EditError at once; the job uses the checkpoint from now on.
+        """
         if asked.hidden is not None:
-            check_hidden(asked.hidden, entry.kept.tensor)
-        with watch.span("restore"):
-            if asked.hidden is not None:
-                hidden = self._keeping.load_sent(asked.hidden, buffers, session.owner)
-            else:
-                hidden = self._keeping.load(entry.kept.tensor)
+            check_hidden(asked.hidden, entry.body.tensor)
+        session = job.session
+        sources = self._sources(session, asked.edits)
+        base = self._source(entry.base, session) if entry.place and entry.base else None
+        self._hold(job, [entry, *sources.values(), *([] if base is None else [base])])
+        opening = self._open(job, entry, asked, buffers, sources)
+        return self._open_inside(job, base, opening) if entry.place else opening
+
+    def _open(
+        self,
+        job: Job,
+        entry: Entry,
+        asked: Resume | Generate,
+        buffers: Sequence[bytes | memoryview],
+        sources: dict[int, Entry],
+    ) -> Opening:
+        unchanged: Entry | None = None
+        if asked.hidden is not None:
+            with job.watch.span("restore"):
+                hidden = self._keeping.see_sent(asked.hidden, buffers, job.session.owner)
+        else:
+            hidden = yield from self.lend(job, entry)
+            unchanged = entry
         if asked.edits:
-            with watch.span("edit"):
-                hidden = self._edit(session, asked.edits, buffers)(hidden)
-        return hidden
+            for source in sources.values():
+                yield from self.lend(job, source)
+            with job.watch.span("edit"):
+                change = self._edit(job.session, asked.edits, buffers, sources)
+                hidden, unchanged = change(hidden.clone()), None
+        return hidden, unchanged
+
+    def _open_inside(self, job: Job, base: Entry | None, opening: Opening) -> Opening:
+        """For a checkpoint inside a layer (or the tail, or before the layers): its value is handed
+        in there, and the run starts with what flowed into that layer, *base*."""
+        value, _ = yield from opening
+        job.given = value.clone() if value is not None else None
+        if base is None:
+            job.fresh = True
+            return None, None
+        hidden = yield from self.lend(job, base)
+        return hidden, None
 
     def _edit(
         self,
         session: EngineSession,
         edits: tuple[Edit, ...],
         buffers: Sequence[bytes | memoryview],
+        sources: dict[int, Entry],
     ) -> Change:
+        """sources: must be resident when it is called."""
         return lambda hidden: editing.apply(
             hidden,
             tuple(edit for edit in edits if not isinstance(edit, Skip)),
             lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
-            lambda number: self._source(number, session),
+            lambda number: self._keeping.hidden(sources[number]),
         )
 
-    def _source(self, number: int, session: EngineSession) -> torch.Tensor:
+    def _sources(self, session: EngineSession, edits: tuple[Edit, ...]) -> dict[int, Entry]:
+        """The checkpoints that *edits* take from."""
+        numbers = [edit.source for edit in edits if isinstance(edit, Patch)]
+        return {number: self._source(number, session) for number in numbers}
+
+    def _source(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
-        if entry.kept.layer < 0:
+        if entry.layer < 0:
             raise EditError(f"{number:x} is not a checkpoint")
-        return self._keeping.load(entry.kept.tensor)
+        return entry
+
+    def _hold(self, job: Job, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._keeping.hold(entry)
+            job.loans.append(entry)
+
+    def lend(self, job: Job, entry: Entry) -> Generator[None, None, torch.Tensor]:
+        """The hidden state of *entry* on the device, for *job* to read and not to change.
+
+        It stays there until the job ends. Raises ArenaFull where there is no room to bring it to.
+        """
+        if entry not in job.loans:
+            self._hold(job, [entry])
+        if not self._keeping.resident(entry):
+            begin_ns = time.perf_counter_ns()
+            yield from self._keeping.bring(entry)
+            job.watch.add("prefetch", time.perf_counter_ns() - begin_ns)
+        with job.watch.span("restore"):
+            return self._keeping.hidden(entry)
 
     # ---- the work
 
-    def _work(self, job: Job, hidden: torch.Tensor | None) -> Turns:
+    def _work(self, job: Job, opening: Opening | None) -> Turns:
         """All of a run: its layers, and the logits that are wanted.
 
-        hidden: (batch, positions, hidden_size), this job's own; None: start at the embedding.
+        opening: gives the hidden state to start with; None: start at the embedding.
         """
         job.advance("start")
-        watch = job.watch
+        watch, first = job.watch, job.layer
+        hidden: torch.Tensor | None = None
+        unchanged: Entry | None = None
+        if opening is not None:
+            hidden, unchanged = yield from opening
         with watch.span("record"):
             recording = self.recording(job)
             if hidden is None and job.plan is not None:
                 recording = inside.recorded(job, recording, self.keep)
         if hidden is None:
-            # Some models' first layer writes into what it is given, and the recording is kept.
-            hidden = recording.embedded.clone()
+            hidden = recording.embedded  # which is kept: no layer may change it
             if job.edit is not None and not job.stopped:
+                for source in tuple(job.loans):
+                    yield from self.lend(job, source)
                 with watch.span("edit"):
-                    hidden = job.edit(hidden)
+                    hidden = job.edit(hidden.clone())
         if not job.stopped:
-            hidden = yield from self.through(job, hidden, recording)
+            hidden = yield from self.through(job, hidden, recording, unchanged)
         if not job.stopped and (job.wanted.logits != "none" or job.plan is not None):
             yield
             with watch.span("compute"):
-                self._take_logits(job, hidden, recording)
+                self._take_logits(job, hidden, recording, lent=job.layer == first)
             self.keep_large_logits(job)
         yield from self.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
-    def _take_logits(self, job: Job, hidden: torch.Tensor, recording: Recording) -> None:
+    def _take_logits(
+        self, job: Job, hidden: torch.Tensor, recording: Recording, *, lent: bool
+    ) -> None:
+        logits: torch.Tensor | None
         if job.plan is None:
-            logits: torch.Tensor | None = job.model.stepper.tail(recording.ids, hidden)
+            logits = job.model.stepper.tail(recording.ids, hidden, lent=lent)
         else:
             logits = inside.tail(job, hidden, recording, self.keep)
         if logits is not None and job.wanted.logits != "none":
             job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
 
     def through(
-        self, job: Job, hidden: torch.Tensor, recording: Recording
+        self,
+        job: Job,
+        hidden: torch.Tensor,
+        recording: Recording,
+        unchanged: Entry | None = None,
     ) -> Generator[None, None, torch.Tensor]:
-        """Layer by layer from `job.layer` to the stop or the end; yields before each layer."""
+        """Layer by layer from `job.layer` to the stop or the end; yields before each layer.
+
+        hidden: not to be changed. unchanged: the checkpoint that it is, where it is one.
+        """
         if job.plan is not None:
-            hidden = yield from inside.through(job, hidden, recording, self.keep)
+            hidden = yield from inside.through(job, hidden.clone(), recording, self.keep)
             return hidden
-        stepper = job.model.stepper
-        self._keep_if_wanted(job, hidden)
+        stepper, first = job.model.stepper, job.layer
+        yield from self._keep_if_wanted(job, hidden, unchanged)
         while job.layer != (stepper.num_layers if job.stop_at is None else job.stop_at):
             yield
             with job.watch.span("compute"):
-                hidden = stepper.step(job.layer, hidden, recording)
+                hidden = stepper.step(job.layer, hidden, recording, lent=job.layer == first)
                 job.layer += 1
-            self._keep_if_wanted(job, hidden)
+            yield from self._keep_if_wanted(job, hidden)
         job.stopped = job.stop_at is not None
         return hidden
 
@@ -218,10 +286,23 @@ class Runner:
         """Must *data* be kept in a slot, because it does not travel with the reply?"""
         return data.nbytes > (SLOT_FROM if job.shared else FRAME_LIMIT)
 
-    def _keep_if_wanted(self, job: Job, hidden: torch.Tensor) -> None:
-        if job.layer == job.stop_at or job.layer in job.save_at:
-            with job.watch.span("copy"):
-                job.kept.append(self.keep(job, hidden, job.layer))
+    def _keep_if_wanted(
+        self, job: Job, hidden: torch.Tensor, unchanged: Entry | None = None
+    ) -> Iterator[None]:
+        """unchanged: the checkpoint of this session that *hidden* is: then nothing is copied."""
+        if job.layer != job.stop_at and job.layer not in job.save_at:
+            return
+        if unchanged is not None:
+            job.kept.append(
+                self._lent(job, self._keeping.share(unchanged, job.id, job.midway(job.layer)))
+            )
+            return
+        if not self._keeping.fits(hidden.nbytes, job.session.owner):
+            begin_ns = time.perf_counter_ns()
+            yield from self._keeping.room(hidden.nbytes, job.session.owner)
+            job.watch.add("evict", time.perf_counter_ns() - begin_ns)
+        with job.watch.span("copy"):
+            job.kept.append(self.keep(job, hidden, job.layer))
 
     def keep(
         self, job: Job, data: torch.Tensor, layer: int, *, place: str = "", base: int = 0
@@ -229,7 +310,7 @@ class Runner:
         """Keep *data* for the job's session. layer: -1 where it is no checkpoint. place, base: as
         in `Kept`."""
         session = job.session
-        return self._keeping.keep(
+        kept = self._keeping.keep(
             data,
             session=session.id,
             owner=session.owner,
@@ -239,7 +320,29 @@ class Runner:
             midway=job.midway(layer),
             place=place,
             base=base,
+            facts=job.model.facts,
         )
+        return self._lent(job, kept)
+
+    def _lent(self, job: Job, kept: Kept) -> Kept:
+        """What a job has made stays where it is until that has been told."""
+        entry = self._keeping.entries[kept.id]
+        self._keeping.hold(entry)
+        job.loans.append(entry)
+        return kept
+
+    def settling(self, job: Job, turns: Turns) -> Turns:
+        """*turns*, and `settle` when they end, however that is."""
+        try:
+            yield from turns
+        finally:
+            self.settle(job)
+
+    def settle(self, job: Job) -> None:
+        """What the job has read and made may move again."""
+        for entry in job.loans:
+            self._keeping.let_go(entry)
+        job.loans.clear()
 
     def discard(self, job: Job) -> None:
         """The job came to nothing: give back what it kept."""
@@ -248,6 +351,7 @@ class Runner:
             job.session.branches.pop(kept.id, None)
         job.kept.clear()
         job.logits_kept = None
+        self.settle(job)
 
     def recording(self, job: Job) -> Recording:
         """What the model hands its layers for this prompt: the last few prompts' are at hand."""

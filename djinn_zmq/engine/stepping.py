@@ -14,6 +14,7 @@ record or a tail they pass straight through.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Stepper:
         self._at_layer: Callable[..., Any] = self._pass_through
         self._short_tail: Tail | None = None  # found by `check`
         self._short_last = False  # is it the way to the last position's logits, too?
+        # Layers that change their input, or hand it on (num_layers: the tail). Found by `check`.
+        self._touching: set[int] = set()
         self.caches = Caches(model)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for index, layer in enumerate(self.layers):
@@ -136,19 +139,37 @@ class Stepper:
             )
         return Recording(ids, embedded[0], arguments)
 
-    def step(self, index: int, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
-        """Run layer *index* (0-based): hidden (batch, positions, hidden_size) in and out."""
+    def step(
+        self, index: int, hidden: torch.Tensor, recording: Recording, *, lent: bool = False
+    ) -> torch.Tensor:
+        """Run layer *index* (0-based): hidden (batch, positions, hidden_size) in and out.
+
+        lent: *hidden* is not to be changed, by this layer or a later one; it is copied where that
+        might happen.
+        """
+        if lent and index in self._touching:
+            hidden = hidden.clone()
         args, kwargs = recording.arguments[index]
         out = self._own[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def tail(self, ids: torch.Tensor, hidden: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+    def tail(
+        self,
+        ids: torch.Tensor,
+        hidden: torch.Tensor,
+        *,
+        last: bool = False,
+        lent: bool = False,
+    ) -> torch.Tensor:
         """What the model does after its last layer: logits (batch, positions, vocab).
 
         All positions, as the plain model computes them: a head run on the last position alone is
         another matrix product and differs in the last bits. last: that very product, which is
-        what `generate` takes. Goes the short way where `check` has found one.
+        what `generate` takes. Goes the short way where `check` has found one. lent: as for
+        `step`.
         """
+        if lent and self.num_layers in self._touching:
+            hidden = hidden.clone()
         if self._short_tail is not None and (self._short_last or not last):
             return self._short_tail(hidden, last)
         return self.own_tail(ids, hidden, last=last)
@@ -172,8 +193,8 @@ class Stepper:
         """Compare stepping with the plain model, bit for bit; says what was compared.
 
         max_positions: the longest prompt the model takes; 0: any.
-        Raises ModelRefused with the first difference. Also learns which layers return tuples, and
-        whether there is a short way for the tail.
+        Raises ModelRefused with the first difference. Also learns which layers return tuples, which
+        change their input, and whether there is a short way for the tail.
         """
         generator = torch.Generator().manual_seed(CHECK_SEED)
         shapes = [(batch, min(long, max_positions or long)) for batch, long in CHECK_SHAPES]
@@ -188,20 +209,35 @@ class Stepper:
                     "(batch, positions, hidden_size)"
                 )
             for index in range(self.num_layers):
-                hidden = self.step(index, hidden, recording)
-            stepped = self.own_tail(ids, hidden)
+                hidden = self._watched(
+                    index, hidden, partial(self.step, index, recording=recording)
+                )
+            stepped = self._watched(self.num_layers, hidden.clone(), partial(self.own_tail, ids))
             if not same_bits(plain, stepped):
                 raise ModelRefused(
                     "stepped through its layers it gives other logits than by itself: "
                     f"{difference(plain, stepped)} for a prompt of shape {shape}"
                 )
         short = tails.find(self.model, self.layers, ids, same_bits)
-        if short is not None and same_bits(short(hidden, False), plain):
+        if short is not None and same_bits(
+            self._watched(self.num_layers, hidden, partial(short, last=False)), plain
+        ):
             self._short_tail = short
             self._short_last = same_bits(short(hidden, True), self.plain(ids, last=True))
         named = " and ".join(f"{batch}×{positions}" for batch, positions in shapes)
         way = "its own" if self._short_tail is None else "direct"
         return f"logits of {named} tokens equal bit for bit, stepped and plain; tail: {way}"
+
+    def _watched(
+        self, index: int, hidden: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """What *act* makes of *hidden*, noting under *index* whether that is a danger to *hidden*."""
+        before = hidden.clone()
+        out = act(hidden)
+        handed_on = out.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+        if handed_on or not same_bits(before, hidden):
+            self._touching.add(index)
+        return out
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

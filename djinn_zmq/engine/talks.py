@@ -19,7 +19,7 @@ from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob
 from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import Runner, check_wanted
+from djinn_zmq.engine.runs import Opening, Runner, check_wanted
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
@@ -57,7 +57,7 @@ class Talker:
             _check_room(tokens.shape[1], start.static, model)
             check_wanted(asked.wanted, 0, model, 1)
         job = self._job(start, tokens, session, model, watch, asked.wanted, shared)
-        return job, self._run(job, None)
+        return job, self._runner.settling(job, self._run(job, None))
 
     def resume(
         self,
@@ -77,10 +77,10 @@ class Talker:
             midway = _midway(entry, session)
             check_wanted(asked.wanted, entry.kept.layer, model, 1)
             _check_skips_nothing(asked.edits)
-        hidden = self._runner.edited(entry, asked, buffers, session, watch)
         job = self._job(midway.branch, None, session, model, watch, asked.wanted, shared, midway)
         job.layer = entry.kept.layer
-        return job, self._run(job, hidden)
+        opening = self._runner.opening(job, entry, asked, buffers)
+        return job, self._runner.settling(job, self._run(job, opening))
 
     def generate(
         self,
@@ -107,16 +107,16 @@ class Talker:
             _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             check_wanted(asked.wanted, 0, model, 1)
             _check_skips_nothing(asked.edits)
-        hidden = None
-        if entry is not None:
-            hidden = self._runner.edited(entry, asked, buffers, session, watch)
         job = self._job(start, start.ids, session, model, watch, asked.wanted, shared, midway)
         job.asked = asked
         job.layer = 0 if entry is None else entry.kept.layer
         job.step = (midway.step or 0) if midway is not None else 0
         job.sampler = Sampler(asked.sampling, start.generator, model.device, model.info.vocab_size)
         job.spelling = Spelling(model.tokenizer, tokens[0].tolist(), start.unspelled)
-        return job, self._generate(job, hidden, tokens)
+        opening = None
+        if entry is not None:
+            opening = self._runner.opening(job, entry, asked, buffers)
+        return job, self._runner.settling(job, self._generate(job, opening, tokens))
 
     def _job(
         self,
@@ -171,10 +171,10 @@ class Talker:
 
     # ---- the work
 
-    def _run(self, job: TalkJob, hidden: torch.Tensor | None) -> Turns:
+    def _run(self, job: TalkJob, opening: Opening | None) -> Turns:
         """One forward, or the rest of one, and the logits that are wanted."""
         job.advance("start")
-        hidden = yield from self._forward(job, hidden)
+        hidden = yield from self._forward(job, opening)
         stopped = job.wanted.stop_at is not None
         if not stopped:
             yield
@@ -189,13 +189,13 @@ class Talker:
         yield from self._runner.until_done(job)
         job.advance("stop" if stopped else "finish")
 
-    def _generate(self, job: TalkJob, hidden: torch.Tensor | None, tokens: np.ndarray) -> Turns:
-        """*tokens*: with the prompt. hidden: where a forward is to be finished first."""
+    def _generate(self, job: TalkJob, opening: Opening | None, tokens: np.ndarray) -> Turns:
+        """*tokens*: with the prompt. opening: where a forward is to be finished first."""
         assert job.asked is not None and job.sampler is not None
         job.advance("start")
         logits = job.start.logits
-        if hidden is not None:
-            logits = yield from self._step(job, hidden)
+        if opening is not None:
+            logits = yield from self._step(job, opening)
         if not job.reason and tokens.shape[1] > job.working.length:
             if tokens.shape[1] > job.tokens.shape[1]:  # a prompt: it is another generation
                 job.step = 0
@@ -210,6 +210,7 @@ class Talker:
                 yield from self._runner.until_done(job)
             yield Part(*replies.of_token(job, token, logits))
             job.kept, job.begun = [], True  # what was kept is the client's from now on
+            self._runner.settle(job)
             made += 1
             job.step += 1
             job.tokens = np.append(job.tokens, [[token]], axis=1)
@@ -225,11 +226,11 @@ class Talker:
         job.advance("stop" if job.reason == "stop" else "finish")
 
     def _step(
-        self, job: TalkJob, hidden: torch.Tensor | None
+        self, job: TalkJob, opening: Opening | None
     ) -> Generator[None, None, torch.Tensor | None]:
         """One forward of a generation: (1, vocab), behind the last token; None where it stopped."""
-        job.wanted = _wanted_in(job, hidden is not None)
-        hidden = yield from self._forward(job, hidden)
+        job.wanted = _wanted_in(job, opening is not None)
+        hidden = yield from self._forward(job, opening)
         if job.wanted.stop_at is not None:
             job.reason = "stop"
             return None
@@ -239,11 +240,11 @@ class Talker:
         return logits
 
     def _forward(
-        self, job: TalkJob, hidden: torch.Tensor | None
+        self, job: TalkJob, opening: Opening | None
     ) -> Generator[None, None, torch.Tensor]:
-        """The tokens that the cache has not seen, through the layers. hidden: as in Runner._work."""
+        """The tokens that the cache has not seen, through the layers. opening: as in Runner._work."""
         stepper = job.model.stepper
-        if hidden is None:
+        if opening is None:
             job.layer = 0
             job.id = new_id()
             if job.working.hollow:
@@ -256,16 +257,18 @@ class Talker:
         with job.watch.span("record"):
             ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
             recording = stepper.record(ids, job.working.cache)
-        given = recording.embedded if hidden is None else hidden
+        given, unchanged = recording.embedded, None
+        if opening is not None:
+            given, unchanged = yield from opening
         assert not isinstance(job.wanted.stop_at, Stops)
         job.stop_at, job.save_at = job.wanted.stop_at, job.wanted.save_at
-        hidden = yield from self._runner.through(job, given, recording)
+        hidden = yield from self._runner.through(job, given, recording, unchanged)
         return hidden
 
     def _logits(self, job: TalkJob, hidden: torch.Tensor, *, last: bool) -> torch.Tensor:
         with job.watch.span("compute"):
             ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
-            return job.model.stepper.tail(ids, hidden, last=last)
+            return job.model.stepper.tail(ids, hidden, last=last, lent=True)
 
     def _end(self, job: TalkJob, logits: torch.Tensor | None) -> None:
         """Keep what the job has come to as a branch of its session."""
@@ -274,7 +277,7 @@ class Talker:
             logits = None
         session = job.session
         branch = job.stand(past, logits)
-        job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length)
+        job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length, tiers=())
         session.branches[job.ended.id] = branch
 
 

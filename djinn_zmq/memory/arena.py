@@ -13,7 +13,6 @@ the owner. Each arena has exactly one process that leases its slots, so no lock 
 raises the generation before a slot is used again, and a reader compares it after copying.
 """
 
-import bisect
 import mmap
 import os
 import struct
@@ -24,6 +23,7 @@ from typing import Self
 
 from djinn_zmq.errors import ArenaFull, Closed, ProtocolError, StaleSlot
 from djinn_zmq.memory import shared
+from djinn_zmq.memory.freelist import FreeList
 from djinn_zmq.settings import format_bytes
 from djinn_zmq.wire.tensors import Slot
 
@@ -173,7 +173,8 @@ class OwnArena(Arena):
         """As Arena. Raises ProtocolError also where its table tells of slots that do not fit."""
         super().__init__(number, fd, writable=True)
         self.leases: dict[int, Lease] = {}
-        self._free: list[tuple[int, int]] = []  # (first granule, granules), sorted, never adjacent
+        self.zone: str | None = None  # who may map it besides the server; see Pool
+        self._free = FreeList()
         try:
             self._settle()
         except BaseException:
@@ -198,7 +199,7 @@ class OwnArena(Arena):
                 start = place
                 while place < self.count and not self._table[2 * place + 1]:
                     place += 1
-                self._free.append((start, place - start))
+                self._free.give(start, place - start)
             elif place + granules > self.count:
                 raise ProtocolError(f"slot {place} ends beyond the arena: its table is damaged")
             else:
@@ -211,27 +212,21 @@ class OwnArena(Arena):
     @property
     def largest_free(self) -> int:
         """Bytes of the largest slot that could be leased now."""
-        longest = max((granules for _, granules in self._free), default=0)
-        return longest * GRANULE
+        return self._free.largest * GRANULE
 
     @property
     def used(self) -> int:
-        return self.capacity - sum(granules for _, granules in self._free) * GRANULE
+        return self.capacity - self._free.total * GRANULE
 
     def lease(self, nbytes: int, holder: int, until_s: float = float("inf")) -> Lease | None:
         """A slot of *nbytes* for *holder*, or None where no free piece is large enough."""
         if self._map is None:
             raise Closed(f"arena {self.number} is closed")
         need = granules_for(nbytes)
-        for place, (start, granules) in enumerate(self._free):
-            if granules < need:
-                continue
-            if granules == need:
-                del self._free[place]
-            else:
-                self._free[place] = (start + need, granules - need)
-            return self._grant(start, need, nbytes, holder, until_s)
-        return None
+        start = self._free.take(need)
+        if start is None:
+            return None
+        return self._grant(start, need, nbytes, holder, until_s)
 
     def _grant(self, start: int, granules: int, nbytes: int, holder: int, until_s: float) -> Lease:
         generation = (self._table[2 * start] + 1) & 0xFFFFFFFF
@@ -257,14 +252,7 @@ class OwnArena(Arena):
         # A reader in mid-copy sees this before the slot is anybody else's.
         self._table[2 * start] = (slot.generation + 1) & 0xFFFFFFFF
         self._table[2 * start + 1] = 0
-        place = bisect.bisect(self._free, (start, 0))
-        if place < len(self._free) and self._free[place][0] == start + granules:
-            granules += self._free.pop(place)[1]
-        if place and sum(self._free[place - 1]) == start:
-            before, more = self._free[place - 1]
-            self._free[place - 1] = (before, more + granules)
-        else:
-            self._free.insert(place, (start, granules))
+        self._free.give(start, granules)
 
     def sweep_unleased(self) -> int:
         """After adopting: give back every slot that nobody took over. Returns how many."""
@@ -279,7 +267,10 @@ class OwnArena(Arena):
 
 
 class Pool:
-    """Slots from as many own arenas as a limit allows; the next arena is made when it is needed."""
+    """Slots from as many own arenas as a limit allows; the next arena is made when it is needed.
+
+    An arena holds slots of one zone alone, that of its first: those who may map it see all of it.
+    """
 
     def __init__(
         self,
@@ -287,14 +278,17 @@ class Pool:
         arena_nbytes: int,
         register: Callable[[OwnArena], int],
         name: str,
+        retire: Callable[[OwnArena], None] | None = None,
     ) -> None:
         """limit, arena_nbytes: bytes. register: makes an arena known to the server, returns its
-        number. name: shows in /proc/PID/maps."""
+        number. name: shows in /proc/PID/maps. retire: the opposite of register, where arenas may be
+        given up for ones of another zone."""
         self.limit = limit
         self.arenas: dict[int, OwnArena] = {}
         self._arena_nbytes = min(arena_nbytes, limit)
         self._register = register
         self._name = name
+        self._retire = retire
 
     @property
     def mapped(self) -> int:
@@ -304,27 +298,60 @@ class Pool:
     def used(self) -> int:
         return sum(arena.used for arena in self.arenas.values())
 
-    def lease(self, nbytes: int, holder: int, lasting_s: float = float("inf")) -> Lease:
+    def lease(
+        self, nbytes: int, holder: int, lasting_s: float = float("inf"), *, zone: str = ""
+    ) -> Lease:
         """A slot of *nbytes* for *holder*. Raises ArenaFull with what was asked, free and allowed."""
         until_s = time.monotonic() + lasting_s
-        for arena in self.arenas.values():
+        for arena in self._of(zone):
             lease = arena.lease(nbytes, holder, until_s)
             if lease is not None:
+                arena.zone = zone
                 return lease
-        lease = self.grow(nbytes).lease(nbytes, holder, until_s)
+        arena = self.grow(nbytes, zone)
+        arena.zone = zone
+        lease = arena.lease(nbytes, holder, until_s)
         assert lease is not None
         return lease
 
-    def grow(self, nbytes: int) -> OwnArena:
+    def fits(self, nbytes: int, zone: str = "") -> bool:
+        """Is there room for a slot of *nbytes*, as far as the limit goes?"""
+        given_up = sum(arena.capacity for arena in self._empty(zone))
+        return nbytes <= max(self._largest(zone), self.limit - self.mapped + given_up)
+
+    def _empty(self, zone: str) -> list[OwnArena]:
+        """Arenas of other zones that hold nothing."""
+        return [
+            one
+            for one in self.arenas.values()
+            if self._retire is not None and one.zone not in (zone, None) and not one.used
+        ]
+
+    def _of(self, zone: str) -> list[OwnArena]:
+        return [one for one in self.arenas.values() if one.zone in (zone, None)]
+
+    def _largest(self, zone: str) -> int:
+        return max((arena.largest_free for arena in self._of(zone)), default=0)
+
+    def full(self, nbytes: int, zone: str = "") -> ArenaFull:
+        room = self.limit - self.mapped
+        return ArenaFull(
+            f"{format_bytes(nbytes)} asked, {format_bytes(max(self._largest(zone), room))} free in one "
+            f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
+            f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
+        )
+
+    def grow(self, nbytes: int, zone: str = "") -> OwnArena:
         """One more arena, with room for *nbytes* in one piece. Raises ArenaFull beyond the limit."""
+        for empty in self._empty(zone):
+            if self.limit - self.mapped >= max(nbytes, self._arena_nbytes):
+                break
+            assert self._retire is not None
+            self._retire(self.arenas.pop(empty.number))
+            empty.close()
         room = self.limit - self.mapped
         if nbytes > room:
-            largest = max((arena.largest_free for arena in self.arenas.values()), default=0)
-            raise ArenaFull(
-                f"{format_bytes(nbytes)} asked, {format_bytes(max(largest, room))} free in one "
-                f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
-                f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
-            )
+            raise self.full(nbytes, zone)
         arena = OwnArena.create(max(nbytes, min(self._arena_nbytes, room)), self._name)
         try:
             arena.number = self._register(arena)

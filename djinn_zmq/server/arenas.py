@@ -37,10 +37,18 @@ class Shared:
 
 
 class Arenas:
-    def __init__(self, path: Path, settings: Settings, on_gone: Callable[[Peer], None]) -> None:
-        """path: of the lease socket. on_gone: called with a peer whose process is gone."""
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        on_gone: Callable[[Peer], None],
+        may_map: Callable[[str, int], bool] = lambda owner, arena: True,
+    ) -> None:
+        """path: of the lease socket. on_gone: called with a peer whose process is gone. may_map:
+        has this owner something in this arena of an engine's? Engines never mix owners in one."""
         self._settings = settings
         self._on_gone = on_gone
+        self._may_map = may_map
         self._shared: dict[int, Shared] = {}
         self._last = 0
         self._tokens: dict[bytes, Peer] = {}
@@ -142,6 +150,8 @@ class Arenas:
                 raise ProtocolError(f"{type(packet).__name__} comes without a descriptor")
             if isinstance(packet, messages.Share) and fd is not None:
                 connection.send(messages.Granted(self._take(fd, by), ""))
+            elif isinstance(packet, messages.Retire) and not isinstance(by, Peer):
+                self._let_go([packet.arena] if self._is_of(packet.arena, by) else [])
             elif isinstance(packet, messages.Want):
                 self._hand_over(connection, packet.arena, by)
             else:
@@ -207,6 +217,8 @@ class Arenas:
             return
         if isinstance(by, Peer) and not isinstance(arena.by, int):
             raise AccessDenied(f"arena {number} is not an engine's")
+        if isinstance(by, Peer) and not self._may_map(by.owner, number):
+            raise AccessDenied(f"nothing of yours is in arena {number}")
         fd = shared.read_only(arena.fd)
         try:
             owner = arena.by.owner if isinstance(arena.by, Peer) else arena.by
@@ -234,13 +246,18 @@ class Arenas:
 
         A live process might still write into them, so they are never handed out again.
         """
-        gone = [n for n, arena in self._shared.items() if arena.by == by and n not in keep]
-        for number in gone:
+        return self._let_go([n for n in self._shared if self._is_of(n, by) and n not in keep])
+
+    def _is_of(self, number: int, by: Peer | int | str) -> bool:
+        return number in self._shared and self._shared[number].by == by
+
+    def _let_go(self, numbers: list[int]) -> list[int]:
+        for number in numbers:
             arena = self._shared.pop(number)
             if arena.mapped is not None:
                 arena.mapped.close()
             os.close(arena.fd)
-        return gone
+        return numbers
 
     def nbytes(self) -> int:
         return sum(arena.nbytes for arena in self._shared.values())

@@ -5,10 +5,12 @@ is copied once, from the socket into a leased slot that the engine then reads in
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from djinn_zmq.errors import ProtocolError, RequestError
+from djinn_zmq.errors import BadFile, OnDevice, ProtocolError, RequestError
+from djinn_zmq.memory import files
 from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.registry import KeptRecord
@@ -16,26 +18,35 @@ from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.edits import selection
 from djinn_zmq.wire.messages import Chunk, Read, ReadReply, Upload
-from djinn_zmq.wire.tensors import Frame, Slot, Tensor, over
+from djinn_zmq.wire.tensors import DTYPES, File, Frame, Slot, Tensor, over
 
 PIECE_LIMIT = 1 * MIB
 
 
-def read(record: KeptRecord, asked: Read, arenas: Arenas) -> tuple[ReadReply, list[bytes]]:
-    """A piece of a kept tensor's selection, copied out of its slot."""
+def read(
+    record: KeptRecord, asked: Read, arenas: Arenas, state: str | None
+) -> tuple[ReadReply, list[bytes]]:
+    """A piece of a kept tensor's selection, copied out of its slot or its file."""
     tensor = record.kept.tensor
-    if not isinstance(tensor.where, Slot):
-        raise RequestError("the tensor is on a device: prefetch it first")
     if not 0 < asked.nbytes <= PIECE_LIMIT:
         raise RequestError(f"a piece of {asked.nbytes} bytes: 1 to {PIECE_LIMIT}")
     where = tensor.where
-    whole = over(arenas.view(where, tensor.nbytes), tensor.dtype, tensor.shape)
+    if isinstance(where, Slot):
+        whole = over(arenas.view(where, tensor.nbytes), tensor.dtype, tensor.shape)
+    elif isinstance(where, File) and state is not None:
+        saved = files.read(files.path_of(Path(state), where.number))
+        whole = files.array_of(saved, saved.hidden)
+        if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
+            raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
+    else:
+        raise OnDevice("the checkpoint is on its device alone: prefetch it to the host first")
     chosen = whole[selection(asked.at, tensor.shape)]
     flat = np.ascontiguousarray(chosen).reshape(-1).view(np.uint8)
     if not 0 <= asked.offset < flat.size:
         raise RequestError(f"offset {asked.offset} of a selection of {flat.size} bytes")
     data = flat[asked.offset : asked.offset + asked.nbytes].tobytes()
-    arenas.recheck(where)
+    if isinstance(where, Slot):
+        arenas.recheck(where)
     piece = Tensor("uint8", (len(data),), Frame(0))
     return ReadReply(tensor.dtype, chosen.shape, piece), [data]
 

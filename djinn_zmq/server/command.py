@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,9 +15,12 @@ import click
 
 from djinn_zmq.bus.keys import server_keys
 from djinn_zmq.errors import DjinnError, RequestError
+from djinn_zmq.memory import shared
 from djinn_zmq.server.malloc import keep_freed_memory
 from djinn_zmq.server.server import Server
-from djinn_zmq.settings import MIB, Settings, socket_path
+from djinn_zmq.settings import MIB, Settings, private_dir, socket_path
+
+LEAST_HOST_MEMORY = 256 * MIB  # whatever is free: a server that keeps nothing is of no use
 
 
 def _default(name: str) -> Any:
@@ -60,6 +64,22 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
         )
     address = "127.0.0.1" if host == "localhost" else host
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def _host_memory(asked: int | None, engines: int) -> int:
+    """Bytes for each engine: as asked (MiB), or half of what is free, shared by them."""
+    if asked is not None:
+        return asked * MIB
+    return max(LEAST_HOST_MEMORY, shared.available() // 2 // engines)
+
+
+def _disk(state: Path | None, asked: int | None, engines: int) -> int:
+    """Bytes for each engine in *state*. Raises RequestError for a size without a place."""
+    if state is None:
+        if asked is not None:
+            raise RequestError("--disk says how much: give --state DIR, too, which says where")
+        return 0
+    return asked * MIB if asked is not None else shutil.disk_usage(state).free // 2 // engines
 
 
 def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
@@ -128,11 +148,26 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
     help="Directory with server.key and allowed/*.pub; TCP clients then need an allowed key.",
 )
 @click.option(
+    "--gpu-memory",
+    type=click.IntRange(min=0),
+    help="Device memory for checkpoints, in MiB, for each engine. [default: a quarter of what is free "
+    "on a GPU; on the CPU none, because it reads host memory as it is]",
+)
+@click.option(
     "--host-memory",
     type=click.IntRange(min=1),
-    default=_default("host_memory") // MIB,
-    show_default=True,
-    help="Shared memory for checkpoints, in MiB, for each engine.",
+    help="Shared memory for checkpoints, in MiB, for each engine. [default: half of what is free]",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory for checkpoints that no memory has room for, and that outlive the server. "
+    "[default: none, there is no disk tier]",
+)
+@click.option(
+    "--disk",
+    type=click.IntRange(min=1),
+    help="Room in --state, in MiB, for each engine. [default: half of what is free there]",
 )
 @click.option(
     "--grace-s",
@@ -158,7 +193,10 @@ def serve(
     dtype: str,
     ipc: Path | None,
     keys: Path | None,
-    host_memory: int,
+    gpu_memory: int | None,
+    host_memory: int | None,
+    state: Path | None,
+    disk: int | None,
     grace_s: float,
     threads: int | None,
     private: bool,
@@ -180,11 +218,19 @@ def serve(
         stream=sys.stderr,
     )
     try:
-        settings = Settings(host_memory=host_memory * MIB, threads=threads, grace_s=grace_s)
+        devices = _devices(gpus, device)
+        settings = Settings(
+            host_memory=_host_memory(host_memory, len(devices)),
+            device_memory=None if gpu_memory is None else gpu_memory * MIB,
+            state=None if state is None else str(private_dir(state.absolute())),
+            disk=_disk(state, disk, len(devices)),
+            threads=threads,
+            grace_s=grace_s,
+        )
         server = Server(
             _ipc(ipc),
             settings,
-            devices=_devices(gpus, device),
+            devices=devices,
             dtype=dtype,
             models=models,
             shapes=shapes,

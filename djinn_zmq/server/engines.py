@@ -19,7 +19,7 @@ from djinn_zmq.errors import Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Retire
+from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Ready, Retire
 from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Engine:
         self.state = states.Engine.DOWN
         self.detail = ""
         self.restarts = -1
+        self.device_memory = 0  # bytes its device tier may have
         self.models: dict[str, ModelInfo] = {}
         self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
         self.loading: str | None = None
@@ -96,9 +97,10 @@ class Engine:
     def advance(self, event: str) -> None:
         self.state = states.advance(states.ENGINE, self.state, event)
 
-    def on_ready(self) -> None:
+    def on_ready(self, ready: Ready) -> None:
         """The process is up: tell it all that waited."""
         self.advance("ready")
+        self.device_memory = ready.device_memory
         self.detail = ""
         held, self._held = self._held, deque()
         for envelope, frame, buffers in held:
@@ -207,6 +209,12 @@ class Engine:
         if self.link is not None:
             self.link.close()
             self.link = None
+
+    def limit(self, tier: str) -> int:
+        """Bytes that *tier* of this engine may have."""
+        if tier == "device":
+            return self.device_memory
+        return self._settings.host_memory if tier == "host" else self._settings.disk
 
     def info(self) -> EngineInfo:
         return EngineInfo(

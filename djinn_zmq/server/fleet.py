@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from djinn_zmq.errors import DjinnError, Lost, ModelRefused, from_wire
+from djinn_zmq.memory.files import facts_of
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
@@ -15,6 +17,7 @@ from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Held, Keep, Leave, Opened, Progress
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot
+from djinn_zmq.wire.tiers import Moved
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Fleet:
         settings: Settings,
         registry: Registry,
         arenas: Arenas,
+        journal: Journal,
         reply: Reply,
     ) -> None:
         """reply: sends (envelope, frame, buffers) to a peer."""
@@ -48,6 +52,7 @@ class Fleet:
         ]
         self._registry = registry
         self._arenas = arenas
+        self._journal = journal
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
 
@@ -87,7 +92,9 @@ class Fleet:
             return
         meta = Opened(session.id, engine.models[name])
         self._answer(peer, header, meta)
+        session.info_of_model = engine.models[name]
         _log.info("session %016x of %s on %s begins", session.id, session.owner, name)
+        self._tell_session(session, "begins")
 
     def _answer(self, peer: Peer, header: Header, meta: Opened) -> None:
         frame = codec.encode(header.op, meta, flags=Flag.REPLY, request=header.request)
@@ -111,6 +118,11 @@ class Fleet:
         except DjinnError as exc:
             _log.warning("session %016x ends without its engine: %s", session.id, exc)
         _log.info("session %016x of %s ends", session.id, session.owner)
+        self._tell_session(session, "ends")
+
+    def _tell_session(self, session: Session, what: str) -> None:
+        text = f"session {session.id:016x} on {session.model} {what}"
+        self._journal.tell("session", text, owner=session.owner, session=session.id)
 
     def retire(self, arenas: Sequence[int]) -> None:
         """These arenas are nobody's any more: engines that mapped them let go."""
@@ -129,7 +141,9 @@ class Fleet:
         message = codec.decode(frame, buffers)
         meta = message.meta
         if message.header.op == Op.READY:
-            engine.on_ready()
+            engine.on_ready(meta)
+            text = f"engine {engine.index} is ready on {meta.device}, pid {meta.pid}"
+            self._journal.tell("engine", text)
         elif message.header.op == Op.LOAD:
             self._on_load(engine, message)
         elif isinstance(meta, Keep):
@@ -138,6 +152,8 @@ class Fleet:
             session = self._registry.sessions.get(message.header.session)
             if session is not None:
                 session.kv = meta.nbytes
+        elif isinstance(meta, Moved):
+            self._on_moved(meta)
         elif isinstance(meta, Drop):
             session = self._registry.sessions.get(message.header.session)
             for number in meta.ids if session is not None else ():
@@ -150,6 +166,22 @@ class Fleet:
             return
         for kept in meta.kept:
             session.kept[kept.id] = KeptRecord(kept, meta.ids)
+
+    def _on_moved(self, meta: Moved) -> None:
+        kept = meta.kept
+        session = self._registry.moved(kept)
+        if session is not None:
+            text = (
+                f"checkpoint {kept.id:x} after layer {kept.layer} is now in {', '.join(kept.tiers)}"
+            )
+            self._journal.tell(
+                meta.how,
+                text,
+                owner=session.owner,
+                session=session.id,
+                nbytes=kept.tensor.nbytes,
+                elapsed_ns=meta.elapsed_ns,
+            )
 
     def _on_load(self, engine: Engine, message: codec.Message) -> None:
         header, meta = message.header, message.meta
@@ -186,6 +218,7 @@ class Fleet:
     def on_death(self, engine: Engine) -> None:
         """Answer what it owed, start another, and hand it all that survived."""
         owed, reason = engine.bury()
+        self._journal.tell("engine", reason)
         loading = engine.detail if engine.state is states.Engine.FAILED else ""
         for (envelope, _), header in owed:
             session = self._registry.sessions.get(header.session)
@@ -212,6 +245,14 @@ class Fleet:
         for name, source in engine.sources.items():
             engine.load(name, source)
 
+    def adopt(self, session: Session, records: Sequence[KeptRecord]) -> None:
+        """These files are checkpoints of *session* from now on."""
+        engine = self.engines[session.engine]
+        for record in records:
+            session.kept[record.kept.id] = record
+            meta = Adopt(record.ids, (record.kept,), _facts(session))
+            engine.tell(Op.ADOPT, meta, session=session.id)
+
     def _hand_over(self, engine: Engine, session: Session) -> None:
         def run_of(record: KeptRecord) -> int:
             return record.kept.run
@@ -222,8 +263,12 @@ class Fleet:
             del session.kept[number]
         for _, records in itertools.groupby(sorted(session.kept.values(), key=run_of), run_of):
             run = list(records)
-            meta = Adopt(run[0].ids, tuple(record.kept for record in run))
+            meta = Adopt(run[0].ids, tuple(record.kept for record in run), _facts(session))
             engine.tell(Op.ADOPT, meta, session=session.id)
+
+
+def _facts(session: Session) -> tuple[tuple[str, str], ...]:
+    return tuple(facts_of(session.info_of_model).items()) if session.info_of_model else ()
 
 
 def _named_in(text: str, engine: Engine) -> str:

@@ -5,14 +5,15 @@ What state a run is in is the engine's to know; whose it is and where its bytes 
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.errors import Busy, UnknownCheckpoint, UnknownSession
 from djinn_zmq.wire import states
-from djinn_zmq.wire.messages import Kept, SessionInfo
-from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.messages import ModelInfo, SessionInfo
+from djinn_zmq.wire.tensors import Slot, Tensor
+from djinn_zmq.wire.tiers import TIERS, Kept, TierInfo
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +50,7 @@ class Session:
     kv: int = 0  # bytes of keys and values that its engine holds for it
     created_s: float = field(default_factory=time.monotonic)
     closes_s: float = float("inf")  # monotonic; set while KEPT
+    info_of_model: ModelInfo | None = None
 
     def info(self, asker: Peer) -> SessionInfo:
         return SessionInfo(
@@ -136,6 +138,38 @@ class Registry:
                 f"checkpoint {number:x} is not one of this session: it may have been released"
             )
         return record
+
+    def moved(self, kept: Kept) -> Session | None:
+        """*kept* is elsewhere now; returns the session it is of, None where nobody keeps it."""
+        session = self.sessions.get(kept.session)
+        record = session.kept.get(kept.id) if session is not None else None
+        if record is None:
+            return None
+        record.kept = kept
+        return session
+
+    def has_in(self, owner: str, arena: int) -> bool:
+        """Is anything of *owner*'s kept in *arena*?"""
+        return any(
+            isinstance(where := record.kept.tensor.where, Slot) and where.arena == arena
+            for session in self.sessions.values()
+            if session.owner == owner
+            for record in session.kept.values()
+        )
+
+    def tiers(self, engines: Iterable[int], limits: Callable[[int, str], int]) -> list[TierInfo]:
+        """What is in each tier of each engine. limits: of (engine, tier), in bytes."""
+        used = {(engine, name): [0, 0] for engine in engines for name in TIERS}
+        for engine in engines:
+            for _, record in self.kept_by(engine):
+                for name in record.kept.tiers:
+                    count = used[engine, name]
+                    count[0] += record.kept.tensor.nbytes
+                    count[1] += record.kept.layer >= 0
+        return [
+            TierInfo(engine, name, limits(engine, name), nbytes, count)
+            for (engine, name), (nbytes, count) in used.items()
+        ]
 
     def kept_by(self, engine: int) -> Iterator[tuple[Session, KeptRecord]]:
         for session in self.sessions.values():

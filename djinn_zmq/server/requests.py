@@ -12,7 +12,9 @@ from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.bulk import Arriving
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import messages
@@ -20,7 +22,17 @@ from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tiers import (
+    Claim,
+    ClaimReply,
+    Events,
+    EventsReply,
+    TierInfo,
+    Where,
+    WhereReply,
+)
 
+EVENTS_AT_ONCE = 1000
 UPLOADS_LIMIT = 16  # under way at once from one peer
 
 Answer = tuple[msgspec.Struct, Sequence[bytes | memoryview]]
@@ -37,6 +49,8 @@ class Requests:
         settings: Settings,
         endpoints: Callable[[], tuple[str, ...]],
         stop: Callable[[], None],
+        journal: Journal,
+        returned: Returned,
     ) -> None:
         self._registry = registry
         self._fleet = fleet
@@ -45,6 +59,8 @@ class Requests:
         self._settings = settings
         self._endpoints = endpoints
         self._stop = stop
+        self._journal = journal
+        self._returned = returned
         self._started_s = time.monotonic()
         self._arriving: dict[tuple[bytes, int], Arriving] = {}
         self._uploads: dict[int, tuple[int, Tensor]] = {}  # id → (session, uint8 (nbytes,))
@@ -60,6 +76,9 @@ class Requests:
             Op.UPLOAD: self._upload,
             Op.CHUNK: self._chunk,
             Op.STOP: self._stop_server,
+            Op.WHERE: self._where,
+            Op.CLAIM: self._claim,
+            Op.EVENTS: self._events,
         }
 
     def answer(
@@ -109,12 +128,21 @@ class Requests:
                 memory=messages.MemoryInfo(
                     limit=self._settings.host_memory,
                     arenas=self._arenas.nbytes(),
-                    used=sum(record.kept.tensor.nbytes for record in kept) + self._arenas.staged(),
+                    used=sum(
+                        record.kept.tensor.nbytes for record in kept if "host" in record.kept.tiers
+                    )
+                    + self._arenas.staged(),
                     checkpoints=sum(record.kept.layer >= 0 for record in kept),
+                    tiers=tuple(self._tiers()),
                 ),
             ),
             (),
         )
+
+    def _tiers(self) -> list[TierInfo]:
+        engines = self._fleet.engines
+        numbers = [engine.index for engine in engines]
+        return self._registry.tiers(numbers, lambda index, tier: engines[index].limit(tier))
 
     def _open(self, peer: Peer, header: Header, meta: messages.Open, _: object) -> None:
         name, source = self._catalog.resolve(meta.model, trusted=peer.trusted)
@@ -128,7 +156,26 @@ class Requests:
 
     def _read(self, peer: Peer, header: Header, meta: messages.Read, _: object) -> Answer:
         record = self._registry.kept_of(self._registry.session_of(peer, header.session), meta.id)
-        return bulk.read(record, meta, self._arenas)
+        return bulk.read(record, meta, self._arenas, self._settings.state)
+
+    def _where(self, peer: Peer, header: Header, meta: Where, _: object) -> Answer:
+        session = self._registry.session_of(peer, header.session)
+        found = [self._registry.kept_of(session, number).kept for number in meta.ids]
+        return WhereReply(tuple(found)), ()
+
+    def _claim(self, peer: Peer, header: Header, meta: Claim, _: object) -> Answer:
+        session = self._registry.session_of(peer, header.session)
+        info = session.info_of_model
+        assert info is not None
+        if not meta.ids:
+            return ClaimReply(self._returned.of(session.owner, info), ()), ()
+        records = self._returned.claim(meta.ids, session, info)
+        self._fleet.adopt(session, records)
+        kept = tuple(record.kept for record in records)
+        return ClaimReply(kept, tuple(record.ids for record in records)), ()
+
+    def _events(self, peer: Peer, header: Header, meta: Events, _: object) -> Answer:
+        return EventsReply(self._journal.after(meta.after, peer.owner, EVENTS_AT_ONCE)), ()
 
     def _release(self, peer: Peer, header: Header, meta: messages.Release, _: object) -> Answer:
         session = self._registry.session_of(peer, header.session)
@@ -150,6 +197,7 @@ class Requests:
             elif number not in unknown:
                 _, tensor = self._uploads.pop(number)
                 self._arenas.staging(session.owner).give_back(tensor.where)
+        kept += unknown  # clients' holds: the engine knows them
         if kept:
             engine = self._fleet.engines[session.engine]
             engine.tell(Op.DROP, messages.Drop(tuple(kept)), session=session.id)

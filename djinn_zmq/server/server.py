@@ -28,9 +28,11 @@ from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.engines import HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
+from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
@@ -43,12 +45,12 @@ NEVER = float("inf")
 OF_ANSWERS = int(Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-TO_ENGINE = frozenset(
+TO_ENGINE = frozenset({Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE}) | frozenset(
     {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
 )
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
-) | {Op.STOP}
+) | {Op.STOP, Op.WHERE, Op.CLAIM, Op.EVENTS}
 
 
 class Server:
@@ -72,6 +74,8 @@ class Server:
         self.settings = settings
         self.path = path
         self.catalog = Catalog(models, shapes)
+        self.journal = Journal()
+        self.returned = Returned(settings.state)
         private_dir(path.parent)
         self._lock = _locked(path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -89,8 +93,10 @@ class Server:
             self._close_bus()
             raise
         lease_path = path.with_name(f"{path.name}.lease")
-        self.arenas = Arenas(lease_path, settings, self._on_gone)
-        self.fleet = Fleet(devices, dtype, settings, self.registry, self.arenas, self._reply)
+        self.arenas = Arenas(lease_path, settings, self._on_gone, self.registry.has_in)
+        self.fleet = Fleet(
+            devices, dtype, settings, self.registry, self.arenas, self.journal, self._reply
+        )
         self.requests = Requests(
             self.registry,
             self.fleet,
@@ -99,6 +105,8 @@ class Server:
             settings,
             self.endpoints,
             self.stop,
+            self.journal,
+            self.returned,
         )
         self._poll = Poll()
         self._poll.watch(self._wake_read, self._on_wake)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
-from djinn_zmq.wire import messages
+from djinn_zmq.wire import messages, tiers
 from djinn_zmq.wire.edits import tensors_in
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
@@ -173,6 +173,13 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
         meta.top_ids,
         meta.top_log_norm,
     ),
+    tiers.WhereReply: lambda meta: (kept.tensor for kept in meta.kept),
+    tiers.ClaimReply: lambda meta: (*(kept.tensor for kept in meta.kept), *meta.ids),
+    tiers.MoveReply: lambda meta: (kept.tensor for kept in meta.kept),
+    tiers.HoldReply: lambda meta: (meta.tensor,),
+    tiers.Restore: lambda meta: (meta.hidden, meta.ids),
+    tiers.RestoreReply: lambda meta: (meta.kept.tensor,),
+    tiers.Moved: lambda meta: (meta.kept.tensor,),
     LookReply: lambda meta: (seen.tensor for seen in meta.seen),
     messages.Continue: lambda meta: (meta.ids,),
     messages.Generate: lambda meta: (meta.ids, meta.hidden, *tensors_in(meta.edits)),

@@ -8,11 +8,13 @@ from enum import IntEnum
 
 import msgspec
 
+from djinn_zmq.wire import tiers
 from djinn_zmq.wire.edits import Edit, Index
 from djinn_zmq.wire.looks import Look, LookReply
 from djinn_zmq.wire.ops import Op, Spans, message
 from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tiers import Kept, TierInfo
 
 VERSION = 1
 
@@ -51,19 +53,6 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 LOGITS, BRANCH = -1, -2  # in Kept.layer: a reply's logits; where a conversation stands
 
 
-class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A tensor kept on the server: a checkpoint's hidden state, or a reply's logits."""
-
-    id: int
-    session: int
-    run: int
-    layer: int  # layers executed before it; LOGITS, BRANCH: not a checkpoint
-    tensor: Tensor  # hidden: (batch, positions, hidden_size)
-    past: int = 0  # positions whose keys and values it goes on from: they live with the engine
-    place: str = ""  # the path of the module whose value it is; "": between two layers
-    base: int = 0  # inside a layer: the kept input of that layer, or of the tail; else 0
-
-
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     index: int
     device: str
@@ -93,6 +82,7 @@ class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     arenas: int  # mapped so far
     used: int  # in slots that hold something
     checkpoints: int
+    tiers: tuple[TierInfo, ...] = ()
 
 
 # ---- client → server
@@ -339,6 +329,7 @@ class TokensReply(msgspec.Struct, **message(Op.TOKENS)):
 class Ready(msgspec.Struct, **message(Op.READY)):
     device: str
     pid: int
+    device_memory: int  # bytes that its device tier may have
 
 
 class Load(msgspec.Struct, **message(Op.LOAD)):
@@ -376,10 +367,14 @@ class Held(msgspec.Struct, **message(Op.HELD)):
 
 
 class Adopt(msgspec.Struct, **message(Op.ADOPT)):
-    """As Keep, in the other direction: what a new engine takes over."""
+    """As Keep, in the other direction: what a new engine takes over.
+
+    facts: what the files of these say of their model.
+    """
 
     ids: Tensor
     kept: tuple[Kept, ...]
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 # ---- beside any request
@@ -412,6 +407,13 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.CANCEL: Cancel,
     Op.TOKENS: Tokens,
     Op.LOOK: Look,
+    Op.WHERE: tiers.Where,
+    Op.CLAIM: tiers.Claim,
+    Op.EVENTS: tiers.Events,
+    Op.MOVE: tiers.Move,
+    Op.HOLD: tiers.Hold,
+    Op.AWAY: tiers.Away,
+    Op.RESTORE: tiers.Restore,
     Op.MORE: More,
     Op.CONTINUE: Continue,
     Op.GENERATE: Generate,
@@ -423,6 +425,7 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.KEEP: Keep,
     Op.DROP: Drop,
     Op.ADOPT: Adopt,
+    Op.MOVED: tiers.Moved,
 }
 
 REPLIES: dict[int, type[msgspec.Struct]] = {
@@ -442,6 +445,13 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.CONTINUE: RunReply,
     Op.GENERATE: Generated,
     Op.LOOK: LookReply,
+    Op.WHERE: tiers.WhereReply,
+    Op.CLAIM: tiers.ClaimReply,
+    Op.EVENTS: tiers.EventsReply,
+    Op.MOVE: tiers.MoveReply,
+    Op.HOLD: tiers.HoldReply,
+    Op.AWAY: tiers.AwayReply,
+    Op.RESTORE: tiers.RestoreReply,
     Op.LOAD: Loaded,
 }
 

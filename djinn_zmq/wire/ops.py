@@ -20,7 +20,14 @@ class Op(IntEnum):
     UPLOAD = 7
     CHUNK = 8  # one way: a piece of an upload
     STOP = 9
+    WHERE = 10
+    CLAIM = 11
+    EVENTS = 12
     # client → server → engine
+    MOVE = 13
+    HOLD = 14
+    AWAY = 15
+    RESTORE = 39
     RUN = 16
     RESUME = 17
     RELEASE = 18
@@ -39,6 +46,7 @@ class Op(IntEnum):
     DROP = 37  # engine: these no longer do
     ADOPT = 38  # server: these survived your predecessor
     HELD = 27  # engine: a session's keys and values take so many bytes
+    MOVED = 40  # engine: that tensor is elsewhere now
     # beside any of them, as a reply
     PROGRESS = 48
     FAILURE = 49

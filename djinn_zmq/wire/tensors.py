@@ -4,6 +4,7 @@ inline   the bytes stand in the meta itself        up to INLINE_LIMIT
 frame    the bytes are the message's nth buffer    up to the bus's frame limit
 slot     the bytes are in a shared arena           any size, both ends on one machine
 device   the bytes are in an engine's own slab     any size, only that engine (and CUDA IPC)
+file     the bytes are in the server's state directory: READ them, or have them prefetched
 """
 
 import math
@@ -54,7 +55,11 @@ class Device(msgspec.Struct, frozen=True, array_like=True, tag=3, forbid_unknown
     generation: int
 
 
-Where = Inline | Frame | Slot | Device
+class File(msgspec.Struct, frozen=True, array_like=True, tag=4, forbid_unknown_fields=True):
+    number: int  # of the checkpoint whose file it is
+
+
+Where = Inline | Frame | Slot | Device | File
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -1,0 +1,144 @@
+"""Where a checkpoint is, and what can be done about that: move it, save it, edit it in place."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.parcels import Parcel
+from djinn_zmq.client.session import Session
+from djinn_zmq.errors import BadFile, RequestError
+from djinn_zmq.memory import files
+from djinn_zmq.wire import tiers
+from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import DTYPES
+from djinn_zmq.wire.tiers import Kept
+
+
+class Tiered:
+    """What a checkpoint has of this: it is mixed into `Checkpoint`."""
+
+    _session: Session
+    _kept: Kept
+    _ids: np.ndarray
+
+    @property
+    def tier(self) -> Any:
+        """The fastest tier that has it now: "device", "host" or "disk"."""
+        return self._session.drive(self._tier())
+
+    def _tier(self) -> Operation[str]:
+        yield from self._locate()
+        return self._kept.tiers[0]
+
+    def _locate(self) -> Operation[None]:
+        reply = yield Call(Op.WHERE, tiers.Where((self._kept.id,)), session=self._kept.session)
+        self._kept = reply.meta.kept[0]
+
+    def prefetch(self, to: str = "") -> Any:
+        """Bring it to the tier *to*, "device" or "host"; by default the fastest that there is.
+
+        Returns the tier it is in then. Raises ArenaFull, with sizes, where that has no room.
+        """
+        return self._session.drive(self._move(to, down=False))
+
+    def evict(self, to: str = "host") -> Any:
+        """Move it down to "host" or "disk", which makes room in the tiers above.
+
+        Returns the tier it is in then. Raises RequestError where a view of it is in use or there is
+        no such tier, ArenaFull where that has no room.
+        """
+        return self._session.drive(self._move(to, down=True))
+
+    def _move(self, to: str, *, down: bool) -> Operation[str]:
+        meta = tiers.Move((self._kept.id,), to, down)
+        reply = yield Call(Op.MOVE, meta, session=self._kept.session)
+        self._kept = reply.meta.kept[0]
+        return self._kept.tiers[0]
+
+    def save(self, path: str | os.PathLike[str]) -> Any:
+        """Write it to the file *path* (safetensors), whole or not at all. Returns the path.
+
+        Any client of the same model makes a checkpoint of it again, with `Model.load_checkpoint`.
+        """
+        return self._session.drive(self._save(Path(path)))
+
+    def _save(self, path: Path) -> Operation[Path]:
+        if self._kept.place:
+            raise RequestError(
+                f"the checkpoint is inside a layer, at {self._kept.place}: save one between layers"
+            )
+        if self._kept.past:
+            raise RequestError(
+                f"the checkpoint goes on from the keys and values of {self._kept.past} tokens, which "
+                "are not in it: save one of a plain run of all its tokens"
+            )
+        hidden = yield from self._remote()._read(())
+        facts = {"format": files.FORMAT, "layer": str(self._kept.layer)}
+        try:
+            files.write(
+                path,
+                {"hidden": hidden, "ids": self._ids},
+                facts | files.facts_of(self._session.model),
+            )
+        except OSError as exc:
+            raise BadFile(f"{path} cannot be written: {exc.strerror}") from exc
+        return path
+
+    def writable(self) -> Any:
+        """The hidden state as an array to edit in place and resume with: `resume(hidden=array)`.
+
+        On the server's machine it lies in memory that the engine reads where it stands: nothing is
+        copied again. It is this client's own: the checkpoint does not change. Not to be written to
+        while a resume with it is under way.
+        """
+        return self._session.drive(self._writable())
+
+    def _writable(self) -> Operation[np.ndarray]:
+        tensor = self._kept.tensor
+        sharing = self._session.connection.sharing
+        if sharing.lease is None:
+            return (yield from self._remote()._read(()))
+        array = sharing.array(DTYPES[tensor.dtype], tensor.shape)
+        yield from self._remote().read_into(array)
+        return array
+
+    def _remote(self) -> RemoteArray:
+        return RemoteArray(self._session.connection, self._session.drive, self._kept, self)
+
+
+def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
+    """Make a checkpoint of the file *path*; what it is, and its ids. Raises BadFile."""
+    saved = files.read(path)
+    files.check_model(saved, session.model)
+    ids = np.array(files.array_of(saved, saved.ids))
+    parcel = Parcel(session.connection, session.id)
+    try:
+        hidden_sent = yield from parcel.place(files.array_of(saved, saved.hidden))
+        ids_sent = yield from parcel.place(ids)
+        meta = tiers.Restore(saved.layer, hidden_sent, ids_sent)
+        call = Call(Op.RESTORE, meta, session=session.id, buffers=parcel.buffers)
+        reply = yield call
+    finally:
+        parcel.settle()
+    return reply.meta.kept, ids
+
+
+def away(session: Session, expected_s: float) -> Operation[None]:
+    if not 0 < expected_s < float("inf"):
+        raise RequestError(f"away for {expected_s} seconds: a positive number")
+    yield Call(Op.AWAY, tiers.Away(float(expected_s)), session=session.id)
+
+
+def back_soon(session: Session) -> Operation[None]:
+    yield Call(Op.AWAY, tiers.Away(0.0), session=session.id)
+
+
+def claim(session: Session, numbers: Sequence[int]) -> Operation[tiers.ClaimReply]:
+    """No numbers: what there is."""
+    reply = yield Call(Op.CLAIM, tiers.Claim(tuple(numbers)), session=session.id)
+    return reply.meta

@@ -1,0 +1,102 @@
+"""The disk tier: a file a checkpoint, under the state directory, written and read beside the layers.
+
+Two threads, one that writes and removes (in order) and one that reads: they sleep in system calls and
+hold the GIL for microseconds. A wake-up tells the engine's loop that one of them is done.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.errors import ArenaFull
+from djinn_zmq.memory import files
+from djinn_zmq.memory.files import Saved
+from djinn_zmq.settings import format_bytes
+
+
+class Disk:
+    def __init__(self, folder: Path | None, limit: int, wake: Callable[[], None]) -> None:
+        """folder: None where there is no disk tier. limit: bytes. wake: called by the threads."""
+        self.folder = folder
+        self.limit = limit if folder is not None else 0
+        self.used = 0  # bytes of the files there are, and of those being written
+        self.trouble = ""  # what the last failed write said
+        self._wake = wake
+        self._writer = ThreadPoolExecutor(1, "djinn-disk-writer")
+        self._reader = ThreadPoolExecutor(1, "djinn-disk-reader")
+
+    def fits(self, nbytes: int) -> bool:
+        return self.folder is not None and self.used + nbytes <= self.limit
+
+    def full(self, nbytes: int) -> ArenaFull:
+        return ArenaFull(
+            f"{format_bytes(nbytes)} of disk asked, {format_bytes(max(0, self.limit - self.used))} "
+            f"free, limit {format_bytes(self.limit)}: release checkpoints, or serve with more --disk"
+        )
+
+    def save(
+        self,
+        numbers: list[int],
+        arrays: Mapping[str, np.ndarray],
+        metadata: Mapping[str, str],
+    ) -> "Future[Any]":
+        """Write one file, linked under each checkpoint's number. The caller counts its bytes."""
+        assert self.folder is not None
+        paths = [files.path_of(self.folder, number) for number in numbers]
+
+        def work() -> None:
+            files.write(paths[0], arrays, metadata)
+            for path in paths[1:]:
+                os.link(paths[0], path)
+
+        return self._watched(self._writer.submit(work))
+
+    def link(self, number: int, other: int) -> None:
+        """Checkpoint *other* shares the file of *number*."""
+        assert self.folder is not None
+        one, two = files.path_of(self.folder, number), files.path_of(self.folder, other)
+        self._writer.submit(os.link, one, two)
+
+    def load(self, number: int, target: memoryview) -> "Future[Any]":
+        """Read the hidden state of *number* into *target*. Raises (there) BadFile."""
+        assert self.folder is not None
+        path = files.path_of(self.folder, number)
+
+        def work() -> None:
+            saved = files.read(path)
+            if saved.hidden.nbytes != len(target):
+                raise files.BadFile(
+                    f"{path} holds {saved.hidden.nbytes} bytes of hidden, not {len(target)}"
+                )
+            files.read_into(saved, saved.hidden, target)
+
+        return self._watched(self._reader.submit(work))
+
+    def stored(self, number: int) -> Saved:
+        """What the file of *number* says of itself. Raises BadFile where there is none."""
+        assert self.folder is not None
+        return files.read(files.path_of(self.folder, number))
+
+    def remove(self, number: int) -> None:
+        assert self.folder is not None
+        path = files.path_of(self.folder, number)
+
+        def work() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+        self._writer.submit(work)
+
+    def _watched(self, future: "Future[Any]") -> "Future[Any]":
+        future.add_done_callback(lambda _: self._wake())
+        return future
+
+    def close(self) -> None:
+        """Wait for what is under way, so that no half-made file stays."""
+        self._writer.shutdown()
+        self._reader.shutdown()

@@ -1,0 +1,170 @@
+"""Moving checkpoints between tiers, holding them for clients' views, making them of files.
+
+Jobs like runs: what waits for the disk or a copy gives others their turns.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from djinn_zmq.engine.bodies import Body
+from djinn_zmq.engine.jobs import EngineSession, Job
+from djinn_zmq.engine.keeping import NAMES, Entry, Keeping
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.runs import Runner
+from djinn_zmq.errors import BadFile, RequestError
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.messages import Wanted
+from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tiers import TIERS, Hold, HoldReply, Move, MoveReply, Restore, RestoreReply
+
+NO_RUN = Wanted(None, (), "none", 0)
+Buffers = Sequence[bytes | memoryview]
+
+
+@dataclass(slots=True, eq=False)
+class MoveJob(Job):
+    entries: list[Entry] = field(default_factory=list)
+
+    def reply(self) -> MoveReply:
+        kept = tuple(entry.kept for entry in self.entries)
+        return MoveReply(kept, self.watch.with_rest("queue", first=True))
+
+
+@dataclass(slots=True, eq=False)
+class HoldJob(Job):
+    hold: int = 0
+    tensor: Tensor | None = None
+
+    def reply(self) -> HoldReply:
+        assert self.tensor is not None
+        return HoldReply(self.hold, self.tensor, None)
+
+
+@dataclass(slots=True, eq=False)
+class RestoreJob(Job):
+    def reply(self) -> RestoreReply:
+        return RestoreReply(self.kept[0], self.watch.with_rest("queue", first=True))
+
+
+class Mover:
+    def __init__(self, keeping: Keeping, runner: Runner) -> None:
+        self._keeping = keeping
+        self._runner = runner
+
+    # ---- move
+
+    def move(
+        self,
+        asked: Move,
+        buffers: Buffers,
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[MoveJob, Iterator[None]]:
+        """Raises UnknownCheckpoint, and RequestError for a tier that is none."""
+        allowed = TIERS[1:] if asked.down else (*TIERS[:2], "")
+        if asked.tier not in allowed:
+            what = "evicted to" if asked.down else "prefetched to"
+            raise RequestError(
+                f'"{asked.tier}" can be {what} nothing: {" or ".join(filter(None, allowed))}'
+            )
+        entries = [self._find(number, session) for number in dict.fromkeys(asked.ids)]
+        if not entries:
+            raise RequestError("no checkpoint to move is named")
+        job = MoveJob(session, model, entries[0].ids, 0, NO_RUN, shared, watch, entries=entries)
+        return job, self._move(job, asked)
+
+    def _move(self, job: MoveJob, asked: Move) -> Iterator[None]:
+        job.advance("start")
+        tiers = self._keeping.tiers
+        tier = asked.tier or ("device" if tiers.slabs.limit else "host")
+        for entry in job.entries:
+            begin_ns = time.perf_counter_ns()
+            if asked.down:
+                yield from tiers.evict(entry.body, tier)
+            else:
+                self._keeping.hold(entry)
+                try:
+                    yield from tiers.bring(entry.body, tier)
+                finally:
+                    self._keeping.let_go(entry)
+            job.watch.add("evict" if asked.down else "prefetch", time.perf_counter_ns() - begin_ns)
+        job.advance("finish")
+
+    def _find(self, number: int, session: EngineSession) -> Entry:
+        entry = self._keeping.find(number, session.owner)
+        if entry.layer < 0 or entry.session != session.id:
+            raise RequestError(f"{number:x} is not a checkpoint of this session")
+        return entry
+
+    # ---- hold
+
+    def hold(
+        self,
+        asked: Hold,
+        buffers: Buffers,
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[HoldJob, Iterator[None]]:
+        entry = self._find(asked.checkpoint, session)
+        if asked.tier != "host":
+            raise RequestError(f'"{asked.tier}" cannot be held: "host"')
+        job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
+        return job, self._runner.settling(job, self._hold(job, entry, asked))
+
+    def _hold(self, job: HoldJob, entry: Entry, asked: Hold) -> Iterator[None]:
+        job.advance("start")
+        body: Body = entry.body
+        self._keeping.hold(entry)
+        job.loans.append(entry)
+        yield from self._keeping.tiers.bring(body, asked.tier)
+        while not body.settled:
+            yield
+        job.hold, job.tensor = self._keeping.hold_for(job.session.id, entry), body.tensor
+        job.advance("finish")
+
+    # ---- restore
+
+    def restore(
+        self,
+        asked: Restore,
+        buffers: Buffers,
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[RestoreJob, Iterator[None]]:
+        """Raises BadFile where it does not fit the session's model."""
+        with watch.span("decode"):
+            ids = self._keeping.ids_sent(asked.ids, buffers, session.owner)
+            model.check_ids(ids)
+        if not 0 <= asked.layer <= model.info.num_layers:
+            raise BadFile(
+                f'layer {asked.layer}: "{model.info.name}" has layers 0 to {model.info.num_layers}'
+            )
+        job = RestoreJob(session, model, ids, asked.layer, NO_RUN, shared, watch)
+        return job, self._runner.settling(job, self._restore(job, asked, buffers))
+
+    def _restore(self, job: RestoreJob, asked: Restore, buffers: Buffers) -> Iterator[None]:
+        job.advance("start")
+        like = self._runner.recording(job).embedded
+        wanted = NAMES[like.dtype], tuple(like.shape)
+        given = asked.hidden.dtype, asked.hidden.shape
+        if given != wanted:
+            raise BadFile(
+                f'hidden is {given[0]} {given[1]}, "{job.model.info.name}" needs {wanted[0]} '
+                f"{wanted[1]}"
+            )
+        yield from self._keeping.room(asked.hidden.nbytes, job.session.owner)
+        with job.watch.span("copy"):
+            hidden = self._keeping.load_sent(asked.hidden, buffers, job.session.owner)
+            job.kept.append(self._runner.keep(job, hidden, job.layer))
+        yield from self._runner.until_done(job)
+        job.advance("finish")

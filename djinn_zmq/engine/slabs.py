@@ -1,0 +1,124 @@
+"""Device slots: pieces of slabs that the engine allocates itself and frees only by ending.
+
+A slab is one allocation of the device's, so that a client who opens it (CUDA IPC opens whole
+allocations) finds checkpoints there and nothing else. A slot's generation is counted up when it is
+given back, so that a reference to what it held before is known to be stale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from djinn_zmq.errors import ArenaFull, StaleSlot
+from djinn_zmq.memory.arena import GRANULE, granules_for
+from djinn_zmq.memory.freelist import FreeList
+from djinn_zmq.settings import MIB, format_bytes
+from djinn_zmq.wire.tensors import Device as Where
+
+SLAB_NBYTES = 256 * MIB
+
+Allocate = Callable[[int], torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSlot:
+    """where: names it on the wire. data: uint8 (nbytes,), on the device."""
+
+    where: Where
+    data: torch.Tensor
+
+
+class Slab:
+    def __init__(self, number: int, memory: torch.Tensor, zone: str) -> None:
+        """memory: uint8 (nbytes,), on the device. zone: whose checkpoints it holds."""
+        self.number = number
+        self.zone = zone
+        self.exported = False  # a client has opened it: then it keeps its zone for good
+        self.memory = memory
+        self.free = FreeList()
+        self.free.give(0, memory.numel() // GRANULE)
+        self.generations: dict[int, int] = {}  # by first granule, of slots that have been leased
+        self.leased: dict[int, int] = {}  # first granule → granules
+
+    def lease(self, nbytes: int) -> DeviceSlot | None:
+        need = granules_for(nbytes)
+        start = self.free.take(need)
+        if start is None:
+            return None
+        generation = self.generations[start] = self.generations.get(start, 0) + 1
+        self.leased[start] = need
+        offset = start * GRANULE
+        return DeviceSlot(
+            Where(self.number, start, generation), self.memory[offset : offset + nbytes]
+        )
+
+    def give_back(self, where: Where) -> None:
+        if where.index not in self.leased or self.generations[where.index] != where.generation:
+            raise StaleSlot(f"slot {where.index} of slab {self.number} has been given back")
+        self.generations[where.index] += 1
+        self.free.give(where.index, self.leased.pop(where.index))
+
+
+class Slabs:
+    """Slots from as many slabs as a limit allows; the next slab is made when it is needed."""
+
+    def __init__(self, limit: int, allocate: Allocate, slab_nbytes: int = SLAB_NBYTES) -> None:
+        """limit, slab_nbytes: bytes; 0: there is no device tier. allocate: gives device memory, uint8
+        (nbytes,), or None where the device has no more of it."""
+        self.limit = limit
+        self.slabs: dict[int, Slab] = {}
+        self._allocate = allocate
+        self._slab_nbytes = min(slab_nbytes, limit)
+
+    @property
+    def mapped(self) -> int:
+        return sum(slab.memory.numel() for slab in self.slabs.values())
+
+    @property
+    def used(self) -> int:
+        return self.mapped - self.free
+
+    @property
+    def free(self) -> int:
+        """Bytes free in slabs that there are."""
+        return sum(slab.free.total for slab in self.slabs.values()) * GRANULE
+
+    def lease(self, nbytes: int, zone: str = "") -> DeviceSlot | None:
+        """A slot of *nbytes* in a slab of *zone*, or None where there is no room."""
+        for slab in self.slabs.values():
+            if slab.zone != zone and (slab.leased or slab.exported):
+                continue
+            slot = slab.lease(nbytes)
+            if slot is not None:
+                slab.zone = zone
+                return slot
+        slab = self._grow(nbytes, zone)
+        return None if slab is None else slab.lease(nbytes)
+
+    def _grow(self, nbytes: int, zone: str) -> Slab | None:
+        room = self.limit - self.mapped
+        size = max(granules_for(nbytes) * GRANULE, min(self._slab_nbytes, room))
+        if size > room:
+            return None
+        memory = self._allocate(size)
+        if memory is None:
+            self.limit = self.mapped  # other programs use the device, too: it gives us no more
+            return None
+        number = len(self.slabs) + 1
+        slab = self.slabs[number] = Slab(number, memory, zone)
+        return slab
+
+    def give_back(self, where: Where) -> None:
+        """Raises StaleSlot if it has been given back already."""
+        self.slabs[where.slab].give_back(where)
+
+    def full(self, nbytes: int) -> ArenaFull:
+        """What to say where `lease` gave nothing and nothing can make room."""
+        room = self.limit - self.mapped
+        largest = max((slab.free.largest * GRANULE for slab in self.slabs.values()), default=0)
+        return ArenaFull(
+            f"{format_bytes(nbytes)} of device memory asked, {format_bytes(max(largest, room))} free "
+            f"in one piece, {format_bytes(self.free + room)} free in all, limit "
+            f"{format_bytes(self.limit)}: release or evict checkpoints, or serve with more --gpu-memory"
+        )

@@ -1,0 +1,415 @@
+"""The tiers: device, host, disk. What is kept where, what gives way to what, and how it moves.
+
+    device   slabs of the device's own memory     a resume copies nothing
+    host     arenas shared with server and client a copy of every checkpoint, written through
+    disk     files under the state directory      outlive the server
+
+What was not used for longest gives way first; what belongs to a session that said it is away, before
+all else. A device copy is dropped where another copy is there. A host copy is dropped where a file
+is there, and is written to one first where not; without a disk tier a device copy must do. What a run
+or a view is using stays. Where nothing more gives way the newcomer is refused, with sizes.
+
+Whatever waits (for the disk, or for the device's copies) is a generator that yields meanwhile, so that
+others get their turns.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine.bodies import Body
+from djinn_zmq.engine.devices import Device
+from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.slabs import DeviceSlot, Slabs
+from djinn_zmq.errors import ArenaFull, BadFile, RequestError
+from djinn_zmq.memory.arena import Lease, Pool
+from djinn_zmq.wire.tensors import over
+
+_log = logging.getLogger(__name__)
+
+WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    body: Body
+    numbers: list[int]  # the checkpoints it had when the writing began
+    future: "Future[Any]"
+    begin_ns: int
+
+
+Moved = Callable[[Body, str, int], None]  # a body, what was done ("evict", "prefetch"), nanoseconds
+
+
+class Tiers:
+    def __init__(self, device: Device, slabs: Slabs, pool: Pool, disk: Disk, moved: Moved) -> None:
+        self.slabs = slabs
+        self.pool = pool
+        self.disk = disk
+        self._device = device
+        self._moved = moved
+        self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
+        self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
+        self._writing: list[_Writing] = []
+        self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
+
+    # ---- in
+
+    def place(self, body: Body, data: torch.Tensor) -> None:
+        """Give *body* its bytes: a device copy where that tier has room, and a host copy, written
+        through. Raises ArenaFull where neither has any; then nothing has changed."""
+        slot = None if body.fixed else self._device_slot(body.nbytes, body.zone)
+        lease, full = self._host_slot(body)
+        if lease is None and slot is None:
+            raise full or self.pool.full(body.nbytes, body.zone)
+        if slot is not None:
+            body.device = slot
+            self._device.copy(data, slot.data)
+            data = slot.data
+        if lease is not None:
+            body.host = lease
+            if body.nbytes:
+                self._device.store(data, lease.view)
+        body.busy = self._device.mark()
+        self.add(body)
+
+    def add(self, body: Body) -> None:
+        """*body* has its bytes: it takes part from now on, as the one used last."""
+        self._bodies[body] = None
+
+    def touch(self, body: Body) -> None:
+        self._bodies.move_to_end(body)
+
+    def room(self, nbytes: int, zone: str) -> Iterator[None]:
+        """Wait until a host slot of *nbytes* can be had, or no more can be done for it."""
+        while not self.pool.fits(nbytes, zone):
+            self.settle()
+            if self._drop_one():
+                continue
+            if not self._writing and not self._write_one() and not self._leaving:
+                return
+            yield
+
+    def _host_slot(self, body: Body) -> tuple[Lease | None, ArenaFull | None]:
+        while True:
+            try:
+                return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
+            except ArenaFull as exc:
+                if not self._drop_one():
+                    return None, exc
+
+    def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
+        if not self.slabs.limit:
+            return None
+        slot = self.slabs.lease(nbytes, zone)
+        while slot is None:
+            victim = next(
+                (one for one in self._oldest() if one.device and len(one.tiers) > 1), None
+            )
+            if victim is None:
+                return None
+            self._drop_device(victim)
+            slot = self.slabs.lease(nbytes, zone)
+        return slot
+
+    # ---- what gives way
+
+    def _oldest(self) -> Iterator[Body]:
+        """Bodies that may be moved, those that are to give way first in front."""
+        if self._away:
+            now = time.monotonic()
+            away = [one for one in self._bodies if self._away.get(one.session, 0.0) > now]
+            away.sort(key=lambda one: -self._away[one.session])  # the longest away first
+            yield from (one for one in away if one.idle)
+        yield from (one for one in self._bodies if one.idle)
+
+    def _drop_one(self) -> bool:
+        """Free the host slot of the first body that has another copy. False: there is none."""
+        for body in self._oldest():
+            if body.host and (body.disk or (body.device and not self.disk.limit)):
+                self._drop_host(body)
+                return True
+        return False
+
+    def _drop_host(self, body: Body) -> None:
+        begin_ns = time.perf_counter_ns()
+        assert body.host is not None
+        self.pool.give_back(body.host.slot)
+        body.host = None
+        self._moved(body, "evict", time.perf_counter_ns() - begin_ns)
+
+    def _drop_device(self, body: Body) -> None:
+        begin_ns = time.perf_counter_ns()
+        assert body.device is not None
+        self.slabs.give_back(body.device.where)
+        body.device = None
+        self._moved(body, "evict", time.perf_counter_ns() - begin_ns)
+
+    def _write_one(self) -> bool:
+        """Begin to write the first body that has no file yet. False: there is none, or no room."""
+        for body in self._oldest():
+            if body.host and not body.disk and not body.unwritable and self.disk.fits(body.nbytes):
+                self._write(body)
+                return True
+        return False
+
+    def _write(self, body: Body) -> None:
+        assert body.host is not None
+        hidden = over(body.host.view, body.dtype, body.shape)
+        arrays = {"hidden": hidden, "ids": body.ids}
+        body.moving = True
+        self.disk.used += body.nbytes
+        numbers = sorted(body.checkpoints)
+        future = self.disk.save(numbers, arrays, body.facts)
+        self._writing.append(_Writing(body, numbers, future, time.perf_counter_ns()))
+
+    def settle(self) -> None:
+        """Take note of what has been done beside us: files written, slots free to be used again."""
+        for writing in [one for one in self._writing if one.future.done()]:
+            self._writing.remove(writing)
+            self._written(writing)
+        for leaving in [one for one in self._leaving if one[0]()]:
+            self._leaving.remove(leaving)
+            leaving[1]()
+
+    def _written(self, writing: _Writing) -> None:
+        body = writing.body
+        body.moving = False
+        if (error := writing.future.exception()) is not None:
+            self.disk.used -= body.nbytes
+            self.disk.trouble = str(error)
+            _log.warning("a checkpoint could not be written to the disk: %s", error)
+            body.unwritable = True
+        else:
+            self._file_as(body, writing.numbers)
+            self._moved(body, "write", time.perf_counter_ns() - writing.begin_ns)
+        self._free_unless_needed(body)
+
+    def _file_as(self, body: Body, numbers: list[int]) -> None:
+        """The file is there under *numbers*; meanwhile some may have gone and others come."""
+        for number in body.checkpoints.difference(numbers):
+            self.disk.link(numbers[0], number)
+        for number in set(numbers) - body.checkpoints:
+            self.disk.remove(number)
+        body.disk = min(body.checkpoints, default=numbers[0])
+
+    def write_behind(self) -> None:
+        """Keep some of the host tier free to be dropped at once, so that runs need not wait."""
+        if (
+            self.disk.limit
+            and not self._writing
+            and self.pool.used > WRITE_BEHIND_FROM * self.pool.limit
+        ):
+            self._write_one()
+
+    # ---- out
+
+    def hidden(self, body: Body) -> torch.Tensor:
+        """The bytes of *body* as a tensor on the device, to be read only, while `users` counts the
+        reader. *body* must be resident (`bring`)."""
+        dtype = getattr(torch, body.dtype)
+        if body.device is None and body.host is not None and self.slabs.limit:
+            self._promote(body)
+        if body.device is not None:
+            return body.device.data.view(dtype).reshape(body.shape)
+        data = body.scratch if body.host is None else np.frombuffer(body.host.view, np.uint8)
+        assert data is not None
+        return self._device.see(data, body.shape, dtype)
+
+    def _promote(self, body: Body) -> None:
+        """A device copy for a body that is about to be used, where there is room for one."""
+        slot = self._device_slot(body.nbytes, body.zone)
+        if slot is None:
+            return
+        begin_ns = time.perf_counter_ns()
+        assert body.host is not None
+        self._device.fill(np.frombuffer(body.host.view, np.uint8), slot.data)
+        body.device, body.busy = slot, self._device.mark()
+        self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
+
+    def bring(self, body: Body, tier: str = "") -> Iterator[None]:
+        """Have a copy in *tier* ("device" or "host"; by default anywhere the device can read it).
+
+        The caller counts as a user. Raises ArenaFull where *tier* has no room, BadFile where the
+        file is gone or damaged.
+        """
+        while body.moving and body.host is None:  # somebody else is bringing it
+            self.settle()
+            yield
+        if body.host is None and (body.device is None or tier == "host"):
+            yield from self._to_host(body, must=bool(tier))
+        if tier == "device" and body.device is None:
+            yield from self._to_device(body)
+
+    def _to_host(self, body: Body, *, must: bool) -> Iterator[None]:
+        """must: else it may also come to a scratch place, to be read by those who use it now."""
+        begin_ns = time.perf_counter_ns()
+        yield from self.room(body.nbytes, body.zone)
+        lease, full = self._host_slot(body)
+        if body.device is not None:
+            if lease is None:
+                raise full or self.pool.full(body.nbytes, body.zone)
+            self._device.store(body.device.data, lease.view)
+            body.host, body.busy = lease, self._device.mark()
+        elif lease is not None:
+            yield from self._read(body, lease.view, lease)
+            body.host = lease
+        elif must:
+            raise full or self.pool.full(body.nbytes, body.zone)
+        else:
+            scratch = np.empty(body.nbytes, np.uint8)
+            yield from self._read(body, memoryview(scratch), None)
+            body.scratch = scratch
+            return
+        self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
+
+    def _read(self, body: Body, target: memoryview, lease: Lease | None) -> Iterator[None]:
+        """Its file into *target*, which is *lease*'s where there is one."""
+        body.moving = True
+        future = self.disk.load(body.disk, target)
+        whole = False
+        try:
+            while not future.done():
+                yield
+            if (error := future.exception()) is not None:
+                raise error
+            whole = True
+        finally:
+            body.moving = False
+            if lease is not None and not whole:  # free when the thread is through
+                self._leaving.append((future.done, partial(self.pool.give_back, lease.slot)))
+
+    def _to_device(self, body: Body) -> Iterator[None]:
+        if not self.slabs.limit:
+            raise RequestError("this engine has no device tier: serve with --gpu-memory")
+        slot = self._device_slot(body.nbytes, body.zone)
+        if slot is None:
+            raise self.slabs.full(body.nbytes)
+        begin_ns = time.perf_counter_ns()
+        assert body.host is not None
+        self._device.fill_beside(np.frombuffer(body.host.view, np.uint8), slot.data)
+        done = self._device.mark()
+        body.device, body.busy = slot, done
+        while not done():
+            yield
+        self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
+
+    def evict(self, body: Body, tier: str) -> Iterator[None]:
+        """Move *body* down to *tier*, "host" or "disk". Waits while runs use it.
+
+        Raises RequestError where there is no such tier or a view is held, ArenaFull where it has no
+        room.
+        """
+        while not body.idle:
+            if body.views:
+                raise RequestError("a view of the checkpoint is in use: it stays where it is")
+            self.settle()
+            yield
+        body.users += 1  # nobody else moves it meanwhile
+        try:
+            if body.host is None and (tier == "host" or not body.disk):
+                yield from self._to_host(body, must=True)
+            if tier == "disk" and not body.disk:
+                yield from self._to_disk(body)
+            while not body.settled:
+                yield
+        finally:
+            self.leave(body)
+        if body not in self._bodies or body.users:
+            return  # released, or in use again: then it gives way later
+        if body.device is not None:
+            self._drop_device(body)
+        if tier == "disk" and body.host is not None:
+            self._drop_host(body)
+
+    def _to_disk(self, body: Body) -> Iterator[None]:
+        while not body.settled:
+            yield
+        if not self.disk.limit:
+            raise RequestError("this server has no disk tier: serve with --state DIR")
+        if not self.disk.fits(body.nbytes):
+            raise self.disk.full(body.nbytes)
+        self._write(body)
+        while body.moving:
+            self.settle()
+            yield
+        if not body.disk:
+            raise ArenaFull(f"the file could not be written: {self.disk.trouble}")
+
+    # ---- sessions
+
+    def away(self, session: int, expected_s: float) -> None:
+        """*session* will not be back for so long: what it has gives way first."""
+        self._away[session] = time.monotonic() + expected_s
+
+    def back(self, session: int) -> Iterator[None]:
+        """*session* is about to come back: bring up what it has, the most recently used first."""
+        self._away.pop(session, None)
+        for body in [one for one in reversed(self._bodies) if one.session == session]:
+            if body not in self._bodies:
+                continue
+            body.users += 1
+            try:
+                yield from self.bring(body, "device" if self.slabs.limit else "host")
+            except (ArenaFull, BadFile):
+                return  # it is only a hint; a resume will say what is wrong
+            finally:
+                self.leave(body)
+
+    def forget_session(self, session: int) -> None:
+        self._away.pop(session, None)
+
+    # ---- ends
+
+    def leave(self, body: Body) -> None:
+        """One user less; the last one frees what nobody refers to any more."""
+        body.users -= 1
+        if not body.users:
+            body.scratch = None
+        self._free_unless_needed(body)
+
+    def share(self, body: Body, number: int) -> None:
+        """Checkpoint *number* is made of the same bytes."""
+        body.checkpoints.add(number)
+        if body.disk:
+            self.disk.link(body.disk, number)
+
+    def release(self, body: Body, number: int) -> None:
+        """Checkpoint *number* is no more."""
+        body.checkpoints.discard(number)
+        if body.disk:
+            self.disk.remove(number)
+            body.disk = min(body.checkpoints, default=body.disk)
+        self._free_unless_needed(body)
+
+    def _free_unless_needed(self, body: Body) -> None:
+        if body.checkpoints or body.users or body.moving or body not in self._bodies:
+            return
+        del self._bodies[body]
+        if body.disk:
+            self.disk.used -= body.nbytes
+        if body.host is not None:
+            self._when_settled(body, partial(self.pool.give_back, body.host.slot))
+        if body.device is not None:
+            self._when_settled(body, partial(self.slabs.give_back, body.device.where))
+
+    def _when_settled(self, body: Body, give_back: Callable[[], None]) -> None:
+        """Whoever gets the slot next may not be ordered behind the device's copies."""
+        if body.settled or body.busy is None:
+            give_back()
+        else:
+            self._leaving.append((body.busy, give_back))
+
+    def close(self) -> None:
+        """Let go of every view of the arenas, so that they can be unmapped."""
+        self._bodies.clear()
+        self._writing.clear()
+        self._leaving.clear()

@@ -1,0 +1,95 @@
+"""Checkpoints in files that a server of before left in the state directory.
+
+They belong to whom they belonged, under the numbers they had, until their owner claims them for a
+session. What is no whole file of a checkpoint is left alone, and named in the log.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from djinn_zmq.errors import BadFile, UnknownCheckpoint
+from djinn_zmq.memory import files
+from djinn_zmq.memory.files import Saved
+from djinn_zmq.server.registry import KeptRecord, Session
+from djinn_zmq.settings import private_dir
+from djinn_zmq.wire.messages import ModelInfo
+from djinn_zmq.wire.tensors import File, Tensor, inline
+from djinn_zmq.wire.tiers import Kept
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    saved: Saved
+    kept: Kept  # of no session yet
+    owner: str
+
+
+class Returned:
+    def __init__(self, state: str | None) -> None:
+        """state: the directory, made if it is not there. Raises AccessDenied where it is not ours
+        alone."""
+        self._found: dict[int, Found] = {}
+        if state is not None:
+            for path in sorted(private_dir(Path(state)).iterdir()):
+                self._look_at(path)
+
+    def _look_at(self, path: Path) -> None:
+        if path.name.endswith(files.SCRATCH):  # half-made by one that was killed
+            path.unlink(missing_ok=True)
+            return
+        try:
+            number = int(path.name.removesuffix(files.SUFFIX), 16)
+            saved = files.read(path)
+            owner = saved.metadata["owner"]
+        except (ValueError, KeyError, BadFile) as exc:
+            _log.warning("%s in the state directory is left alone: %s", path.name, exc)
+            return
+        if saved.metadata.get("needs"):  # what it went on from beside this died with its engine
+            path.unlink(missing_ok=True)
+            return
+        hidden = Tensor(saved.hidden.dtype, saved.hidden.shape, File(number))
+        kept = Kept(number, 0, number, saved.layer, hidden, tiers=("disk",))
+        self._found[number] = Found(saved, kept, owner)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.saved.nbytes for one in self._found.values())
+
+    def of(self, owner: str, info: ModelInfo) -> tuple[Kept, ...]:
+        """What there is of *owner*'s for the model *info*."""
+        return tuple(
+            one.kept
+            for one in self._found.values()
+            if one.owner == owner and not files.differences(one.saved, info)
+        )
+
+    def claim(
+        self, numbers: tuple[int, ...], session: Session, info: ModelInfo
+    ) -> list[KeptRecord]:
+        """Make them checkpoints of *session*. Raises UnknownCheckpoint or BadFile; then none is."""
+        chosen = []
+        for number in dict.fromkeys(numbers):
+            one = self._found.get(number)
+            if one is None or one.owner != session.owner:
+                raise UnknownCheckpoint(
+                    f"checkpoint {number:x} did not come back from the disk, or is not yours"
+                )
+            files.check_model(one.saved, info)
+            chosen.append(one)
+        records = []
+        for one in chosen:
+            kept = msgspec.structs.replace(one.kept, session=session.id)
+            ids = np.array(files.array_of(one.saved, one.saved.ids))
+            records.append(KeptRecord(kept, inline(ids)))
+        for one in chosen:
+            del self._found[one.kept.id]
+        return records

@@ -1,0 +1,382 @@
+"""Checkpoints in three tiers: they move as memory asks for it, and resume with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq.errors import (
+    AccessDenied,
+    ArenaFull,
+    BadFile,
+    Lost,
+    RequestError,
+    UnknownCheckpoint,
+)
+from djinn_zmq.settings import MIB
+
+FRANCE = "the capital of france is"
+BIG = np.ones((16, 256), int)  # half a MiB of hidden state
+TIERS = ("--gpu-memory=2", "--host-memory=4", "--disk=16")
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("state") / "djinn"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, state):
+    from tests.end_to_end.conftest import free_port, running
+
+    folder = tmp_path_factory.mktemp("served") / "s"
+    with running(folder, "--model=tiny", *TIERS, f"--state={state}", port=free_port()) as one:
+        yield one
+
+
+def numbered(n: int) -> np.ndarray:
+    prompt = BIG.copy()
+    prompt[:, 0] = n
+    return prompt
+
+
+def until(condition, what: str) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit, what
+
+
+def used(server, tier: str) -> int:
+    return next(one.used for one in server.status().memory.tiers if one.name == tier)
+
+
+# ---- moves
+
+
+def test_a_checkpoint_is_kept_on_the_device_with_a_copy_in_host_memory(server, tiny):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    assert point.tier == "device"
+    assert used(server, "device") == used(server, "host") == point.nbytes
+
+
+def test_a_checkpoint_resumes_with_the_same_bits_from_every_tier(server, tiny):
+    whole = tiny.run(FRANCE).logits.tobytes()
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    rows = np.asarray(point.hidden).tobytes()
+    for down in ("host", "disk"):
+        assert point.evict(down) == down == point.tier
+        assert np.asarray(point.hidden).tobytes() == rows
+        assert point.tier == down  # looking at it does not bring it up
+        done = point.resume()
+        assert done.logits.tobytes() == whole
+        assert point.tier == "device"  # using it does
+    for up in ("host", "device"):
+        point.evict("disk")
+        assert point.prefetch(up) == up
+        assert point.resume().logits.tobytes() == whole
+    assert point.prefetch() == "device"
+    assert done.spans["prefetch"] > 0
+
+
+def test_edits_patches_and_looks_reach_a_checkpoint_in_a_file(tiny):
+    mine = tiny.run(FRANCE, stop_at=2).checkpoint
+    other = tiny.run("the capital of germany is", stop_at=2).checkpoint
+    wanted = mine.resume([djinn.Patch(other, at=(0, 3))]).logits.tobytes()
+    norms = mine.norms()
+    mine.evict("disk"), other.evict("disk")
+    assert (mine.norms() == norms).all()
+    mine.evict("disk")
+    assert mine.resume([djinn.Patch(other, at=(0, 3))]).logits.tobytes() == wanted
+
+
+def test_a_resume_that_stops_where_it_began_copies_nothing(server, tiny):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    before = used(server, "device")
+    same = point.resume(stop_at=2, logits="none")
+    assert "copy" not in dict(same.spans)
+    bits = np.asarray(point.hidden).tobytes()
+    point.release()
+    assert np.asarray(same.checkpoint.hidden).tobytes() == bits
+    assert same.checkpoint.resume().top(1)[0].token == "paris"
+    assert used(server, "device") == before
+
+
+# ---- pressure
+
+
+def test_more_than_the_device_and_the_host_hold_goes_to_the_disk_and_all_of_it_resumes(
+    server, tiny, state
+):
+    wholes = [tiny.run(numbered(n)).logits.tobytes() for n in range(20)]
+    points = [tiny.run(numbered(n), stop_at=2).checkpoint for n in range(20)]  # 10 MiB
+    assert used(server, "device") <= 2 * MIB and used(server, "host") <= 4 * MIB
+    assert used(server, "disk") >= 10 * MIB - 6 * MIB
+    assert len(list(state.glob("*.safetensors"))) >= 8
+    tiers = [point.tier for point in points]
+    assert tiers[0] == "disk" and tiers[-1] == "device"  # the least recently used went first
+    for point, whole in zip(points, wholes, strict=True):
+        assert point.resume().logits.tobytes() == whole
+    for point in points:
+        point.release()
+    assert used(server, "device") == used(server, "host") == used(server, "disk") == 0
+    until(lambda: not list(state.iterdir()), "the files are removed")
+
+
+def test_what_a_session_that_is_away_has_gives_way_first_and_comes_back_before_it(served, tiny):
+    with served.connect() as other_server:
+        other = other_server.model("tiny")
+        theirs = other.run(numbered(1), stop_at=2).checkpoint
+        mine = tiny.run(numbered(2), stop_at=2).checkpoint
+        fresh = [other.run(numbered(n), stop_at=2).checkpoint for n in (3, 4)]  # the device is full
+        assert (theirs.tier, mine.tier) == ("device", "device")
+        tiny.away(3600)
+        more = other.run(numbered(5), stop_at=2).checkpoint
+        assert (theirs.tier, mine.tier, more.tier) == ("device", "host", "device")
+        del fresh
+        tiny.back_soon()
+        until(lambda: mine.tier == "device", "it is brought back")
+
+
+def test_a_full_machine_refuses_with_sizes_and_loses_nothing(serve, tmp_path):
+    options = ("--gpu-memory=1", "--host-memory=2", "--disk=2", f"--state={tmp_path / 'state'}")
+    with serve("--model=tiny", *options) as running, running.connect() as server:
+        tiny = server.model("tiny")
+        whole = tiny.run(numbered(1)).logits.tobytes()
+        points = []
+        with pytest.raises(ArenaFull, match=r"512.0 KiB asked, .* free .*, limit 2.0 MiB") as full:
+            while len(points) < 30:
+                points.append(tiny.run(numbered(1), stop_at=2).checkpoint)
+        assert "--host-memory" in str(full.value)
+        assert len(points) >= 4 + 4
+        for point in points:
+            assert point.resume().logits.tobytes() == whole
+        points.pop().release()
+        points.pop().release()
+        assert tiny.run(numbered(1), stop_at=2).checkpoint.resume().logits.tobytes() == whole
+
+
+def test_a_tier_there_is_not_is_refused_by_name(serve):
+    with serve("--model=tiny", "--host-memory=8") as running, running.connect() as server:
+        point = server.model("tiny").run(FRANCE, stop_at=2).checkpoint
+        assert point.tier == "host"
+        with pytest.raises(RequestError, match="no disk tier: serve with --state"):
+            point.evict("disk")
+        with pytest.raises(RequestError, match="no device tier: serve with --gpu-memory"):
+            point.prefetch("device")
+        with pytest.raises(RequestError, match='"moon" can be evicted to nothing: host or disk'):
+            point.evict("moon")
+        assert point.prefetch() == "host"
+        assert point.resume().top(1)[0].token == "paris"
+
+
+def test_moves_are_events_of_their_owner(server, tiny):
+    last = max((event.number for event in server.events()), default=0)
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    point.evict("disk")
+    point.resume()
+    kinds = [event.kind for event in server.events(last)]
+    assert [kind for kind in kinds if kind in ("write", "evict", "prefetch")] == [
+        "write",
+        "evict",
+        "evict",
+        "prefetch",
+        "prefetch",
+    ]
+    event = next(one for one in server.events(last) if one.kind == "evict")
+    assert f"{point.id:x}" in event.text and event.nbytes == point.nbytes
+    assert event.session == tiny.session_id
+
+
+def test_a_stranger_learns_of_no_moves(served, tiny):
+    tiny.run(FRANCE, stop_at=2).checkpoint.evict("disk")
+    with djinn.connect(served.tcp) as stranger:
+        assert all(event.kind == "engine" for event in stranger.events())
+
+
+# ---- views
+
+
+def test_a_writable_view_is_resumed_where_it_stands(server, tiny):
+    point = tiny.run(numbered(1), stop_at=2).checkpoint
+    array = point.writable()
+    assert array.flags.writeable and array.tobytes() == np.asarray(point.hidden).tobytes()
+    assert point.resume(hidden=array).logits.tobytes() == point.resume().logits.tobytes()
+    before = server.status().memory.arenas
+    array[:, -1] = 0
+    wanted = point.resume([djinn.Zero(at=(slice(None), -1))]).logits.tobytes()
+    assert point.resume(hidden=array).logits.tobytes() == wanted
+    assert server.status().memory.arenas == before  # not staged a second time
+    assert tiny.connection.sharing.slot_of(array) is not None
+    assert tiny.connection.sharing.slot_of(array[:1]) is None
+
+
+def test_a_writable_view_that_is_gone_gives_its_slot_back(tiny):
+    point = tiny.run(numbered(1), stop_at=2).checkpoint
+    places = set()
+    for _ in range(5):
+        array = point.writable()
+        places.add(array.__array_interface__["data"][0])
+        del array
+    assert len(places) == 1
+
+
+def test_a_view_of_the_slot_itself_keeps_it_in_place(tiny):
+    point = tiny.run(numbered(1), stop_at=2).checkpoint
+    bits = np.asarray(point.hidden).tobytes()
+    view = point.hidden.view()
+    assert view.tobytes() == bits
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 0
+    with pytest.raises(RequestError, match="a view of the checkpoint is in use"):
+        point.evict("disk")
+    row = view[3, 5]
+    del view
+    crowd = [tiny.run(numbered(n), stop_at=2).checkpoint for n in range(12)]
+    assert row.tobytes() == np.asarray(point.hidden[3, 5]).tobytes()
+    point.release()
+    crowd += [tiny.run(numbered(n), stop_at=2).checkpoint for n in range(12)]
+    assert row.tobytes() == np.frombuffer(bits, row.dtype).reshape(16, 256, 64)[3, 5].tobytes()
+    del row, crowd
+
+
+def test_the_same_calls_work_by_copying_over_tcp(served):
+    with djinn.connect(served.tcp) as server:
+        tiny = server.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        whole = point.resume().logits.tobytes()
+        point.evict("disk")
+        assert point.resume(hidden=point.writable()).logits.tobytes() == whole
+        assert point.hidden.view().tobytes() == np.asarray(point.hidden).tobytes()
+
+
+# ---- files
+
+
+def test_a_saved_checkpoint_is_loaded_again_by_another_client(served, tiny, tmp_path):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    path = point.save(tmp_path / "point.safetensors")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with djinn.connect(served.tcp) as elsewhere:
+        again = elsewhere.model("tiny").load_checkpoint(path)
+        assert (again.layer, again.shape) == (2, point.shape)
+        assert again.resume().logits.tobytes() == point.resume().logits.tobytes()
+        assert again.resume(stop_at=3).ids.tolist() == point.resume(stop_at=3).ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (lambda raw: raw[:100], "no safetensors file"),
+        (lambda raw: raw[:-1], "has changed|bytes"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "no safetensors file"),
+        (lambda raw: raw.replace(b'"tiny"', b'"huge"'), 'model "huge", not "tiny"'),
+        (lambda raw: raw.replace(b'"BF16"', b'"F128"'), "no checkpoint of Djinn's"),
+        (lambda raw: raw.replace(b'"layer": "2"', b'"layer": "9"'), "layer 9"),
+        (lambda raw: raw.replace(b"djinn-checkpoint-1", b"djinn-checkpoint-2"), "format"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_by_name(tiny, tmp_path, harm, text):
+    path = tiny.run(FRANCE, stop_at=2).checkpoint.save(tmp_path / "point.safetensors")
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(BadFile, match=text):
+        tiny.load_checkpoint(path)
+    with pytest.raises(BadFile, match="No such file"):
+        tiny.load_checkpoint(tmp_path / "nothing")
+
+
+def test_a_file_that_is_damaged_on_the_disk_is_named_when_it_is_needed(tiny, state):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    point.evict("disk")
+    path = state / f"{point.id:016x}.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(BadFile, match=path.name):
+        point.resume()
+    path.unlink()
+    with pytest.raises(BadFile, match="No such file"):
+        point.resume()
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+# ---- what outlives what
+
+
+def test_all_tiers_but_the_device_outlive_a_killed_engine(serve, tmp_path):
+    options = ("--gpu-memory=8", "--host-memory=2", f"--state={tmp_path / 'state'}", "--disk=1")
+    with serve("--model=tiny", *options) as running, running.connect() as server:
+        tiny = server.model("tiny")
+        whole = tiny.run(numbered(1)).logits.tobytes()
+        points = [tiny.run(numbered(1), stop_at=2).checkpoint for _ in range(10)]
+        kept = [bool({"host", "disk"} & set(_copies(point))) for point in points]
+        assert not all(kept) and any("disk" in _copies(point) for point in points)
+        pid = running.engine_pid()
+        os.kill(pid, signal.SIGKILL)
+        while running.engine_pid() == pid:
+            pass
+        for point, there in zip(points, kept, strict=True):
+            if there:
+                assert point.resume().logits.tobytes() == whole
+            else:
+                with pytest.raises((UnknownCheckpoint, Lost)):
+                    point.resume()
+
+
+def _copies(point) -> tuple[str, ...]:
+    point.tier  # noqa: B018  asks anew
+    return point._kept.tiers
+
+
+def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tmp_path):
+    state = tmp_path / "state"
+    with serve("--model=tiny", f"--state={state}", port=5559) as running:
+        with running.connect() as server:
+            tiny = server.model("tiny")
+            whole = tiny.run(FRANCE).logits.tobytes()
+            point, left = (tiny.run(FRANCE, stop_at=layer).checkpoint for layer in (2, 3))
+            point.evict("disk")
+            number = point.id
+            running.process.kill()
+            running.process.wait()
+        for leftover in running.path.parent.iterdir():
+            leftover.unlink()
+    del left
+    (state / "deadbeef.safetensors").write_bytes(b"no checkpoint")
+    (state / ".half.tmp").write_bytes(b"half")
+    with serve("--model=tiny", f"--state={state}", port=5559) as running:
+        assert not (state / ".half.tmp").exists()
+        with djinn.connect(running.tcp) as stranger:
+            theirs = stranger.model("tiny")
+            assert theirs.returned() == []
+            with pytest.raises(UnknownCheckpoint, match="not yours"):
+                theirs.checkpoint(number)
+        with running.connect() as server:
+            tiny = server.model("tiny")
+            assert [(kept.id, kept.layer) for kept in tiny.returned()] == [(number, 2)]
+            again = tiny.checkpoint(number)
+            assert (again.id, again.layer, again.tier) == (number, 2, "disk")
+            assert np.asarray(again.hidden).shape == again.shape
+            assert again.resume().logits.tobytes() == whole
+            assert tiny.returned() == []
+            with pytest.raises(UnknownCheckpoint):
+                tiny.checkpoint(number)
+
+
+def test_the_state_directory_must_be_the_users_alone(tmp_path):
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
+    command += [f"--ipc={tmp_path}/x/djinn.sock", f"--state={tmp_path}"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "mode 0700" in ended.stderr
+
+
+def test_a_client_maps_no_arena_in_which_nothing_is_its_own(served, tiny):
+    with djinn.connect(served.tcp) as stranger:
+        theirs = stranger.model("tiny").run(numbered(1), stop_at=2).checkpoint
+        number = theirs._kept.tensor.where.arena
+        with pytest.raises(AccessDenied, match="nothing of yours is in arena"):
+            tiny.connection.sharing.arena(number)

@@ -1,0 +1,53 @@
+"""Device slots, in plain memory."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from djinn_zmq.engine.slabs import Slabs
+from djinn_zmq.errors import StaleSlot
+from djinn_zmq.memory.arena import GRANULE
+
+
+def allocate(nbytes: int):
+    return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+def test_slots_are_apart_and_come_back() -> None:
+    slabs = Slabs(8 * GRANULE, allocate, 4 * GRANULE)
+    slots = [slabs.lease(2 * GRANULE) for _ in range(4)]
+    for number, slot in enumerate(slots):
+        slot.data.fill_(number)
+    assert [int(slot.data.float().mean()) for slot in slots] == [0, 1, 2, 3]
+    assert slabs.lease(1) is None and slabs.free == 0
+    slabs.give_back(slots[1].where)
+    again = slabs.lease(2 * GRANULE)
+    assert again.where.index == slots[1].where.index
+    assert again.where.generation > slots[1].where.generation
+    with pytest.raises(StaleSlot):
+        slabs.give_back(slots[1].where)
+
+
+def test_a_slab_holds_one_zone_at_a_time_and_for_good_once_a_client_has_opened_it() -> None:
+    slabs = Slabs(8 * GRANULE, allocate, 4 * GRANULE)
+    mine, theirs = slabs.lease(GRANULE, "me"), slabs.lease(GRANULE, "")
+    assert mine.where.slab != theirs.where.slab
+    assert slabs.lease(4 * GRANULE, "me") is None
+    slabs.give_back(theirs.where)
+    taken = slabs.lease(4 * GRANULE, "me")
+    assert taken.where.slab == theirs.where.slab
+    slabs.slabs[taken.where.slab].exported = True
+    slabs.give_back(taken.where)
+    assert slabs.lease(GRANULE, "") is None
+
+
+def test_no_more_is_asked_of_a_device_that_has_no_more() -> None:
+    asked = []
+
+    def refuse(nbytes: int):
+        asked.append(nbytes)
+
+    slabs = Slabs(1 << 40, refuse)
+    assert slabs.lease(GRANULE) is None and slabs.lease(GRANULE) is None
+    assert len(asked) == 1 and slabs.limit == 0
+    assert "--gpu-memory" in str(slabs.full(GRANULE))

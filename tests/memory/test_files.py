@@ -1,0 +1,108 @@
+"""Checkpoints' files: what safetensors itself reads and writes, and nothing that lies."""
+
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from djinn_zmq.errors import BadFile
+from djinn_zmq.memory import files
+
+HIDDEN = np.arange(2 * 5 * 8, dtype=np.float32).reshape(2, 5, 8).astype(ml_dtypes.bfloat16)
+IDS = np.arange(10, dtype=np.int64).reshape(2, 5)
+FACTS = {"format": files.FORMAT, "layer": "2"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    where = tmp_path / "one.safetensors"
+    assert files.write(where, {"hidden": HIDDEN, "ids": IDS}, FACTS) == where.stat().st_size
+    return where
+
+
+def test_what_is_written_is_read_with_the_same_bits_and_by_safetensors_too(path: Path) -> None:
+    saved = files.read(path)
+    assert saved.layer == 2 and saved.hidden.shape == (2, 5, 8)
+    assert files.array_of(saved, saved.hidden).tobytes() == HIDDEN.tobytes()
+    target = bytearray(HIDDEN.nbytes)
+    files.read_into(saved, saved.hidden, memoryview(target))
+    assert bytes(target) == HIDDEN.tobytes()
+    loaded = pytest.importorskip("safetensors.torch").load_file(path)
+    assert loaded["hidden"].float().numpy().tolist() == HIDDEN.astype(np.float32).tolist()
+    assert loaded["ids"].numpy().tolist() == IDS.tolist()
+
+
+def test_a_file_that_safetensors_wrote_is_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {"hidden": torch.ones(1, 3, 4), "ids": torch.arange(3)[None]}
+    where = tmp_path / "theirs.safetensors"
+    pytest.importorskip("safetensors.torch").save_file(tensors, where, metadata=FACTS)
+    saved = files.read(where)
+    assert files.array_of(saved, saved.ids).tolist() == [[0, 1, 2]]
+
+
+def test_a_write_that_fails_leaves_neither_the_file_nor_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write(tmp_path / "one.safetensors", {"hidden": HIDDEN, "ids": IDS}, FACTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_file_with_any_byte_changed_is_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    where = tmp_path_factory.mktemp("harm") / "one.safetensors"
+    files.write(where, {"hidden": HIDDEN, "ids": IDS}, FACTS)
+    raw = bytearray(where.read_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    where.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        saved = files.read(where)
+    except BadFile as exc:
+        assert str(where) in str(exc)
+    else:
+        assert saved.nbytes == where.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "BF16", "shape": [2, 5, 8], "data_offsets": [0, 1 << 60]},
+        {"dtype": "BF16", "shape": [2, 5, -8], "data_offsets": [0, 160]},
+        {"dtype": "BF16", "shape": [2, 5, 8.0], "data_offsets": [0, 160]},
+        {"dtype": "BF16", "shape": [1 << 40, 1 << 40, 8], "data_offsets": [0, 160]},
+        {"dtype": "BF16", "shape": [2, 5, 8], "data_offsets": [-80, 80]},
+        {"dtype": "BF16", "shape": [80], "data_offsets": [0, 160]},
+        {"dtype": "C64", "shape": [2, 5, 8], "data_offsets": [0, 160]},
+        {"shape": [2, 5, 8]},
+        None,
+    ],
+)
+def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path: Path, entry: object) -> None:
+    ids = {"dtype": "I64", "shape": [2, 5], "data_offsets": [160, 240]}
+    text = json.dumps({"__metadata__": FACTS, "hidden": entry, "ids": ids}).encode()
+    where = tmp_path / "lies.safetensors"
+    where.write_bytes(files.LENGTH.pack(len(text)) + text + bytes(240))
+    with pytest.raises(BadFile, match=str(where)):
+        files.read(where)
+
+
+def test_a_file_that_changes_after_it_was_looked_at_is_refused(path: Path) -> None:
+    saved = files.read(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadFile, match="has changed"):
+        files.array_of(saved, saved.hidden)
+    with pytest.raises(BadFile, match="ends after"):
+        files.read_into(saved, saved.ids, memoryview(bytearray(IDS.nbytes)))
