@@ -6,13 +6,17 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS
 # Fully typed; above these, Any lives where transformers begins.
 STRICT := errors.py settings.py spans.py version.py wire memory bus
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-quick clean
 
 demo: .venv/.server
 	.venv/bin/djinn demo
 
 test: .venv/.test
 	$(PY) -m pytest
+
+# Every baseline, figure and decomposition on a small scale; its figures are in bench-quick/figures.
+bench-quick: .venv/.test
+	$(PY) -m bench.quick --output-dir bench-quick
 
 lint: .venv/.test
 	$(PY) -m ruff check .

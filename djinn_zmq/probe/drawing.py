@@ -54,15 +54,40 @@ def distributions(title: str, samples: Sequence[Samples]) -> Figure:
 
 
 def stacked(title: str, bars: Mapping[str, Decomposition]) -> Figure:
-    """A bar for each decomposition, a piece for each step; what is negative stands left of zero."""
-    figure = Figure(figsize=(9.5, 1.8 + 0.8 * len(bars)), layout="constrained")
-    axes = figure.subplots()
+    """A bar for each decomposition, a piece for each step; what is negative stands left of zero.
+
+    Where layers and head take most of it, all the rest is drawn once more without them.
+    """
+    without = any(_share(found, "compute") > 0.5 for found in bars.values())
+    panels = 2 if without else 1
+    figure = Figure(figsize=(9.5, panels * (1.3 + 0.7 * len(bars)) + 0.8), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
     styles: dict[str, int] = {}
+    _stack(axes[0], bars, styles, ())
+    axes[0].set_title(title)
+    if without:
+        _stack(axes[1], bars, styles, ("compute",))
+        axes[1].set_title("the same without layers and head", fontsize=10)
+    axes[-1].set_xlabel("microseconds; a thick line is the whole as the client's clock has it")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=5, fontsize=8, loc="outside lower center")
+    return figure
+
+
+def _share(found: Decomposition, name: str) -> float:
+    return sum(step.seconds for step in found.steps if step.name == name) / found.whole.median_s
+
+
+def _stack(
+    axes: Any, bars: Mapping[str, Decomposition], styles: dict[str, int], left_out: tuple[str, ...]
+) -> None:
+    furthest = 0.0
     for place, found in enumerate(bars.values()):
         ends = {True: 0.0, False: 0.0}  # of what is stacked to the right, and to the left
-        rows = [row for row in found.rows() if row["step"] != "whole"]
-        for row in rows:
+        for row in found.rows():
             step, value = str(row["step"]), float(row["seconds"]) * 1e6
+            if step in ("whole", *left_out):
+                continue
             style = styles.setdefault(step, len(styles))
             axes.barh(
                 place,
@@ -77,21 +102,17 @@ def stacked(title: str, bars: Mapping[str, Decomposition]) -> Figure:
             )
             ends[value >= 0] += value
         whole = found.whole.median_s * 1e6
-        axes.plot([whole, whole], [place - 0.4, place + 0.4], color="black", linewidth=2.5)
-        axes.annotate(
-            f" {whole:,.0f} us, n = {found.whole.n}; steps: {found.explained:.0%}",
-            (max(whole, ends[True]), place),
-            va="center",
-            fontsize=8,
-        )
+        end = ends[True]
+        note = f"  {end + ends[False]:,.0f} us"
+        if not left_out:
+            axes.plot([whole, whole], [place - 0.4, place + 0.4], color="black", linewidth=2.5)
+            end = max(whole, end)
+            note = f"  {whole:,.0f} us, n = {found.whole.n}; steps: {found.explained:.0%}"
+        axes.annotate(note, (end, place), va="center", fontsize=8)
+        furthest = max(furthest, end)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
-    axes.margins(x=0.28)
-    axes.set_xlim(left=min(0, axes.dataLim.x0 * 1.05))
-    axes.set_xlabel("microseconds; the thick line is the whole as the client's clock has it")
-    axes.set_title(title)
-    figure.legend(ncols=5, fontsize=8, loc="outside lower center")
-    return figure
+    axes.set_xlim(min(0, axes.dataLim.x0 * 1.1), 1.35 * furthest)
 
 
 def plain_numbers(axis: Any) -> None:

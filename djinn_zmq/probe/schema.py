@@ -100,6 +100,48 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
     not_measured: list[NotMeasured] = []
 
 
+class Cell(msgspec.Struct, forbid_unknown_fields=True):
+    """source: "measured: …, n = …" or "cited: …"; empty only where nothing is known yet."""
+
+    text: str
+    source: str
+
+
+class CellRow(msgspec.Struct, forbid_unknown_fields=True):
+    row: str
+    cells: list[Cell]
+
+
+class Capabilities(msgspec.Struct, forbid_unknown_fields=True):
+    """A table whose every cell is measured, cited, or said to be neither."""
+
+    schema: int
+    table: Literal["capabilities"]
+    made_at: str
+    columns: list[str]
+    rows: list[CellRow]
+
+
+def read_capabilities(path: Path) -> Capabilities:
+    """Raises ValueError for what is no such table, or has a cell without a source."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Capabilities)
+    except msgspec.DecodeError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+    for row in found.rows:
+        if len(row.cells) != len(found.columns):
+            raise ValueError(
+                f"{path}: {row.row}: {len(row.cells)} cells, {len(found.columns)} columns"
+            )
+        for cell in row.cells:
+            known = cell.source.startswith("cited: ") or (
+                cell.source.startswith("measured: ") and ", n = " in cell.source
+            )
+            if not known and cell.text != "not measured yet":
+                raise ValueError(f'{path}: {row.row}: "{cell.text}" is neither measured nor cited')
+    return found
+
+
 def read(path: Path) -> File:
     """The results in *path*. Raises ValueError, with the place in the file, for what is none."""
     try:
@@ -157,8 +199,12 @@ def main(files: tuple[Path, ...], as_document: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(json_schema())).decode())
     for path in files:
         try:
+            if msgspec.json.decode(path.read_bytes(), type=dict).get("table"):
+                table = read_capabilities(path)
+                click.echo(f"{path}: capabilities, {len(table.rows)} rows: valid")
+                continue
             found = read(path)
-        except ValueError as exc:
+        except (ValueError, msgspec.DecodeError) as exc:
             raise click.ClickException(str(exc)) from exc
         n = math.fsum(one.n for one in found.samples)
         click.echo(f"{path}: {found.bench}, {len(found.samples)} cases, {n:.0f} samples: valid")

@@ -1,0 +1,349 @@
+"""Many stopped sessions at once, more than the device has room for, resumed in another order.
+
+`python -m bench.memory_pressure --config bench/configs/memory-pressure-tiny.yaml`
+"""
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import djinn_zmq as djinn
+from bench import config, pressure_report
+from bench.plain import Plain, bits
+from bench.pressure_config import MemoryPressure
+from djinn_zmq.client.server import Server
+from djinn_zmq.engine import shapes
+from djinn_zmq.errors import DjinnError, LayerError
+from djinn_zmq.probe import command, features, progress, serving
+from djinn_zmq.probe.machine import this_machine
+from djinn_zmq.probe.results import NotMeasured, Results, write
+from djinn_zmq.probe.samples import Samples
+
+FILE = "memory_pressure.json"
+
+
+@dataclass(slots=True)
+class Stopped:
+    """A session that waits. point: its checkpoint; going: its generation, where it has keys and
+    values."""
+
+    number: int
+    ids: np.ndarray  # int64 (1, context)
+    point: djinn.Checkpoint
+    going: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """What a resume came to. logits: bits of the last position's; b"": none were asked for."""
+
+    number: int
+    seconds: float
+    tier: str
+    tokens: tuple[int, ...]
+    logits: bytes
+
+
+class Pressure:
+    def __init__(self, asked: MemoryPressure, stack: ExitStack) -> None:
+        self.asked = asked
+        self.timeline: list[dict[str, Any]] = []
+        self.missing: list[NotMeasured] = []
+        self.wrong_answers: list[str] = []
+        self.others = 0
+        self._stack = stack
+        self._begin = time.monotonic()
+        self.served = self._serve()
+        # The server's own owner may hold all sessions: a connection for each would measure sockets.
+        self.server: Server = self._connect()
+        self.model = self.server.model(self.served.model)
+        self.other = self._connect().model(self.served.model)
+        if asked.stop_at is not None and asked.stop_at > self.model.num_layers:
+            raise LayerError(
+                f'layer {asked.stop_at} does not exist: "{self.model.name}" has '
+                f"{self.model.num_layers} layers (0-{self.model.num_layers})"
+            )
+        self.layer = self.model.num_layers // 2 if asked.stop_at is None else asked.stop_at
+        self.rng = np.random.default_rng(asked.seed)
+        self.prompts = self.rng.integers(
+            0, self.model.vocab_size, (asked.sessions + 1, 1, asked.context)
+        )
+        self.plain = Plain(
+            self.model.info.source, asked.dtype, asked.device, self.prompts[-1], asked.threads
+        )
+        self.vector = self._steering()
+        self.kv = asked.kv and features.SESSIONS
+        if asked.kv and not features.SESSIONS:
+            why = "this version has no model.session: each session is one run without a KV cache"
+            self.missing.append(NotMeasured("sessions with keys and values", why))
+
+    def _serve(self) -> serving.Served:
+        asked = self.asked
+        more = [f"--threads={asked.threads}"]
+        folder = self._stack.enter_context(serving.sockets_folder())
+        budgets = {"gpu-memory": asked.gpu_memory, "disk": asked.disk}
+        if features.TIERS:
+            more += [f"--{name}={value}" for name, value in budgets.items() if value is not None]
+            if asked.disk is not None:
+                state = self._stack.enter_context(serving.sockets_folder())
+                more.append(f"--state={state}")
+        elif any(value is not None for value in budgets.values()):
+            why = "this version has no tiers: everything is kept in host memory"
+            self.missing.append(NotMeasured("eviction under a budget", why))
+        if asked.host_memory is not None:
+            more.append(f"--host-memory={asked.host_memory}")
+        shape = asked.model if asked.model in shapes.names() else None
+        return self._stack.enter_context(
+            serving.own_server(
+                folder, *more, model=asked.model, shape=shape, device=asked.device,
+                dtype=asked.dtype,
+            )
+        )  # fmt: skip
+
+    def _connect(self) -> Server:
+        return self._stack.enter_context(djinn.connect(self.served.ipc, progress=None))
+
+    def _steering(self) -> np.ndarray:
+        """float32 (hidden_size,), as long as the residual's own rows at the layer."""
+        row = self.plain.hidden[self.layer][0, -1].float()
+        noise = self.rng.standard_normal(self.model.hidden_size).astype(np.float32)
+        return noise * np.float32(float(row.norm()) / np.linalg.norm(noise))
+
+    # ---- stopping and resuming
+
+    def stop(self, number: int) -> Stopped:
+        ids = self.prompts[number]
+        if not self.kv:
+            return Stopped(number, ids, self.model.run(ids, stop_at=self.layer).checkpoint)
+        session = self._stack.enter_context(self.model.session())
+        going = session.generate(
+            ids[0], self.asked.new_tokens, stop_at=self.layer, steps=0, ends=()
+        )
+        for _ in going:
+            pass
+        return Stopped(number, ids, going.checkpoint, going)
+
+    def resume(self, one: Stopped) -> Came:
+        edits = self._edits(one.number)
+        tier = one.point.tier
+        begin = time.perf_counter()
+        if one.going is None:
+            logits = one.point.resume(edits).logits
+            elapsed_s = time.perf_counter() - begin
+            token = int(np.argmax(logits[0].astype(np.float32)))
+            return Came(one.number, elapsed_s, tier, (token,), logits.tobytes())
+        going = one.going.resume(edits)
+        first = next(iter(going))  # the latency is to the first token
+        elapsed_s = time.perf_counter() - begin
+        rest = [token.id for token in going]
+        return Came(one.number, elapsed_s, tier, (first.id, *rest), b"")
+
+    def _edits(self, number: int) -> list[Any]:
+        return [djinn.Add(self.vector, at=(0, -1))] if number == self.asked.steer else []
+
+    def ask_between(self) -> None:
+        """The second client: is it served, and right, while others are stopped?"""
+        self.others += 1
+        try:
+            self.other.ping()
+            found = self.other.run(self.prompts[-1]).logits.tobytes()
+        except DjinnError as exc:
+            self.wrong_answers.append(str(exc))
+            return
+        if found != self.expected_other:
+            self.wrong_answers.append("its logits differ from the plain model's")
+
+    # ---- what the plain model says
+
+    def expect(self) -> None:
+        """What every session must come to, from the model in this process."""
+        self.expected_other = self.plain.last_logits()
+        self.expected = [self._plain(number) for number in range(self.asked.sessions)]
+        self.unsteered = self._plain(self.asked.steer, steered=False)
+
+    def _plain(self, number: int, *, steered: bool | None = None) -> tuple[tuple[int, ...], bytes]:
+        """(tokens, bits of the logits) of one prompt."""
+        steered = number == self.asked.steer if steered is None else steered
+        ids = torch.from_numpy(self.prompts[number]).to(self.plain.device)
+        with self._hooked() if steered else ExitStack():
+            if self.kv:
+                out = self.plain.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.asked.new_tokens,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+                return tuple(out[0, ids.shape[1] :].tolist()), b""
+            logits = self.plain.model(ids, use_cache=False).logits[:, -1]
+        return (int(logits[0].float().argmax()),), bits(logits)
+
+    def _hooked(self) -> ExitStack:
+        """The plain model with the vector added behind the layer, once: as one resume adds it. In
+        float32 and rounded once, as Djinn's edits are."""
+        vector = torch.from_numpy(self.vector).to(self.plain.device)
+        done: list[bool] = []
+
+        def add(hidden: torch.Tensor) -> None:
+            if not done:
+                hidden[0, -1] = (hidden[0, -1].float() + vector).to(hidden.dtype)
+                done.append(True)
+
+        if self.layer:
+            layer = self.plain.layers[self.layer - 1]
+            hook = layer.register_forward_hook(
+                lambda _m, _a, out: add(out[0] if isinstance(out, tuple) else out)
+            )
+        else:
+            layer = self.plain.layers[0]
+            hook = layer.register_forward_pre_hook(lambda _m, args: add(args[0]))
+        stack = ExitStack()
+        stack.callback(hook.remove)
+        return stack
+
+    # ---- memory
+
+    def sample(self, phase: str, sessions: int) -> None:
+        """A row of the timeline. Bytes; None where it cannot be known here."""
+        status = self.server.status()
+        memory = status.memory
+        row: dict[str, Any] = {
+            "at_s": round(time.monotonic() - self._begin, 3),
+            "phase": phase,
+            "stopped": sessions,
+            "checkpoints": memory.checkpoints,
+            "host": memory.used,
+            "host_limit": memory.limit,
+            "engine_resident": sum(engine.resident for engine in status.engines),
+            "kv": sum(getattr(session, "kv", 0) for session in status.sessions),
+            "gpu": self._gpu_used(),
+            "n": 1,
+        }
+        for tier in getattr(memory, "tiers", ()):
+            row[tier.name] = tier.used
+            row[f"{tier.name}_limit"] = tier.limit
+            row[f"{tier.name}_checkpoints"] = tier.checkpoints
+        self.timeline.append(row)
+
+    def _gpu_used(self) -> int | None:
+        """Of the whole device: the plain model of this process is in it, and does not change."""
+        if not self.plain.cuda:
+            return None
+        free, total = torch.cuda.mem_get_info(self.plain.device)
+        return total - free
+
+
+def run(asked: MemoryPressure) -> Results:
+    """Stop all, resume all in another order, compare; write and report. The results' checks are those
+    of the validation block."""
+    folder = Path(asked.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {one.name: getattr(asked, one.name) for one in fields(asked)}
+    settings["validation"] = {k: v for k, v in asdict(asked.validation).items() if v is not None}
+    results = Results("memory_pressure", this_machine(), settings)
+    click.echo(f"{results.machine}\n")
+    with ExitStack() as stack, torch.inference_mode():
+        pressure = Pressure(asked, stack)
+        pressure.expect()
+        came, stops_s = _work(pressure)
+        results.settings |= {
+            "layer": pressure.layer,
+            "kv_sessions": pressure.kv,
+            "activation_nbytes": pressure.plain.activation_nbytes,
+        }
+    results.not_measured += pressure.missing
+    results.samples = [Samples.of("stop", stops_s, {"what": "stop"}), *_by_tier(came)]
+    results.tables["timeline"] = pressure.timeline
+    results.tables["resumes"] = [
+        {"session": one.number, "seconds": one.seconds, "tier": one.tier, "n": 1} for one in came
+    ]
+    results.checks = pressure_report.checks(pressure, came)
+    write(results, folder / FILE)
+    pressure_report.show(results)
+    click.echo(f"\nresults in {folder / FILE}")
+    return results
+
+
+def _work(pressure: Pressure) -> tuple[list[Came], list[float]]:
+    asked = pressure.asked
+    waiting: list[Stopped] = []
+    stops_s: list[float] = []
+    came: list[Came] = []
+    pressure.sample("begin", 0)
+    with progress.steps("sessions", 2 * asked.sessions) as tell:
+        for number in range(asked.sessions):
+            begin = time.perf_counter()
+            waiting.append(pressure.stop(number))
+            stops_s.append(time.perf_counter() - begin)
+            pressure.sample("stop", len(waiting))
+            if number % asked.others_every == 0:
+                pressure.ask_between()
+            tell(f"stopped {number}")
+        for place, chosen in enumerate(pressure.rng.permutation(asked.sessions)):
+            came.append(pressure.resume(waiting[chosen]))
+            pressure.sample("resume", asked.sessions - place - 1)
+            if place % asked.others_every == 0:
+                pressure.ask_between()
+            tell(f"resumed {chosen}")
+    _release(pressure, waiting)
+    return came, stops_s
+
+
+def _release(pressure: Pressure, waiting: list[Stopped]) -> None:
+    for one in waiting:
+        one.going = None
+        one.point.release()
+    waiting.clear()
+    pressure.model.ping()
+    pressure.sample("released", 0)
+
+
+def _by_tier(came: list[Came]) -> list[Samples]:
+    tiers = list(dict.fromkeys(one.tier for one in came))
+    return [
+        Samples.of(
+            f"resume from {tier}",
+            [one.seconds for one in came if one.tier == tier],
+            {"what": "resume", "tier": tier},
+        )
+        for tier in tiers
+    ]
+
+
+@click.command(cls=command.Tool)
+@click.option("--config", "path", type=click.Path(path_type=Path), help="YAML file to start from.")
+@click.option("--model", help="A shape (random weights), a served name, a directory, a hub id.")
+@click.option("--device", help='"cpu" or "cuda:N".')
+@click.option("--sessions", type=int, help="How many are stopped at once.")
+@click.option("--context", type=int, help="Tokens of each.")
+@click.option("--output-dir", help="Where the results go.")
+def main(path: Path | None, **given: Any) -> None:
+    """Stop many sessions, keep them all, resume them in another order: is every token right, and
+    what does it cost in memory?
+
+    One of them is steered when it is resumed, and a second client is served in between. All that
+    comes out is compared with the plain model of this process.
+
+    The file's validation block says what has to hold; the exit status is 0 only if all of it was
+    measured and held.
+
+    \b
+      python -m bench.memory_pressure --config bench/configs/memory-pressure-tiny.yaml
+      python -m bench.memory_pressure --config bench/configs/memory-pressure-llama-2-13b.yaml
+    """
+    over = {key: value for key, value in given.items() if value is not None}
+    results = run(config.read(MemoryPressure, path, over))
+    failed = [one for one in results.checks if not one.held]
+    if failed:
+        raise click.ClickException("; ".join(str(one) for one in failed))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.memory_pressure")
