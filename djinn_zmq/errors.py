@@ -77,6 +77,12 @@ class StopError(RequestError):
     code = "stop"
 
 
+class SweepTooLarge(RequestError):
+    """Not even one branch of a sweep fits the memory there is. The sentence carries sizes."""
+
+    code = "sweep-too-large"
+
+
 class PromptError(RequestError):
     """A prompt that is empty, too long, ragged, or names a token the model does not have."""
 

@@ -16,7 +16,9 @@ from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
+from djinn_zmq.client.sweep import memory_of
 from djinn_zmq.client.talk import Session
+from djinn_zmq.client.trace import Trace
 from djinn_zmq.errors import NoSessions, PromptError, RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import Kept, ModelInfo
@@ -141,6 +143,39 @@ class Model:
         )
         self.server.conversations.add(session)
         return session
+
+    def trace(
+        self,
+        clean: Prompt,
+        corrupted: Prompt,
+        layers: int | Sequence[int] | None = None,
+        positions: Any = None,
+        *,
+        tokens: Any = None,
+        logits: Any = "none",
+        memory: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Trace:
+        """The causal-tracing grid: iterate for its cells as they come; `finish()` gives the `Grid`.
+
+        Each cell is the corrupted prompt's run with the clean one's hidden state after a layer, at
+        a position. Both prompts have as many tokens.
+        layers: as stops count; by default all, 0 included. positions: ints, or groups of them that
+        are patched together; by default each by itself. tokens: texts or ids whose probabilities
+        are wanted; by default the likeliest of the clean run and of the corrupted one. logits,
+        memory: as in `Checkpoint.sweep`.
+        Raises, when iterated, PromptError, LayerError, SweepTooLarge.
+        """
+        return Trace(
+            self._session,
+            (clean, corrupted),
+            layers,
+            positions,
+            tokens,
+            logits,
+            memory_of(memory),
+            timeout_s,
+        )
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""

@@ -20,28 +20,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WINDOW = 16  # parts under way at once
-_OVER = object()
+OVER = object()
 
 
-class Parts(Generic[T, R]):
-    """What one request is answered with, part by part.
+class Stream(Generic[T, R]):
+    """An iterator, sync or async, over what an operation comes to step by step.
 
-    result: what the reply came to; None until the parts are over.
+    result: what it all came to; None until it is over.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        ask: Operation[Call],
-        take: Callable[[Message], Operation[T]],
-        end: Callable[[Message], Operation[R]],
-    ) -> None:
-        """ask: makes the call, with `parts` set. take, end: what a part, and the reply, come to."""
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._ask = ask
-        self._take = take
-        self._end = end
-        self._request: int | None = None
         self._over = False
         self.result: R | None = None
 
@@ -53,7 +42,7 @@ class Parts(Generic[T, R]):
         if hasattr(part, "__await__"):
             part.close()
             raise TypeError("in asyncio code use `async for`")
-        if part is _OVER:
+        if part is OVER:
             raise StopIteration
         return part
 
@@ -62,22 +51,47 @@ class Parts(Generic[T, R]):
 
     async def __anext__(self) -> T:
         part = await self._session.drive(self._step())
-        if part is _OVER:
+        if part is OVER:
             raise StopAsyncIteration
         return part
 
     def finish(self) -> Any:
-        """Take all parts that are left and return `result`."""
+        """Take all that is left and return `result`."""
         return self._session.drive(self._finish())
 
     def _finish(self) -> Operation[R | None]:
-        while (yield from self._step()) is not _OVER:
+        while (yield from self._step()) is not OVER:
             pass
         return self.result
 
     def close(self) -> Any:
-        """Take no more parts: what is still to be done for them is cancelled."""
+        """Take no more: what is still to be done for it is cancelled."""
         return self._session.drive(self._close())
+
+    def _close(self) -> Operation[None]:
+        raise NotImplementedError
+
+    def _step(self) -> Operation[Any]:
+        """The next, or OVER."""
+        raise NotImplementedError
+
+
+class Parts(Stream[T, R]):
+    """What one request is answered with, part by part. result: what the reply came to."""
+
+    def __init__(
+        self,
+        session: Session,
+        ask: Operation[Call],
+        take: Callable[[Message], Operation[T]],
+        end: Callable[[Message], Operation[R]],
+    ) -> None:
+        """ask: makes the call, with `parts` set. take, end: what a part, and the reply, come to."""
+        super().__init__(session)
+        self._ask = ask
+        self._take = take
+        self._end = end
+        self._request: int | None = None
 
     def _close(self) -> Operation[None]:
         self._over = True
@@ -91,7 +105,7 @@ class Parts(Generic[T, R]):
 
     def _step(self) -> Operation[Any]:
         if self._over:
-            return _OVER
+            return OVER
         connection = self._session.connection
         try:
             if self._request is None:
@@ -108,4 +122,4 @@ class Parts(Generic[T, R]):
             self._over = True
             raise
         self._over = True
-        return _OVER
+        return OVER

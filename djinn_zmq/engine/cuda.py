@@ -67,6 +67,11 @@ class Cuda(Cpu):
         flat.copy_(torch.frombuffer(data, dtype=torch.uint8), non_blocking=True)
         return out
 
+    def free_nbytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch)
+        cached = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+        return free + cached
+
     def mark(self) -> Callable[[], bool]:
         computed, copied = torch.cuda.Event(), torch.cuda.Event()
         computed.record(self._compute)

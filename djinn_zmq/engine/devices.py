@@ -69,6 +69,15 @@ class Cpu:
         """The same, beside the layers: complete when `mark` says so."""
         self.fill(data, slot)
 
+    def free_nbytes(self) -> int:
+        """Bytes that are free for activations."""
+        try:
+            with open("/proc/meminfo") as lines:
+                found = dict(line.split(":", 1) for line in lines)
+            return int(found["MemAvailable"].split()[0]) * 1024
+        except (OSError, KeyError, ValueError):
+            return 1 << 62  # not Linux as we know it: the other limits hold
+
     # ---- order
 
     def mark(self) -> Callable[[], bool]:

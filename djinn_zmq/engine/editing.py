@@ -29,6 +29,8 @@ Values = Callable[[Tensor], torch.Tensor]  # a wire tensor's values, on the hidd
 Source = Callable[[int], torch.Tensor]  # a checkpoint's hidden state, read only
 Change = Callable[[torch.Tensor], torch.Tensor]  # the part an edit chose → what replaces it
 
+Ready = list[tuple[tuple[Any, ...], Change]]
+
 
 def apply(
     hidden: torch.Tensor, edits: tuple[Edit, ...], values: Values, source: Source
@@ -37,6 +39,13 @@ def apply(
 
     Every edit is checked before the first is done. Raises EditError naming the edit's place.
     """
+    return carry_out(prepared(hidden, edits, values, source), hidden)
+
+
+def prepared(
+    hidden: torch.Tensor, edits: tuple[Edit, ...], values: Values, source: Source
+) -> Ready:
+    """*edits*, checked and ready for `carry_out` on any tensor that is as *hidden*."""
     ready = []
     for place, edit in enumerate(edits):
         name = f"edit {place} ({type(edit).__name__})"
@@ -46,6 +55,10 @@ def apply(
             ready.append((chosen, _prepare(edit, hidden, chosen, values, source)))
         except (EditError, SelectionError) as exc:
             raise EditError(f"{name}: {exc}") from exc
+    return ready
+
+
+def carry_out(ready: Ready, hidden: torch.Tensor) -> torch.Tensor:
     for chosen, change in ready:
         hidden[chosen] = change(hidden[chosen])
     return hidden

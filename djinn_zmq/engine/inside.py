@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from djinn_zmq.engine.conditions import Moment
 from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.places import BEFORE, Place, input_of, output_of
 from djinn_zmq.engine.plans import Plan, Watch
@@ -99,6 +100,19 @@ def tail(job: Job, hidden: torch.Tensor, recording: Recording, keep: Keep) -> to
         # The model's own way: the short one calls fewer modules.
         return zone.run(base, lambda: stepper.own_tail(recording.ids, hidden))
     return None if job.wanted.logits == "none" else stepper.tail(recording.ids, hidden)
+
+
+def handed_in(
+    job: Job, place: Place, value: torch.Tensor, compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """*compute*, which runs the layer of *place*, with *value* handed in there."""
+    job.plan, job.given = Plan(Moment(job.ids), given=place), value
+    out: torch.Tensor = _Zone(job, place.zone, _keeps_nothing).run(None, compute)
+    return out
+
+
+def _keeps_nothing(*_: Any, **__: Any) -> Kept:
+    raise AssertionError("nothing is taken where a value is only handed in")
 
 
 def _plan_of(job: Job) -> Plan:

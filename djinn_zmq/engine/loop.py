@@ -27,6 +27,7 @@ from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
@@ -65,6 +66,7 @@ class EngineLoop:
         self._keeping = Keeping(settings, lease, index, device)
         self._runner = Runner(self._keeping)
         self._looker = Looker(self._keeping, self._runner)
+        self._sweeper = Sweeper(self._keeping, self._runner)
         self._talker = Talker(self._keeping, self._runner)
         self._mover = Mover(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
@@ -91,6 +93,8 @@ class EngineLoop:
             Op.TOKENS: self._tokens,
             Op.MORE: self._more,
             Op.LOOK: self._run,
+            Op.SWEEP: self._run,
+            Op.TRACE: self._run,
             Op.CONTINUE: self._run,
             Op.GENERATE: self._run,
             Op.MOVE: self._run,
@@ -102,6 +106,8 @@ class EngineLoop:
             Op.RUN: self._runner.begin,
             Op.RESUME: self._talker.resume,
             Op.LOOK: self._looker.begin,
+            Op.SWEEP: self._sweeper.sweep,
+            Op.TRACE: self._sweeper.trace,
             Op.CONTINUE: self._talker.run,
             Op.GENERATE: self._talker.generate,
             Op.MOVE: self._mover.move,

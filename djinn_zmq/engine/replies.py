@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.branches import TalkJob
+from djinn_zmq.engine.grids import SweepJob, TraceJob
 from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
@@ -14,6 +15,7 @@ from djinn_zmq.engine.moving import HoldJob, MoveJob, RestoreJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import Generated, RunReply, Token, TokensReply
+from djinn_zmq.wire.sweeps import Outcomes, Results, SweepReply, TraceReply
 from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline
 
 Buffers = list[bytes | memoryview]
@@ -25,6 +27,8 @@ def of(job: Job) -> tuple[msgspec.Struct, Buffers]:
         return of_generation(job)
     if isinstance(job, (MoveJob, HoldJob, RestoreJob)):
         return job.reply(), []
+    if isinstance(job, SweepJob):
+        return of_sweep(job)
     return of_look(job) if isinstance(job, LookJob) else of_run(job)
 
 
@@ -113,6 +117,41 @@ def of_look(job: LookJob) -> tuple[LookReply, Buffers]:
             for place, data in enumerate(job.seen)
         ]
     return LookReply(tuple(seen), job.watch.with_rest("queue", first=True)), buffers
+
+
+def of_sweep(job: SweepJob) -> tuple[SweepReply | TraceReply, Buffers]:
+    """The reply to a SWEEP or TRACE, behind all of its parts."""
+    buffers: Buffers = []
+    spans = job.watch.with_rest("queue", first=True)
+    if not isinstance(job, TraceJob):
+        return SweepReply(job.cost, spans), buffers
+    assert job.base is not None
+    ids, base = _place(job.ids, buffers), outcomes_of(job.base, 1, job.results, buffers)
+    reply = TraceReply(job.layers, job.positions, job.results.tokens, ids, base, job.cost, spans)
+    return reply, buffers
+
+
+def nbytes_of(results: Results, logits: torch.Tensor) -> int:
+    """Of one prompt's outcome."""
+    whole = logits.shape[-1] if results.logits == "last" else 0
+    top = results.top if results.logits == "top" else 0
+    return 8 + 8 * top + (whole + top + len(results.tokens)) * logits.element_size()
+
+
+def outcomes_of(logits: torch.Tensor, batch: int, results: Results, buffers: Buffers) -> Outcomes:
+    """logits: (branches · batch, vocab)"""
+
+    def shaped(data: torch.Tensor) -> Tensor:
+        return place_torch(data.reshape(-1, batch, *data.shape[1:]), buffers)
+
+    top = top_of(logits, results.top) if results.logits == "top" else None
+    return Outcomes(
+        log_norm=shaped(log_norm_of(logits)),
+        logits=shaped(logits) if results.logits == "last" else None,
+        top_values=None if top is None else shaped(top[0]),
+        top_ids=None if top is None else shaped(top[1]),
+        tokens=shaped(logits[:, list(results.tokens)]) if results.tokens else None,
+    )
 
 
 def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:

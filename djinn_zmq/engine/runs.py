@@ -8,12 +8,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from djinn_zmq.engine import editing, inside
 from djinn_zmq.engine.jobs import Change, EngineSession, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.plans import Planner, Start, check_layers
 from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, RequestError, StopError
@@ -65,8 +67,8 @@ class Runner:
             planned = self._planner.plan(asked.wanted, asked.edits, start, model, ids)
         job = Job(session, model, ids, 0, asked.wanted, shared, watch, *planned, fresh=True)
         if asked.edits:
-            sources = self._sources(session, asked.edits)
-            self._hold(job, sources.values())
+            sources = self.sources(session, asked.edits)
+            self.hold(job, sources.values())
             job.edit = self._edit(session, asked.edits, buffers, sources)
         return job, self.settling(job, self._work(job, None))
 
@@ -96,6 +98,16 @@ class Runner:
         opening = self.opening(job, entry, asked, buffers)
         return job, self.settling(job, self._work(job, opening))
 
+    def place_of(self, entry: Entry, model: ServedModel) -> Place | None:
+        """Where inside a layer a checkpoint is; None between two layers. Raises RequestError for one
+        that is outside of them."""
+        if not entry.place:
+            return None
+        (place,) = self._planner.atlas(model).find(entry.place)
+        if not isinstance(place, Place) or not 0 <= place.zone < model.info.num_layers:
+            raise RequestError(f"the checkpoint is at {entry.place}, outside of the layers")
+        return place
+
     def opening(
         self,
         job: Job,
@@ -110,9 +122,9 @@ class Runner:
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
         session = job.session
-        sources = self._sources(session, asked.edits)
-        base = self._source(entry.base, session) if entry.place and entry.base else None
-        self._hold(job, [entry, *sources.values(), *([] if base is None else [base])])
+        sources = self.sources(session, asked.edits)
+        base = self.source(entry.base, session) if entry.place and entry.base else None
+        self.hold(job, [entry, *sources.values(), *([] if base is None else [base])])
         opening = self._open(job, entry, asked, buffers, sources)
         return self._open_inside(job, base, opening) if entry.place else opening
 
@@ -157,26 +169,39 @@ class Runner:
         buffers: Sequence[bytes | memoryview],
         sources: dict[int, Entry],
     ) -> Change:
-        """sources: must be resident when it is called."""
-        return lambda hidden: editing.apply(
+        """Makes *edits* on a value of the job's own. sources: must be resident when it is called."""
+        return lambda hidden: editing.carry_out(
+            self.ready(edits, hidden, buffers, session, sources), hidden
+        )
+
+    def ready(
+        self,
+        edits: tuple[Edit, ...],
+        hidden: torch.Tensor,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        sources: dict[int, Entry],
+    ) -> editing.Ready:
+        """What *edits* do to *hidden*, checked and not done yet. sources: resident."""
+        return editing.prepared(
             hidden,
             tuple(edit for edit in edits if not isinstance(edit, Skip)),
             lambda tensor: self._keeping.load_sent(tensor, buffers, session.owner),
             lambda number: self._keeping.hidden(sources[number]),
         )
 
-    def _sources(self, session: EngineSession, edits: tuple[Edit, ...]) -> dict[int, Entry]:
+    def sources(self, session: EngineSession, edits: tuple[Edit, ...]) -> dict[int, Entry]:
         """The checkpoints that *edits* take from."""
         numbers = [edit.source for edit in edits if isinstance(edit, Patch)]
-        return {number: self._source(number, session) for number in numbers}
+        return {number: self.source(number, session) for number in numbers}
 
-    def _source(self, number: int, session: EngineSession) -> Entry:
+    def source(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
         if entry.layer < 0:
             raise EditError(f"{number:x} is not a checkpoint")
         return entry
 
-    def _hold(self, job: Job, entries: Iterable[Entry]) -> None:
+    def hold(self, job: Job, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._keeping.hold(entry)
             job.loans.append(entry)
@@ -187,7 +212,7 @@ class Runner:
         It stays there until the job ends. Raises ArenaFull where there is no room to bring it to.
         """
         if entry not in job.loans:
-            self._hold(job, [entry])
+            self.hold(job, [entry])
         if not self._keeping.resident(entry):
             begin_ns = time.perf_counter_ns()
             yield from self._keeping.bring(entry)
@@ -355,13 +380,15 @@ class Runner:
 
     def recording(self, job: Job) -> Recording:
         """What the model hands its layers for this prompt: the last few prompts' are at hand."""
-        key = b"\0".join(
-            (job.model.info.name.encode(), repr(job.ids.shape).encode(), job.ids.tobytes())
-        )
+        return self.recording_of(job.model, job.ids)
+
+    def recording_of(self, model: ServedModel, ids: np.ndarray) -> Recording:
+        """ids: int64 (batch, positions)"""
+        key = b"\0".join((model.info.name.encode(), repr(ids.shape).encode(), ids.tobytes()))
         recording = self._recordings.get(key)
         if recording is None:
-            ids = torch.from_numpy(job.ids).to(job.model.device)
-            recording = self._recordings[key] = job.model.stepper.record(ids)
+            tokens = torch.from_numpy(ids).to(model.device)
+            recording = self._recordings[key] = model.stepper.record(tokens)
             self._recordings_nbytes += recording.nbytes
             while self._recordings_nbytes > RECORDINGS_NBYTES and len(self._recordings) > 1:
                 _, oldest = self._recordings.popitem(last=False)

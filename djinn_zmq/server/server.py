@@ -45,7 +45,7 @@ NEVER = float("inf")
 OF_ANSWERS = int(Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-TO_ENGINE = frozenset({Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE}) | frozenset(
+TO_ENGINE = frozenset({Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE, Op.SWEEP, Op.TRACE}) | frozenset(
     {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
 )
 TO_SERVER = frozenset(

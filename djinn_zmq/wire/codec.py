@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
-from djinn_zmq.wire import messages, tiers
+from djinn_zmq.wire import messages, sweeps, tiers
 from djinn_zmq.wire.edits import tensors_in
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
@@ -191,6 +191,13 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
         *(kept.tensor for kept in meta.checkpoints),
     ),
     messages.Generated: lambda meta: (meta.ids, *(kept.tensor for kept in meta.checkpoints)),
+    sweeps.Sweep: lambda meta: (one for edits in meta.branches for one in tensors_in(edits)),
+    sweeps.Trace: lambda meta: (
+        prompt for prompt in (meta.clean, meta.corrupted) if isinstance(prompt, Tensor)
+    ),
+    sweeps.Swept: lambda meta: sweeps.tensors_of(meta.outcomes),
+    sweeps.Traced: lambda meta: sweeps.tensors_of(meta.outcomes),
+    sweeps.TraceReply: lambda meta: (meta.ids, *sweeps.tensors_of(meta.base)),
     messages.Keep: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.Adopt: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.ReadReply: lambda meta: (meta.piece,),

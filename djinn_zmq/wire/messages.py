@@ -13,6 +13,7 @@ from djinn_zmq.wire.edits import Edit, Index
 from djinn_zmq.wire.looks import Look, LookReply
 from djinn_zmq.wire.ops import Op, Spans, message
 from djinn_zmq.wire.stops import Stops
+from djinn_zmq.wire.sweeps import Sweep, SweepReply, Swept, Trace, Traced, TraceReply
 from djinn_zmq.wire.tensors import Tensor
 from djinn_zmq.wire.tiers import Kept, TierInfo
 
@@ -407,6 +408,8 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.CANCEL: Cancel,
     Op.TOKENS: Tokens,
     Op.LOOK: Look,
+    Op.SWEEP: Sweep,
+    Op.TRACE: Trace,
     Op.WHERE: tiers.Where,
     Op.CLAIM: tiers.Claim,
     Op.EVENTS: tiers.Events,
@@ -445,6 +448,8 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.CONTINUE: RunReply,
     Op.GENERATE: Generated,
     Op.LOOK: LookReply,
+    Op.SWEEP: SweepReply,
+    Op.TRACE: TraceReply,
     Op.WHERE: tiers.WhereReply,
     Op.CLAIM: tiers.ClaimReply,
     Op.EVENTS: tiers.EventsReply,
@@ -456,7 +461,11 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
 }
 
 # Of an answer that comes in parts, each part. Its reply, in REPLIES, says what they came to.
-PARTS: dict[int, type[msgspec.Struct]] = {Op.GENERATE: Token}
+PARTS: dict[int, type[msgspec.Struct]] = {
+    Op.GENERATE: Token,
+    Op.SWEEP: Swept,
+    Op.TRACE: Traced,
+}
 
 
 # ---- the lease socket (AF_UNIX, one struct a packet, file descriptors beside it)

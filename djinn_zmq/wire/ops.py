@@ -34,6 +34,8 @@ class Op(IntEnum):
     CANCEL = 19
     TOKENS = 20
     LOOK = 21
+    SWEEP = 22
+    TRACE = 23
     GENERATE = 24  # answered in parts, a token each
     MORE = 25  # one way: the client takes so many more parts of an answer
     CONTINUE = 26  # a run that goes on from a branch of a session
