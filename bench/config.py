@@ -15,7 +15,7 @@ from djinn_zmq.errors import RequestError
 
 BASELINES = ("recompute", "manual_offload", "eager", "djinn", "nnsight", "prototype")
 TRANSPORTS = ("lane", "ipc", "tcp")
-EDITS = ("none", "row", "all")
+EDITS = ("none", "row", "all", "in_place", "row_in_place")
 ENDS = ("ready", "logits")
 TIERS = ("device", "host", "disk")
 

@@ -2,7 +2,9 @@
 
     transport   lane, ipc, tcp
     end         ready: until layer N+1 could run; logits: the layers behind it and the head as well
-    edits       none; one row; all of the activation replaced
+    edits       none; row: a vector added to one; all: the activation replaced by another array;
+                in_place: all of it rewritten in memory that the engine reads where it stands;
+                row_in_place: a row rewritten in the engine's own GPU memory (CUDA IPC)
     tier        where the checkpoint lies when it is resumed: device, host, disk
 
 Each is varied alone, the others at the first that there is; `every_combination` does all with all.
@@ -107,7 +109,7 @@ def cases(found: Djinn, config: ResumeLatency) -> Found:
     for transport, end, edit, tier in _variants(config, [one.transport for one in found.clients]):
         client = next(one for one in found.clients if one.transport == transport)
         variant = f"{transport}, to {end}, edited {edit}" + (f", from {tier}" if tier else "")
-        why = _unreachable_tier(client, tier)
+        why = _unreachable_tier(client, tier) or _impossible_edit(client, edit)
         if why is not None:
             chosen.append(NotMeasured(f"{NAME}: {variant}", why))
             continue
@@ -153,12 +155,49 @@ def _case(
     elif edit == "all":
         options["hidden"] = np.asarray(point.hidden)
     spans = found.spans.setdefault(variant, [])
-    task = resuming(point, client.model, spans, ready=end == "ready", **options)
+    rewrite = None
+    if edit in ("in_place", "row_in_place"):
+        options["hidden"], rewrite = _in_place(point, edit)
+    task = resuming(point, client.model, spans, ready=end == "ready", rewrite=rewrite, **options)
     more = {"transport": client.transport, "end": end, "edit": edit, "tier": tier or point.tier}
     before = task.before
     if tier is not None and features.TIERS:
         before = _in_tier(point, tier, before)
     return Timed(NAME, variant, layer, task.call, before, more=more)
+
+
+def _impossible_edit(client: Client, edit: str) -> str | None:
+    """Why the checkpoints of this client cannot be edited so, or None."""
+    if edit == "in_place" and not features.WRITABLE:
+        return "this version has no point.writable"
+    if edit == "row_in_place":
+        if not features.WRITABLE_CUDA:
+            return "this version has no point.writable_cuda"
+        if not client.model.device.startswith("cuda") or client.transport == "tcp":
+            return "only a client on the machine of a GPU can write there"
+    return None
+
+
+def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
+    """The view that is edited and sent, and the edit: it is timed with the resume."""
+    if edit == "in_place":
+        view = point.writable()  # type: ignore[attr-defined,unused-ignore]
+        whole = np.asarray(point.hidden)
+
+        def rewrite_all() -> None:
+            view[...] = whole
+
+        return view, rewrite_all
+    import torch
+
+    on_device = point.writable_cuda()  # type: ignore[attr-defined,unused-ignore]
+    tensor = torch.from_dlpack(on_device)
+
+    def rewrite_row() -> None:
+        tensor[0, -1] += 0
+        torch.cuda.synchronize()  # the edit is complete when the client says so
+
+    return on_device, rewrite_row
 
 
 def _unreachable_tier(client: Client, tier: str | None) -> str | None:
@@ -178,7 +217,7 @@ def _in_tier(
         if before is not None:
             before()
         if tier == "device":
-            point.prefetch()  # type: ignore[attr-defined,unused-ignore]
+            point.prefetch("device")  # type: ignore[attr-defined,unused-ignore]
         else:
             point.evict(to=tier)  # type: ignore[attr-defined,unused-ignore]
         if point.tier != tier:

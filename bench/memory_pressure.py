@@ -37,6 +37,14 @@ class Stopped:
     ids: np.ndarray  # int64 (1, context)
     point: djinn.Checkpoint
     going: Any = None
+    session: Any = None
+
+    def let_go(self) -> None:
+        """Of all that is kept for it."""
+        self.going = None
+        self.point.release()
+        if self.session is not None:
+            self.session.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +129,13 @@ class Pressure:
         ids = self.prompts[number]
         if not self.kv:
             return Stopped(number, ids, self.model.run(ids, stop_at=self.layer).checkpoint)
-        session = self._stack.enter_context(self.model.session())
+        session = self.model.session()
         going = session.generate(
             ids[0], self.asked.new_tokens, stop_at=self.layer, steps=0, ends=()
         )
         for _ in going:
             pass
-        return Stopped(number, ids, going.checkpoint, going)
+        return Stopped(number, ids, going.checkpoint, going, session)
 
     def resume(self, one: Stopped) -> Came:
         edits = self._edits(one.number)
@@ -233,7 +241,7 @@ class Pressure:
         self.timeline.append(row)
 
     def _gpu_used(self) -> int | None:
-        """Of the whole device: the plain model of this process is in it, and does not change."""
+        """Of the whole device: weights, and what other programs have there, are in it."""
         if not self.plain.cuda:
             return None
         free, total = torch.cuda.mem_get_info(self.plain.device)
@@ -252,6 +260,7 @@ def run(asked: MemoryPressure) -> Results:
     with ExitStack() as stack, torch.inference_mode():
         pressure = Pressure(asked, stack)
         pressure.expect()
+        pressure.plain.give_back()  # a GPU may not have room for two models and the sessions
         came, stops_s = _work(pressure)
         results.settings |= {
             "layer": pressure.layer,
@@ -288,21 +297,14 @@ def _work(pressure: Pressure) -> tuple[list[Came], list[float]]:
             tell(f"stopped {number}")
         for place, chosen in enumerate(pressure.rng.permutation(asked.sessions)):
             came.append(pressure.resume(waiting[chosen]))
+            waiting[chosen].let_go()
             pressure.sample("resume", asked.sessions - place - 1)
             if place % asked.others_every == 0:
                 pressure.ask_between()
             tell(f"resumed {chosen}")
-    _release(pressure, waiting)
-    return came, stops_s
-
-
-def _release(pressure: Pressure, waiting: list[Stopped]) -> None:
-    for one in waiting:
-        one.going = None
-        one.point.release()
-    waiting.clear()
-    pressure.model.ping()
+    pressure.model.ping()  # what is to be released has gone ahead of it
     pressure.sample("released", 0)
+    return came, stops_s
 
 
 def _by_tier(came: list[Came]) -> list[Samples]:

@@ -28,6 +28,7 @@ class Plain:
         self.decoder = self.model.get_decoder()
         self.layers = list(self.decoder.layers)
         self.hidden = self._hidden_states()
+        self.activation_nbytes = int(self.hidden[0].nbytes)
 
     def _hidden_states(self) -> list[torch.Tensor]:
         """By hooks, not by `output_hidden_states`: that one norms the last of them."""
@@ -47,10 +48,6 @@ class Plain:
             for hook in hooks:
                 hook.remove()
         return hidden
-
-    @property
-    def activation_nbytes(self) -> int:
-        return int(self.hidden[0].nbytes)
 
     def forward(self) -> torch.Tensor:
         """The uninterrupted model: logits (1, positions, vocab), done when it returns."""
@@ -81,6 +78,13 @@ class Plain:
                 self.wait()
         finally:
             self.decoder.layers, self.decoder.config.num_hidden_layers = whole
+
+    def give_back(self) -> None:
+        """The weights and the activations: nothing can be run any more."""
+        del self.model, self.decoder, self.layers
+        self.hidden.clear()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def last_logits(self) -> bytes:
         """The bits of the last position's logits."""

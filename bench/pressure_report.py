@@ -94,8 +94,9 @@ def _evictions(pressure: "Pressure", came: Sequence["Came"], wanted: int) -> Che
 def _freed(pressure: "Pressure", came: Sequence["Came"], wanted: bool) -> Check:
     last = pressure.timeline[-1]
     what = "nothing is kept once all is released"
-    empty = last["checkpoints"] == 0 and last["host"] == 0
-    return Check(what, empty is wanted, f"{last['checkpoints']} kept, {format_bytes(last['host'])}")
+    nbytes = sum(last.get(name) or 0 for name in ("host", "device", "disk", "kv"))
+    empty = last["checkpoints"] == 0 and nbytes == 0
+    return Check(what, empty is wanted, f"{last['checkpoints']} kept, {format_bytes(nbytes)}")
 
 
 _CHECKS: dict[str, Any] = {

@@ -33,7 +33,7 @@ from bench.kept_rounds import KeptRounds
 from bench.plain import Plain
 from djinn_zmq.engine import shapes
 from djinn_zmq.errors import LayerError, Lost
-from djinn_zmq.probe import command, pinning, progress, serving
+from djinn_zmq.probe import command, features, pinning, progress, serving
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, NotMeasured, Results
 from djinn_zmq.probe.rounds import Plan, each_round
@@ -185,6 +185,7 @@ class _Bench:
             serving.own_server(
                 folder,
                 f"--threads={asked.threads}",
+                *self._tiers(),
                 model=asked.model,
                 shape=shape,
                 device=asked.device,
@@ -193,6 +194,14 @@ class _Bench:
         )
         self._servers += served.pids
         return {"ipc": served.ipc, "tcp": served.tcp}, served.model
+
+    def _tiers(self) -> list[str]:
+        """A CPU engine has a device tier only where it is told to: plain memory, for the sake of the
+        same case."""
+        if not features.TIERS:
+            return []
+        state = self._stack.enter_context(serving.sockets_folder())
+        return [f"--state={state}", *(["--gpu-memory=256"] if self.asked.device == "cpu" else [])]
 
     def _check_exact(self) -> None:
         assert self.plain is not None

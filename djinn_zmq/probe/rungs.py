@@ -234,9 +234,11 @@ def resuming(
     spans: list[Spans] | None = None,
     *,
     ready: bool = False,
+    rewrite: Case | None = None,
     **options: Any,
 ) -> Task:
-    """Resuming *point*, whose session is *model*'s. spans: gets each run's.
+    """Resuming *point*, whose session is *model*'s. spans: gets each run's. rewrite: called, and timed,
+    in front of each.
 
     ready: stop at the checkpoint's own layer, when layer N+1 could run. That keeps another
     checkpoint each time; the one before is released, and the release done, before the clock starts.
@@ -246,6 +248,8 @@ def resuming(
     held: list[Run] = []
 
     def call() -> None:
+        if rewrite is not None:
+            rewrite()
         run = point.resume(**options)
         if ready:
             held.append(run)
