@@ -43,7 +43,7 @@ OUTSIDE["bus"] = {"zmq", "numpy"}
 
 HEAVY = {"torch", "transformers", "accelerate", "cupy"}
 TORCH_ROOMS = {"engine"}
-TORCH_MODULES = {f"{PACKAGE}.hf", f"{PACKAGE}.probe.device_time"}
+TORCH_MODULES = {f"{PACKAGE}.{name}" for name in ("hf", "probe.device_time", "client.cuda")}
 
 
 def modules() -> dict[str, Path]:

@@ -51,8 +51,14 @@ class LeaseSocket:
         return lease
 
     def peer_uid(self) -> int:
+        return self._credentials()[1]
+
+    def peer_pid(self) -> int:
+        return self._credentials()[0]
+
+    def _credentials(self) -> tuple[int, ...]:
         data = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        return int(CREDENTIALS.unpack(data)[1])
+        return CREDENTIALS.unpack(data)
 
     def send(self, packet: messages.Lease, fd: int | None = None) -> None:
         """Raises Lost where the other end is gone, BlockingIOError where its queue is full."""

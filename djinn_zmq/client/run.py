@@ -10,6 +10,7 @@ import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.cuda import on_device
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top
 from djinn_zmq.client.marks import Mark
@@ -189,8 +190,22 @@ class Checkpoint(Looks, Tiered):
         on_wire = yield from placed_edits(edits, parcel)
         placed = None
         if hidden is not None:
-            placed = yield from parcel.place(as_hidden(hidden, self.dtype))
+            placed = self._on_device(hidden)
+            if placed is None:
+                placed = yield from parcel.place(as_hidden(hidden, self.dtype))
         return placed, on_wire
+
+    def _on_device(self, hidden: Any) -> Tensor | None:
+        """How a tensor of `writable_cuda` travels; None for what is not on a GPU."""
+        if not on_device(hidden):
+            return None
+        placed = self._session.connection.sharing.cuda().sent(hidden)
+        if placed is None:
+            raise EditError(
+                "a CUDA tensor that is not one of writable_cuda(), whole: edit one of these in "
+                "place, or give an array in host memory"
+            )
+        return placed
 
 
 class Run:

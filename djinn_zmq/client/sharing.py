@@ -12,7 +12,8 @@ from collections import deque
 import numpy as np
 
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.errors import ArenaFull, Lost
+from djinn_zmq.client.cuda import CudaMemory
+from djinn_zmq.errors import ArenaFull, Lost, RequestError
 from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import messages
@@ -26,6 +27,7 @@ class Sharing:
         self._arenas: dict[int, Arena] = {}
         self._pool: Pool | None = None
         self._lent: dict[int, Lease] = {}  # by address: slots that are the user's arrays
+        self._cuda: CudaMemory | None = None
         self._ended: deque[int] = deque()  # those whose arrays are gone
 
     def join(self, path: str | os.PathLike[str], token: bytes) -> None:
@@ -65,6 +67,17 @@ class Sharing:
             return None
         lease = self._lent.get(array.__array_interface__["data"][0])
         return lease.slot if lease is not None and len(lease.view) == array.nbytes else None
+
+    def cuda(self) -> CudaMemory:
+        """Raises RequestError where there is no lease, or no cupy."""
+        if self.lease is None:
+            raise RequestError(
+                "CUDA memory is shared only on the server's own machine, with its own user: read "
+                "hidden, or use writable()"
+            )
+        if self._cuda is None:
+            self._cuda = CudaMemory()
+        return self._cuda
 
     def give_back(self, lease: Lease) -> None:
         assert self._pool is not None

@@ -107,6 +107,38 @@ class Tiered:
         yield from self._remote().read_into(array)
         return array
 
+    def hidden_cuda(self) -> Any:
+        """The hidden state where it stands in the GPU, without a copy: a torch tensor where torch is
+        imported, else a cupy array (of bfloat16: uint16). Speaks DLPack.
+
+        Read only: writing to it would change the checkpoint; use `writable_cuda`. It keeps the
+        checkpoint in place as long as it lives; the end of the connection or the engine ends it.
+        Only on the server's machine; needs cupy. Raises ArenaFull where the device tier has no room.
+        """
+        return self._session.drive(self._cuda(copy=False))
+
+    def writable_cuda(self) -> Any:
+        """The same of a copy that is this client's own: edit it in place, then
+        `resume(hidden=tensor)`; no byte moves. The checkpoint does not change."""
+        return self._session.drive(self._cuda(copy=True))
+
+    def _cuda(self, *, copy: bool) -> Operation[Any]:
+        connection, session = self._session.connection, self._kept.session
+        cuda = connection.sharing.cuda()
+        meta = tiers.Hold(self._kept.id, "device", copy)
+        reply = yield Call(Op.HOLD, meta, session=session)
+        held = reply.meta
+
+        def end() -> None:
+            connection.forget(session, held.hold)
+
+        try:
+            make = cuda.writable if copy else cuda.tensor
+            return make(held.tensor, held.handle, end)
+        except BaseException:
+            end()
+            raise
+
     def _remote(self) -> RemoteArray:
         return RemoteArray(self._session.connection, self._session.drive, self._kept, self)
 

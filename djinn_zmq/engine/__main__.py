@@ -17,6 +17,7 @@ import click
 from djinn_zmq.settings import Settings
 
 PR_SET_PDEATHSIG = 1
+BROKEN_STATUS = 70  # EX_SOFTWARE: the device is of no use in this process any more
 
 
 def _end_with(parent: int) -> None:
@@ -44,7 +45,7 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
     import torch
 
     from djinn_zmq.bus.lane import Ends
-    from djinn_zmq.engine.devices import Cpu, Device
+    from djinn_zmq.engine.devices import Broken, Cpu, Device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
@@ -61,6 +62,9 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
         loop = EngineLoop(*connect(ends, lease_fd, limits), on, limits, index)
         try:
             loop.serve()
+        except Broken as exc:
+            loop.farewell(str(exc))
+            os._exit(BROKEN_STATUS)
         finally:
             loop.close()
     # Tearing down torch takes a second that nobody needs, and a server waits for.

@@ -34,6 +34,7 @@ class Body:
     users: int = 0  # runs, views and copies under way: it stays where it is
     views: int = 0  # how many of them are clients' views
     moving: bool = False  # being read from or written to the disk
+    rising: bool = False  # being copied to the device beside the layers
     unwritable: bool = False  # the disk refused it once
     busy: Callable[[], bool] | None = None  # are the device's copies from and to it done?
 

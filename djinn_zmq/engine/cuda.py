@@ -1,15 +1,20 @@
-"""A GPU: the one place that speaks of CUDA.
+"""A GPU: the one place of an engine that speaks of CUDA and cupy.
 
-Three streams: compute (torch's current one), copies out, copies in being part of compute, because
-what is fetched is needed by the very next layer. A checkpoint is written through to pinned host
-memory by the copy engine while the layers behind it run; nothing waits for it but the reply.
+    compute   torch's current stream   layers; copies in that the very next layer needs; slab → slab
+    out       a stream of its own      device → host, written through while the layers behind run
+    in        a stream of its own      host → device ahead of need, both directions at once with out
 
-Order on the device is by events, never by synchronizing. A slot that was given back may be leased
-again while a copy into it is still under way: all stores go through one stream, and each waits for
-the compute stream's work so far, so that no later store overtakes an earlier copy from or to it.
+Order on the device is by events, never by synchronizing. Both copy streams wait for what the compute
+stream had to do when a copy was asked for, so no copy overtakes a layer that reads or writes its slot.
+Slots that copies are still under way from or to are not leased again before these are done
+(`Body.busy`).
+
+Slabs are cudaMalloc's own, never the caching allocator's: an IPC handle opens a whole allocation.
 """
 
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +23,11 @@ from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.errors import StartError
 from djinn_zmq.memory.arena import Arena
 
+_log = logging.getLogger(__name__)
+
 REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
+BUDGET_SHARE = 4  # a quarter of what is free when the engine starts is for checkpoints
+LEFT_FREE_SHARE = 16  # of the whole device: slabs leave so much to models and their work
 
 
 class Cuda(Cpu):
@@ -32,7 +41,11 @@ class Cuda(Cpu):
             raise StartError(f"{name} cannot be used: {str(exc).splitlines()[0]}") from exc
         self._compute = torch.cuda.current_stream()
         self._out = torch.cuda.Stream()
+        self._in = torch.cuda.Stream()
         self._registered: dict[int, int] = {}  # id of an arena → its address
+        self._cupy = _cupy(self.torch.index or 0)
+
+    # ---- host memory
 
     def attach(self, arena: Arena) -> None:
         """Register the arena's pages with the driver: copies then run at the bus's full rate and
@@ -54,17 +67,15 @@ class Cuda(Cpu):
 
     def store(self, data: torch.Tensor, slot: memoryview) -> None:
         flat = data.detach().contiguous().reshape(-1).view(torch.uint8)
-        ready = torch.cuda.Event()
-        ready.record(self._compute)
-        self._out.wait_event(ready)
+        self._out.wait_event(self._event(self._compute))
         with torch.cuda.stream(self._out):
             torch.frombuffer(slot, dtype=torch.uint8).copy_(flat, non_blocking=True)
         flat.record_stream(self._out)  # the allocator must not reuse it before the copy is made
 
     def fetch(self, data: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(shape, dtype=dtype, device=self.torch)
-        flat = out.reshape(-1).view(torch.uint8)
-        flat.copy_(torch.frombuffer(data, dtype=torch.uint8), non_blocking=True)
+        if data.size:
+            self.fill(data, out.reshape(-1).view(torch.uint8))
         return out
 
     def free_nbytes(self) -> int:
@@ -72,8 +83,78 @@ class Cuda(Cpu):
         cached = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return free + cached
 
+    def see(self, data: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.fetch(data, shape, dtype)  # layers read device memory
+
+    # ---- the device tier
+
+    def budget(self) -> int:
+        if self._cupy is None:
+            return 0
+        free, _ = torch.cuda.mem_get_info(self.torch)
+        return free // BUDGET_SHARE
+
+    def allocate(self, nbytes: int) -> torch.Tensor | None:
+        free, total = torch.cuda.mem_get_info(self.torch)
+        if self._cupy is None or free - nbytes < total // LEFT_FREE_SHARE:
+            return None
+        try:
+            pointer = self._cupy.cuda.runtime.malloc(nbytes)
+        except self._cupy.cuda.runtime.CUDARuntimeError:
+            return None
+        memory = self._cupy.cuda.UnownedMemory(pointer, nbytes, None)  # never freed by anybody
+        place = self._cupy.cuda.MemoryPointer(memory, 0)
+        array = self._cupy.ndarray((nbytes,), dtype=self._cupy.uint8, memptr=place)
+        slab: torch.Tensor = torch.from_dlpack(array)
+        return slab
+
+    def copy(self, data: torch.Tensor, slot: torch.Tensor) -> None:
+        flat = data.detach().contiguous().reshape(-1).view(torch.uint8)
+        slot.copy_(flat, non_blocking=True)
+
+    def fill(self, data: np.ndarray, slot: torch.Tensor) -> None:
+        slot.copy_(torch.frombuffer(data, dtype=torch.uint8), non_blocking=True)
+
+    def fill_beside(self, data: np.ndarray, slot: torch.Tensor) -> None:
+        self._in.wait_event(self._event(self._compute))
+        with torch.cuda.stream(self._in):
+            self.fill(data, slot)
+
+    def export(self, slab: torch.Tensor) -> tuple[str, bytes]:
+        """The device's UUID, and the handle by which another process opens *slab*."""
+        properties = self._cupy.cuda.runtime.getDeviceProperties(self.torch.index or 0)
+        handle = self._cupy.cuda.runtime.ipcGetMemHandle(slab.data_ptr())
+        return bytes(properties["uuid"]).hex(), bytes(handle)
+
+    # ---- order
+
+    def _event(self, stream: Any) -> Any:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
     def mark(self) -> Callable[[], bool]:
-        computed, copied = torch.cuda.Event(), torch.cuda.Event()
-        computed.record(self._compute)
-        copied.record(self._out)
-        return lambda: computed.query() and copied.query()
+        events = [self._event(stream) for stream in (self._compute, self._out, self._in)]
+        return lambda: all(event.query() for event in events)
+
+    def broken(self, error: BaseException) -> str:
+        if "CUDA" not in str(error):
+            return ""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as exc:  # it stays: no call succeeds any more in this process
+            return f"its CUDA context is poisoned: {str(exc).splitlines()[0]}"
+        return ""
+
+
+def _cupy(index: int) -> Any:
+    """cupy, using the device *index*; None, and a word in the log, where there is none."""
+    try:
+        import cupy
+    except ImportError as exc:
+        _log.warning(
+            "no device tier: cupy is missing (%s): pip install 'djinn-zmq[cuda12]' or [cuda13]", exc
+        )
+        return None
+    cupy.cuda.Device(index).use()
+    return cupy

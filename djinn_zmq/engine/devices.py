@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from djinn_zmq.errors import RequestError
 from djinn_zmq.memory.arena import Arena
+
+
+class Broken(Exception):
+    """The device is of no use any more, and with it this process. The sentence says why."""
 
 
 class Cpu:
@@ -77,6 +82,10 @@ class Cpu:
             return int(found["MemAvailable"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):
             return 1 << 62  # not Linux as we know it: the other limits hold
+
+    def export(self, slab: torch.Tensor) -> tuple[str, bytes]:
+        """The device's UUID, and the handle by which another process opens *slab*."""
+        raise RequestError("this engine is on a CPU: there is no CUDA memory to open")
 
     # ---- order
 

@@ -20,6 +20,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.holds import Holds
 from djinn_zmq.engine.slabs import Slabs
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import (
@@ -36,6 +37,7 @@ from djinn_zmq.memory.files import FORMAT
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
 from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, Where, view
+from djinn_zmq.wire.tensors import Device as DeviceSlot
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -107,7 +109,6 @@ class Keeping:
         self.pool = Pool(limit, nbytes, self._share, f"engine-{index}", self._retire)
         self.entries: dict[int, Entry] = {}
         self.moves: list[tuple[Entry, str, int]] = []  # what moved, how, ns: still to be told
-        self._holds: dict[int, tuple[int, Body]] = {}  # clients' views: (session, what they view)
         self._adopted_bodies: dict[Where, Body] = {}
         self._lease = lease
         self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
@@ -117,6 +118,7 @@ class Keeping:
         folder = Path(settings.state) if settings.state and settings.disk else None
         self.disk = Disk(folder, settings.disk, lambda: os.eventfd_write(self._wake, 1))
         self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved)
+        self.holds = Holds(self.tiers)
         self.prepare()
 
     def fileno(self) -> int:
@@ -249,19 +251,6 @@ class Keeping:
     def let_go(self, entry: Entry) -> None:
         self.tiers.leave(entry.body)
 
-    def hold_for(self, session: int, entry: Entry) -> int:
-        """A client's view begins to use it; returns the number that `drop` ends that by."""
-        number = new_id()
-        self._holds[number] = (session, entry.body)
-        entry.body.users += 1
-        entry.body.views += 1
-        return number
-
-    def _end_hold(self, number: int) -> None:
-        _, body = self._holds.pop(number)
-        body.views -= 1
-        self.tiers.leave(body)
-
     def resident(self, entry: Entry) -> bool:
         """Is it where the device can read it?"""
         body = entry.body
@@ -313,6 +302,9 @@ class Keeping:
         self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
     ) -> torch.Tensor:
         """As `load_sent`, to be read only: where it stands, if the device can read it there."""
+        if isinstance(tensor.where, DeviceSlot):
+            data = self.holds.find(tensor, owner)
+            return data.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
         self._check_owner(tensor, owner)
         data = self._bytes(tensor, buffers)
         return self.device.see(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
@@ -350,17 +342,18 @@ class Keeping:
     def drop(self, numbers: Sequence[int], session: int | None = None) -> None:
         """End checkpoints, kept logits and holds. session: only those that are its own."""
         for number in numbers:
-            entry, hold = self.entries.get(number), self._holds.get(number)
+            entry = self.entries.get(number)
             if entry is not None and session in (None, entry.session):
                 del self.entries[number]
                 self.tiers.release(entry.body, number)
-            elif hold is not None and session in (None, hold[0]):
-                self._end_hold(number)
+            elif number in self.holds and session in (None, self.holds.session_of(number)):
+                self.holds.end(number, gone=False)
 
     def drop_session(self, session: int) -> None:
         """All that *session* has, whether anybody was told of it or not."""
         self.drop([number for number, one in self.entries.items() if one.session == session])
-        self.drop([number for number, one in self._holds.items() if one[0] == session])
+        for number in self.holds.of(session):
+            self.holds.end(number, gone=True)
         self.tiers.forget_session(session)
 
     def adopt(
@@ -435,7 +428,7 @@ class Keeping:
     def close(self) -> None:
         self.disk.close()
         self.entries.clear()
-        self._holds.clear()
+        self.holds.close()
         self.moves.clear()
         self._adopted_bodies.clear()
         self.tiers.close()

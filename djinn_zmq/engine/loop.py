@@ -20,7 +20,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import models, replies
-from djinn_zmq.engine.devices import Device
+from djinn_zmq.engine.devices import Broken, Device
 from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.looking import Looker
@@ -52,6 +52,7 @@ from djinn_zmq.wire.tiers import AwayReply, Moved
 _log = logging.getLogger(__name__)
 
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
+FAREWELL_LIMIT = 1000  # characters
 ANSWERS_LIMIT = 16  # of each session, for a retry
 ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs again
 
@@ -173,6 +174,7 @@ class EngineLoop:
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
         except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
+            self._end_if_broken(exc)
             _log.exception("%s failed", Op(header.op).name)
             if envelope:
                 error = RunError(f"{type(exc).__name__}: {exc}")
@@ -212,7 +214,7 @@ class EngineLoop:
 
     def _enter(self, message: Message) -> None:
         number, meta = message.header.session, message.meta
-        self._sessions[number] = EngineSession(number, meta.owner, meta.model)
+        self._sessions[number] = EngineSession(number, meta.owner, meta.model, meta.pid)
 
     def _leave(self, message: Message) -> None:
         number = message.header.session
@@ -331,7 +333,8 @@ class EngineLoop:
             next(chore)
         except StopIteration:
             self._chores.remove(chore)
-        except Exception:  # noqa: BLE001  nobody is to be answered
+        except Exception as exc:  # noqa: BLE001  nobody is to be answered
+            self._end_if_broken(exc)
             _log.exception("bringing back a session's checkpoints failed")
             self._chores.remove(chore)
 
@@ -356,6 +359,7 @@ class EngineLoop:
             self._fail(active, exc)
             self._over(active)
         except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
+            self._end_if_broken(exc)
             _log.exception("a run of %s failed", active.job.model.info.name)
             self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
             self._over(active)
@@ -363,6 +367,15 @@ class EngineLoop:
             if active.held is not None:
                 self._hand_out(active)
         self._turns.worked(active, time.perf_counter_ns() - begin_ns)
+
+    def _end_if_broken(self, error: Exception) -> None:
+        """Raises Broken where *error* means that nothing can be done in this process any more."""
+        if reason := self._device.broken(error):
+            raise Broken(reason) from error
+
+    def farewell(self, reason: str) -> None:
+        """Tell the server why this process ends: it answers for what is owed."""
+        self._lease.send(messages.Farewell(reason[:FAREWELL_LIMIT]))
 
     def _hand_out(self, active: Active) -> None:
         """Send the part that *active* has made, if its client takes one more."""
@@ -389,6 +402,7 @@ class EngineLoop:
         try:
             meta, buffers = replies.of(job)
         except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
+            self._end_if_broken(exc)
             _log.exception("the answer of a run of %s failed", job.model.info.name)
             self._runner.discard(job)
             self._refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))

@@ -3,20 +3,32 @@
 Jobs like runs: what waits for the disk or a copy gives others their turns.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.jobs import EngineSession, Job
-from djinn_zmq.engine.keeping import NAMES, Entry, Keeping
+from djinn_zmq.engine.keeping import NAMES, Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.slabs import DeviceSlot
 from djinn_zmq.errors import BadFile, RequestError
+from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.tensors import Tensor
-from djinn_zmq.wire.tiers import TIERS, Hold, HoldReply, Move, MoveReply, Restore, RestoreReply
+from djinn_zmq.wire.tiers import (
+    TIERS,
+    Handle,
+    Hold,
+    HoldReply,
+    Move,
+    MoveReply,
+    Restore,
+    RestoreReply,
+)
 
 NO_RUN = Wanted(None, (), "none", 0)
 Buffers = Sequence[bytes | memoryview]
@@ -35,10 +47,11 @@ class MoveJob(Job):
 class HoldJob(Job):
     hold: int = 0
     tensor: Tensor | None = None
+    handle: Handle | None = None
 
     def reply(self) -> HoldReply:
         assert self.tensor is not None
-        return HoldReply(self.hold, self.tensor, None)
+        return HoldReply(self.hold, self.tensor, self.handle)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,8 +126,13 @@ class Mover:
         shared: bool,
     ) -> tuple[HoldJob, Iterator[None]]:
         entry = self._find(asked.checkpoint, session)
-        if asked.tier != "host":
-            raise RequestError(f'"{asked.tier}" cannot be held: "host"')
+        if asked.tier not in ("host", "device") or (asked.copy and asked.tier != "device"):
+            raise RequestError(f'"{asked.tier}" cannot be held: "host", or "device"')
+        if asked.tier == "device" and not session.pid:
+            raise RequestError(
+                "device memory is lent only to a client on this machine that shares memory with the "
+                "server"
+            )
         job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
         return job, self._runner.settling(job, self._hold(job, entry, asked))
 
@@ -126,8 +144,33 @@ class Mover:
         yield from self._keeping.tiers.bring(body, asked.tier)
         while not body.settled:
             yield
-        job.hold, job.tensor = self._keeping.hold_for(job.session.id, entry), body.tensor
+        holds, session, number = self._keeping.holds, job.session, new_id()
+        if asked.tier == "host":
+            holds.view(number, session.id, body)
+            job.tensor = body.tensor
+        else:
+            if asked.copy:
+                slot = holds.lend_copy(number, session.id, body, session.pid)
+            else:
+                holds.view(number, session.id, body, session.pid)
+                assert body.device is not None
+                slot = body.device
+            job.tensor = Tensor(body.dtype, body.shape, slot.where)
+            try:
+                job.handle = self._handle(slot)
+            except BaseException:
+                holds.end(number, gone=False)
+                raise
+            yield from self._runner.until_done(job)  # what it shows is complete
+        job.hold = number
         job.advance("finish")
+
+    def _handle(self, slot: DeviceSlot) -> Handle:
+        slab = self._keeping.tiers.slabs.slabs[slot.where.slab]
+        uuid, data = self._keeping.device.export(slab.memory)
+        slab.exported = True
+        offset = slot.where.index * GRANULE
+        return Handle(uuid, data, slab.memory.numel(), offset, os.getpid())
 
     # ---- restore
 

@@ -5,6 +5,7 @@ allocations) finds checkpoints there and nothing else. A slot's generation is co
 given back, so that a reference to what it held before is known to be stale.
 """
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from djinn_zmq.settings import MIB, format_bytes
 from djinn_zmq.wire.tensors import Device as Where
 
 SLAB_NBYTES = 256 * MIB
+SLABS = 4  # at least so many fit the limit
+LEAST_SLAB = 1 * MIB
+COPIES = " copies"  # ends the name of a zone for what clients write into
 
 Allocate = Callable[[int], torch.Tensor | None]
 
@@ -39,6 +43,8 @@ class Slab:
         self.free = FreeList()
         self.free.give(0, memory.numel() // GRANULE)
         self.generations: dict[int, int] = {}  # by first granule, of slots that have been leased
+        # A client may still know the slots of an engine before this one: they must be stale here.
+        self._first = secrets.randbits(31)
         self.leased: dict[int, int] = {}  # first granule → granules
 
     def lease(self, nbytes: int) -> DeviceSlot | None:
@@ -46,7 +52,7 @@ class Slab:
         start = self.free.take(need)
         if start is None:
             return None
-        generation = self.generations[start] = self.generations.get(start, 0) + 1
+        generation = self.generations[start] = self.generations.get(start, self._first) + 1
         self.leased[start] = need
         offset = start * GRANULE
         return DeviceSlot(
@@ -69,7 +75,9 @@ class Slabs:
         self.limit = limit
         self.slabs: dict[int, Slab] = {}
         self._allocate = allocate
-        self._slab_nbytes = min(slab_nbytes, limit)
+        # Several even of a small limit: a slab is one zone's.
+        fourth = max(limit // SLABS, LEAST_SLAB) // GRANULE * GRANULE
+        self._slab_nbytes = min(slab_nbytes, fourth, limit)
 
     @property
     def mapped(self) -> int:
@@ -98,6 +106,10 @@ class Slabs:
 
     def _grow(self, nbytes: int, zone: str) -> Slab | None:
         room = self.limit - self.mapped
+        # Else checkpoints would leave clients nothing to write into.
+        copies = any(slab.zone.endswith(COPIES) for slab in self.slabs.values())
+        if not (zone.endswith(COPIES) or copies) and self.limit > self._slab_nbytes:
+            room -= self._slab_nbytes
         size = max(granules_for(nbytes) * GRANULE, min(self._slab_nbytes, room))
         if size > room:
             return None

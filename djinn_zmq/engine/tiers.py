@@ -28,7 +28,7 @@ import torch
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
-from djinn_zmq.engine.slabs import DeviceSlot, Slabs
+from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.wire.tensors import over
@@ -226,6 +226,8 @@ class Tiers:
 
     def _promote(self, body: Body) -> None:
         """A device copy for a body that is about to be used, where there is room for one."""
+        if body.rising:
+            return
         slot = self._device_slot(body.nbytes, body.zone)
         if slot is None:
             return
@@ -246,7 +248,7 @@ class Tiers:
             yield
         if body.host is None and (body.device is None or tier == "host"):
             yield from self._to_host(body, must=bool(tier))
-        if tier == "device" and body.device is None:
+        while tier == "device" and body.device is None:
             yield from self._to_device(body)
 
     def _to_host(self, body: Body, *, must: bool) -> Iterator[None]:
@@ -259,6 +261,8 @@ class Tiers:
                 raise full or self.pool.full(body.nbytes, body.zone)
             self._device.store(body.device.data, lease.view)
             body.host, body.busy = lease, self._device.mark()
+            while not body.settled:  # before it can be read by others
+                yield
         elif lease is not None:
             yield from self._read(body, lease.view, lease)
             body.host = lease
@@ -290,6 +294,9 @@ class Tiers:
     def _to_device(self, body: Body) -> Iterator[None]:
         if not self.slabs.limit:
             raise RequestError("this engine has no device tier: serve with --gpu-memory")
+        if body.rising:  # somebody else is at it
+            yield
+            return
         slot = self._device_slot(body.nbytes, body.zone)
         if slot is None:
             raise self.slabs.full(body.nbytes)
@@ -297,9 +304,15 @@ class Tiers:
         assert body.host is not None
         self._device.fill_beside(np.frombuffer(body.host.view, np.uint8), slot.data)
         done = self._device.mark()
-        body.device, body.busy = slot, done
-        while not done():
-            yield
+        body.busy, body.rising = done, True
+        try:
+            while not done():
+                yield
+            body.device = slot  # only now: layers are not ordered behind copies beside them
+        finally:
+            body.rising = False
+            if body.device is not slot:
+                self._leaving.append((done, partial(self.slabs.give_back, slot.where)))
         self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
 
     def evict(self, body: Body, tier: str) -> Iterator[None]:
@@ -343,6 +356,33 @@ class Tiers:
             yield
         if not body.disk:
             raise ArenaFull(f"the file could not be written: {self.disk.trouble}")
+
+    # ---- copies for clients to write into
+
+    def copy_of(self, body: Body) -> DeviceSlot:
+        """A device slot of its own with the same bytes, in a slab that holds nothing but such copies:
+        a client that writes beside or after its time harms no checkpoint. Raises ArenaFull."""
+        if not self.slabs.limit:
+            raise RequestError("this engine has no device tier: serve with --gpu-memory")
+        self.settle()
+        slot = self._device_slot(body.nbytes, body.zone + COPIES)
+        if slot is None:
+            raise self.slabs.full(body.nbytes)
+        self._device.copy(self.hidden(body), slot.data)
+        return slot
+
+    def give_back_when(self, done: Callable[[], bool], slot: DeviceSlot) -> None:
+        """*slot* was a client's: free it when *done* says that nobody can write into it any more."""
+        self._leaving.append((done, partial(self.slabs.give_back, slot.where)))
+
+    def quarantine(self, body: Body, done: Callable[[], bool]) -> None:
+        """A client mapped the device copy of *body* and is not known to have let go: use it no more."""
+        assert body.device is not None
+        self.give_back_when(done, body.device)
+        body.device = None
+        if not body.tiers:
+            return  # it was nowhere else, and its session is gone
+        self._moved(body, "evict", 0)
 
     # ---- sessions
 

@@ -47,6 +47,7 @@ class Engine:
         self.state = states.Engine.DOWN
         self.detail = ""
         self.restarts = -1
+        self.farewell = ""  # why the process ended, in its own words
         self.device_memory = 0  # bytes its device tier may have
         self.models: dict[str, ModelInfo] = {}
         self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
@@ -171,7 +172,8 @@ class Engine:
         self._deaths.append(now)
         while self._deaths[0] < now - CRASH_WINDOW_S:
             self._deaths.popleft()
-        reason = f"engine {self.index} (pid {self.pid}) {_ending(status)}"
+        said, self.farewell = self.farewell, ""
+        reason = f"engine {self.index} (pid {self.pid}) {said or _ending(status)}"
         if len(self._deaths) > self._settings.engine_restarts:
             self.advance("give up")
             self.detail = f"{reason}, {len(self._deaths)} times in {CRASH_WINDOW_S:.0f} s"

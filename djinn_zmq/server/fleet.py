@@ -86,7 +86,7 @@ class Fleet:
     def _opened(self, engine: Engine, peer: Peer, header: Header, name: str) -> None:
         try:
             session = self._registry.open(peer, name, engine.index)
-            engine.tell(Op.ENTER, Enter(peer.owner, name), session=session.id)
+            engine.tell(Op.ENTER, Enter(peer.owner, name, peer.pid), session=session.id)
         except DjinnError as exc:
             self._reply(peer.envelope, codec.failure(header, exc), ())
             return
@@ -240,7 +240,8 @@ class Fleet:
         engine.start()
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
-            engine.tell(Op.ENTER, Enter(session.owner, session.model), session=session.id)
+            enter = Enter(session.owner, session.model, session.peer.pid if session.peer else 0)
+            engine.tell(Op.ENTER, enter, session=session.id)
             self._hand_over(engine, session)
         for name, source in engine.sources.items():
             engine.load(name, source)

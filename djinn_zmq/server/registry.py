@@ -28,6 +28,11 @@ class Peer:
     lease: LeaseSocket | None = None
     sessions: set[int] = field(default_factory=set)
 
+    @property
+    def pid(self) -> int:
+        """Its process, as the kernel says, where it shares memory; else 0."""
+        return self.lease.peer_pid() if self.lease is not None else 0
+
 
 @dataclass(slots=True, eq=False)
 class KeptRecord:

@@ -36,7 +36,7 @@ from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Flag, Pong, Progress
+from djinn_zmq.wire.messages import Farewell, Flag, Pong, Progress
 from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
@@ -346,6 +346,9 @@ class Server:
             return
         try:
             packet, fd = lease.receive()
+            if isinstance(packet, Farewell):
+                engine.farewell = f"ended itself: {packet.text}"
+                return
             self.arenas.answer(lease, packet, fd, engine.index)
         except BlockingIOError:
             return

@@ -346,6 +346,7 @@ class Loaded(msgspec.Struct, **message(Op.LOAD)):
 class Enter(msgspec.Struct, **message(Op.ENTER)):
     owner: str
     model: str
+    pid: int = 0  # of the client's process, where that shares memory with the server
 
 
 class Leave(msgspec.Struct, **message(Op.LEAVE)):
@@ -505,4 +506,10 @@ class Retire(msgspec.Struct, frozen=True, array_like=True, tag=5, forbid_unknown
     arena: int
 
 
-Lease = Join | Share | Want | Granted | Refused | Retire
+class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=6, forbid_unknown_fields=True):
+    """Engine to server: why its process ends now."""
+
+    text: str
+
+
+Lease = Farewell | Join | Share | Want | Granted | Refused | Retire

@@ -23,7 +23,7 @@ from djinn_zmq.settings import MIB
 
 FRANCE = "the capital of france is"
 BIG = np.ones((16, 256), int)  # half a MiB of hidden state
-TIERS = ("--gpu-memory=2", "--host-memory=4", "--disk=16")
+TIERS = ("--gpu-memory=3", "--host-memory=4", "--disk=16")
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from djinn_zmq.engine.slabs import Slabs
+from djinn_zmq.engine.slabs import COPIES, Slabs
 from djinn_zmq.errors import StaleSlot
-from djinn_zmq.memory.arena import GRANULE
+from djinn_zmq.settings import MIB
 
 
 def allocate(nbytes: int):
@@ -14,31 +14,39 @@ def allocate(nbytes: int):
 
 
 def test_slots_are_apart_and_come_back() -> None:
-    slabs = Slabs(8 * GRANULE, allocate, 4 * GRANULE)
-    slots = [slabs.lease(2 * GRANULE) for _ in range(4)]
+    slabs = Slabs(4 * MIB, allocate)
+    slots = [slabs.lease(MIB // 2) for _ in range(6)]
     for number, slot in enumerate(slots):
         slot.data.fill_(number)
-    assert [int(slot.data.float().mean()) for slot in slots] == [0, 1, 2, 3]
+    assert [int(slot.data.float().mean()) for slot in slots] == [0, 1, 2, 3, 4, 5]
     assert slabs.lease(1) is None and slabs.free == 0
     slabs.give_back(slots[1].where)
-    again = slabs.lease(2 * GRANULE)
-    assert again.where.index == slots[1].where.index
+    again = slabs.lease(MIB // 2)
+    assert (again.where.slab, again.where.index) == (slots[1].where.slab, slots[1].where.index)
     assert again.where.generation > slots[1].where.generation
     with pytest.raises(StaleSlot):
         slabs.give_back(slots[1].where)
 
 
+def test_checkpoints_leave_a_slab_for_what_clients_write_into() -> None:
+    slabs = Slabs(4 * MIB, allocate)
+    while slabs.lease(MIB, "me"):
+        pass
+    copy = slabs.lease(MIB, "me" + COPIES)
+    assert copy is not None and slabs.lease(1, "me") is None
+
+
 def test_a_slab_holds_one_zone_at_a_time_and_for_good_once_a_client_has_opened_it() -> None:
-    slabs = Slabs(8 * GRANULE, allocate, 4 * GRANULE)
-    mine, theirs = slabs.lease(GRANULE, "me"), slabs.lease(GRANULE, "")
+    slabs = Slabs(3 * MIB, allocate)
+    mine, theirs = slabs.lease(MIB // 2, "me"), slabs.lease(MIB // 2, "")
     assert mine.where.slab != theirs.where.slab
-    assert slabs.lease(4 * GRANULE, "me") is None
+    assert slabs.lease(MIB, "me") is None
     slabs.give_back(theirs.where)
-    taken = slabs.lease(4 * GRANULE, "me")
+    taken = slabs.lease(MIB, "me")
     assert taken.where.slab == theirs.where.slab
     slabs.slabs[taken.where.slab].exported = True
     slabs.give_back(taken.where)
-    assert slabs.lease(GRANULE, "") is None
+    assert slabs.lease(MIB // 2, "") is None
 
 
 def test_no_more_is_asked_of_a_device_that_has_no_more() -> None:
@@ -48,6 +56,6 @@ def test_no_more_is_asked_of_a_device_that_has_no_more() -> None:
         asked.append(nbytes)
 
     slabs = Slabs(1 << 40, refuse)
-    assert slabs.lease(GRANULE) is None and slabs.lease(GRANULE) is None
+    assert slabs.lease(1) is None and slabs.lease(1) is None
     assert len(asked) == 1 and slabs.limit == 0
-    assert "--gpu-memory" in str(slabs.full(GRANULE))
+    assert "--gpu-memory" in str(slabs.full(1))

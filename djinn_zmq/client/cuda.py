@@ -1,0 +1,140 @@
+"""A client's side of the device tier: an engine's slabs, opened by CUDA IPC. Needs cupy.
+
+    engine   slab of 256 MiB  ── handle ──▶  client   opened once; a slot of it is a tensor
+
+Nothing is copied. Devices are matched by UUID: their numbers differ between processes.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from djinn_zmq.errors import RequestError
+from djinn_zmq.wire.tensors import DTYPES, Tensor
+from djinn_zmq.wire.tiers import Handle
+
+
+class _Opened:
+    """A slab, open as long as anything refers to this."""
+
+    def __init__(self, cupy: Any, device: int, handle: Handle) -> None:
+        with cupy.cuda.Device(device):
+            self.pointer: int = cupy.cuda.runtime.ipcOpenMemHandle(handle.data)
+        self.device = device
+        self.epoch = handle.epoch
+        close = weakref.finalize(self, _close, cupy, device, self.pointer)
+        close.atexit = False  # the process's end closes it as well
+
+
+def _close(cupy: Any, device: int, pointer: int) -> None:
+    with cupy.cuda.Device(device):
+        cupy.cuda.runtime.ipcCloseMemHandle(pointer)
+
+
+class _Mapped:
+    """What a tensor's memory belongs to: the slab stays open, and the hold lasts, as long as it."""
+
+    def __init__(self, opened: _Opened) -> None:
+        self.opened = opened
+
+
+class CudaMemory:
+    """The slabs that one connection has opened, and the slots in them it may write into."""
+
+    def __init__(self) -> None:
+        self._cupy = _imported()
+        self._devices = _devices(self._cupy)
+        self._opened: dict[bytes, _Opened] = {}
+        self._writable: dict[int, tuple[Tensor, int]] = {}  # by address, with the device
+
+    def tensor(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
+        """The slot as a torch tensor where torch is imported, else as a cupy array.
+
+        end: called when nothing refers to it any more.
+        """
+        cupy, opened = self._cupy, self._open(handle)
+        owner = _Mapped(opened)
+        memory = cupy.cuda.UnownedMemory(
+            opened.pointer + handle.offset, tensor.nbytes, owner, opened.device
+        )
+        weakref.finalize(owner, end).atexit = False
+        place = cupy.cuda.MemoryPointer(memory, 0)
+        raw = cupy.ndarray((tensor.nbytes,), dtype=cupy.uint8, memptr=place)
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            flat = torch.from_dlpack(raw)
+            return flat.view(getattr(torch, tensor.dtype)).reshape(tensor.shape)
+        if tensor.dtype == "bfloat16":  # numpy has it from ml_dtypes; not every cupy takes that
+            return raw.view(cupy.uint16).reshape(tensor.shape)
+        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def writable(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
+        """The same, to be found again by `sent`."""
+        address = self._open(handle).pointer + handle.offset
+
+        def forget() -> None:
+            self._writable.pop(address, None)
+            end()
+
+        made = self.tensor(tensor, handle, forget)
+        self._writable[address] = (tensor, self._open(handle).device)
+        return made
+
+    def sent(self, value: Any) -> Tensor | None:
+        """How *value* travels if it is what `writable` gave, its edits complete; else None."""
+        found = self._writable.get(address_of(value))
+        if found is None:
+            return None
+        tensor, device = found
+        if tuple(value.shape) != tensor.shape:
+            return None
+        with self._cupy.cuda.Device(device):
+            self._cupy.cuda.runtime.deviceSynchronize()
+        return tensor
+
+    def _open(self, handle: Handle) -> _Opened:
+        opened = self._opened.get(handle.data)
+        if opened is None:
+            device = self._devices.get(handle.uuid)
+            if device is None:
+                raise RequestError(
+                    f"this process does not see the engine's GPU {handle.uuid}: look at "
+                    "CUDA_VISIBLE_DEVICES"
+                )
+            # Those of an engine before this one are closed when their last tensor goes.
+            for data, one in list(self._opened.items()):
+                if one.epoch != handle.epoch:
+                    del self._opened[data]
+            opened = self._opened[handle.data] = _Opened(self._cupy, device, handle)
+        return opened
+
+
+def on_device(value: Any) -> bool:
+    """Is *value* a tensor in a GPU's memory, torch's or cupy's?"""
+    return bool(getattr(value, "is_cuda", False)) or type(value).__module__.startswith("cupy")
+
+
+def address_of(value: Any) -> int:
+    if hasattr(value, "data_ptr"):
+        return int(value.data_ptr())
+    return int(value.data.ptr)
+
+
+def _devices(cupy: Any) -> dict[str, int]:
+    """This process's number of each device, by UUID."""
+    runtime = cupy.cuda.runtime
+    return {
+        bytes(runtime.getDeviceProperties(number)["uuid"]).hex(): number
+        for number in range(runtime.getDeviceCount())
+    }
+
+
+def _imported() -> Any:
+    try:
+        import cupy
+    except ImportError as exc:
+        raise RequestError(
+            f"CUDA tensors need cupy ({exc}): pip install 'djinn-zmq[cuda12]' or 'djinn-zmq[cuda13]'"
+        ) from exc
+    return cupy
