@@ -1,0 +1,26 @@
+"""The sweep's benchmark runs end to end, and its ways agree. How fast they are is not asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_every_way_is_measured_compared_with_full_forwards_and_written_down(tmp_path):
+    path = tmp_path / "sweep.json"
+    command = [sys.executable, "-m", "bench.sweep", "--quick", "--rounds=2", f"--json={path}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(path.read_text())
+    assert all(check["held"] for check in found["checks"]) and len(found["checks"]) >= 2
+    rates = {row["case"]: row for row in found["tables"]["tiny: cells a second"]}
+    assert {"one full forward a cell", "djinn, trace", "djinn, one resume a cell"} <= set(rates)
+    assert all(row["cells_per_s"] > 0 and row["n"] > 0 for row in rates.values())
+    whole, usual = found["tables"]["tiny: cost"]
+    assert (whole["cells"], whole["unchanged"]) == (48, 0) and usual["unchanged"] > 0
+    measured = "nnsight, one trace a cell" in rates
+    assert measured or any("nnsight" in one["what"] for one in found["not_measured"])
