@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from bench import grpc_echo, load, roundtrips
-from bench.roundtrips import DJINN, FRONT, TRANSPORTS
+from bench.roundtrips import DJINN, DOORBELL, FRONT, LANE, ROUTER, TRANSPORTS
 from djinn_zmq.probe import echoes, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
@@ -20,7 +20,9 @@ from djinn_zmq.probe.samples import Samples, ratio
 from djinn_zmq.probe.serving import Served, own_server, sockets_folder
 
 NOOP_LIMIT = 1.3  # times the bare front and PAIR
-GRPC_FACTOR = 3.0  # times gRPC's requests a second
+ROUTER_LIMIT = 1.4  # over tcp, times a bare single ROUTER
+LANE_LIMIT = 2.0  # times the bare doorbell
+GRPC_FACTOR = 5.0  # times gRPC's requests a second
 GRPC_CLIENTS = 64  # at which the factor is wanted
 
 
@@ -61,6 +63,20 @@ def measure_round_trips(calls: dict[str, roundtrips.Call], size: Size, results: 
                 limit=NOOP_LIMIT,
             )
             for transport in TRANSPORTS
+        ]
+        found += [
+            ratio(
+                taken[DJINN.format("tcp")],
+                taken[ROUTER.format("tcp")],
+                name=f"tcp, {gap}: djinn / bare ROUTER",
+                limit=ROUTER_LIMIT,
+            ),
+            ratio(
+                taken[LANE],
+                taken[DOORBELL],
+                name=f"lane, {gap}: djinn / bare doorbell",
+                limit=LANE_LIMIT,
+            ),
         ]
         click.echo("\n" + tables.of_ratios("at the median", found))
         results.samples += [Samples(f"{gap}, {k}", v.seconds) for k, v in taken.items()]
@@ -198,13 +214,16 @@ def main(
       bare ROUTER front and PAIR   two processes that only pass the same bytes on
       bare ROUTER                  one process, one socket
       raw socket                   TCP without ZeroMQ
+    and over the lane, past the server, against
+      bare doorbell                a word in shared memory and an eventfd each way
     over ipc and tcp, back to back and with the client asleep for 2 and 50 ms before each.
-    Target: at most 1.3 times the bare front and PAIR, at the median.
+    Targets, at the median: at most 1.3 times the bare front and PAIR; over tcp 1.4 times a bare
+    ROUTER; over the lane 2 times the bare doorbell.
 
     \b
     Many clients: requests a second, each client in a closed loop, all of them in one process,
     against gRPC python (bytes in and out, sync and aio servers).
-    Target: at least 3 times the better gRPC at 64 clients.
+    Target: at least 5 times the better gRPC at 64 clients.
 
     All cases take turns in short rounds, so that they meet the same machine; intervals are 95 %
     bootstrap intervals over rounds. Takes two to three minutes, with --quick well under one.

@@ -21,6 +21,8 @@ PING = "{}: djinn, to the server only"
 FRONT = "{}: bare ROUTER front and PAIR"
 ROUTER = "{}: bare ROUTER"
 RAW = "tcp: raw socket"
+LANE = "lane: djinn, client to engine"
+DOORBELL = "lane: bare doorbell"
 
 
 def noop_frame(session: int) -> bytes:
@@ -36,7 +38,7 @@ def cases(served: Served, folder: Path) -> Iterator[tuple[dict[str, Call], list[
     with ExitStack() as stack:
         for transport in TRANSPORTS:
             endpoint = served.ipc if transport == "ipc" else served.tcp
-            server = stack.enter_context(djinn.connect(endpoint, progress=None))
+            server = stack.enter_context(djinn.connect(endpoint, progress=None, lane=False))
             model = server.model(MODEL)
             frame = noop_frame(model.session_id)
             calls[DJINN.format(transport)] = model.ping
@@ -53,6 +55,10 @@ def cases(served: Served, folder: Path) -> Iterator[tuple[dict[str, Call], list[
             )
             pids.append(pid)
             calls[ROUTER.format(transport)] = stack.enter_context(_zmq_call(bound, frame))
+        server = stack.enter_context(djinn.connect(served.ipc, progress=None))
+        calls[LANE] = server.model(MODEL).ping
+        calls[DOORBELL], pid = stack.enter_context(echoes.ringing())
+        pids.append(pid)
         address, pid = stack.enter_context(echoes.running("tcp_echo"))
         pids.append(pid)
         calls[RAW] = stack.enter_context(_raw_call(address, frame))

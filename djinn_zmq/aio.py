@@ -41,12 +41,19 @@ class AsyncConnection(Connection):
     """A connection whose operations are awaited. Belongs to the event loop it was made in."""
 
     def __init__(
-        self, endpoint: str, keys: ClientKeys | None, settings: Settings, *, shared: bool = True
+        self,
+        endpoint: str,
+        keys: ClientKeys | None,
+        settings: Settings,
+        *,
+        shared: bool = True,
+        lane: bool = True,
     ) -> None:
-        super().__init__(endpoint, keys, settings, shared=shared)
+        super().__init__(endpoint, keys, settings, shared=shared, lane=lane)
         self._loop = asyncio.get_running_loop()
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._coming: dict[int, asyncio.Future[None]] = {}  # who waits for a part of an answer
+        self._bells: set[int] = set()  # of lanes, watched as well
         self._watched = [self.bus_fileno(), self.monitor_fileno()]
         for fd in self._watched:
             self._loop.add_reader(fd, self._on_readable)
@@ -62,11 +69,11 @@ class AsyncConnection(Connection):
                     step = operation.throw(exc)
                 else:
                     step = operation.send(reply)
-                self._watch_lease()
         except StopIteration as end:
             return end.value
         finally:
             operation.close()
+            self._watch_lease()  # the first operation is the hello, which may bring one
 
     async def _exchanged(self, step: Step) -> Message | list[Message]:
         if isinstance(step, Call):
@@ -182,10 +189,18 @@ class AsyncConnection(Connection):
 
     def _watch_lease(self) -> None:
         """Its end of file is how a server on this machine says that it died."""
-        if self.sharing.lease is not None and len(self._watched) == 2:
+        if self.sharing.lease is not None and len(self._watched) == 2 and not self.closed:
             fd = self.sharing.lease.socket.fileno()
             self._watched.append(fd)
             self._loop.add_reader(fd, self._on_readable)
+
+    def _on_lanes_change(self) -> None:
+        bells = {lane.fileno() for lane in self.lanes}
+        for fd in bells - self._bells:
+            self._loop.add_reader(fd, self._on_readable)
+        for fd in self._bells - bells:
+            self._loop.remove_reader(fd)
+        self._bells = bells
 
     def _stop_watching(self) -> None:
         for fd in self._watched:
@@ -253,6 +268,7 @@ def connect(
     server_key: str | os.PathLike[str] | None = None,
     timeout_s: float = CONNECT_S,
     shared: bool = True,
+    lane: bool = True,
     progress: Callable[[Progress], None] | None | bool = True,
 ) -> _Connecting:
     """As `djinn_zmq.connect`: await it, or enter it with `async with`."""
@@ -260,7 +276,7 @@ def connect(
     async def opening() -> AsyncServer:
         keys = client_keys(key, server_key) if key is not None else None
         where = endpoint or default_endpoint()
-        connection = AsyncConnection(where, keys, Settings(), shared=shared)
+        connection = AsyncConnection(where, keys, Settings(), shared=shared, lane=lane)
         server = AsyncServer(connection, reporter(progress))
         try:
             await server.drive(server.hello(timeout_s))

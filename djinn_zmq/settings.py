@@ -14,7 +14,7 @@ GIB = 1024 * MIB
 SOCKET_NAME = "djinn.sock"
 LONGEST_SOCKET_PATH = 107  # bytes: sun_path without its final NUL
 ENDPOINT_VARIABLE = "DJINN_ENDPOINT"
-TIERS_THAT_MAY_BE_OFF = ("device_memory", "disk")
+MAY_BE_ZERO = ("device_memory", "disk", "spin_us")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,13 @@ class Settings:
     high_water: int = 4096  # messages queued on a socket towards one peer
     grace_s: float = 10.0  # a remote client that drops its connection may come back in this time
     engine_restarts: int = 5  # deaths within a minute after which an engine stays down
+    spin_us: int = 0  # how long a server or an engine stays awake after a message; 0: not at all
     threads: int | None = None  # of a CPU engine; None: torch's own choice
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value == 0 and field.name in TIERS_THAT_MAY_BE_OFF:
+            if value == 0 and field.name in MAY_BE_ZERO:
                 continue
             if isinstance(value, (int, float)) and value <= 0:
                 raise RequestError(f"{field.name} is {value}: it must be positive")

@@ -10,7 +10,7 @@ from djinn_zmq.errors import AccessDenied, RequestError
 from djinn_zmq.settings import GIB, KIB, MIB, Settings, format_bytes
 
 LIMITED = {field.name for field in dataclasses.fields(Settings)} - {"state"}
-NEEDED = LIMITED - set(settings.TIERS_THAT_MAY_BE_OFF)
+NEEDED = LIMITED - set(settings.MAY_BE_ZERO)
 
 
 @pytest.mark.parametrize(

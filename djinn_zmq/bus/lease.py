@@ -7,14 +7,19 @@ of a pair. Both speak the same packets.
 
 import contextlib
 import os
+import select
 import socket
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from djinn_zmq.errors import AccessDenied, Lost, ProtocolError, Unreachable, from_wire
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import decode_lease, encode_lease
 
+Packet = tuple[messages.Lease, list[int]]  # with its descriptors
+
+FDS_LIMIT = 3  # descriptors beside one packet: a lane's
 PACKET_LIMIT = 4096
 ANSWER_S = 10.0  # a server answers in microseconds; one that does not is stuck or stopped
 FD = struct.Struct("i")
@@ -22,11 +27,11 @@ CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED gives them
 
 
 class LeaseSocket:
-    """One end. Sends and receives single packets; at most one descriptor beside each."""
+    """One end. Sends and receives single packets, with up to three descriptors beside each."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        self.late: list[messages.Lease] = []  # packets that came while `ask` waited for its answer
+        self.late: list[Packet] = []  # what came while `ask` waited for its answer
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
@@ -60,17 +65,17 @@ class LeaseSocket:
         data = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         return CREDENTIALS.unpack(data)
 
-    def send(self, packet: messages.Lease, fd: int | None = None) -> None:
+    def send(self, packet: messages.Lease, *fds: int) -> None:
         """Raises Lost where the other end is gone, BlockingIOError where its queue is full."""
         try:
-            socket.send_fds(self.socket, [encode_lease(packet)], [] if fd is None else [fd])
+            socket.send_fds(self.socket, [encode_lease(packet)], fds)
         except (BrokenPipeError, ConnectionResetError) as exc:
             raise Lost("the other end of the lease socket is gone") from exc
         except TimeoutError as exc:
             raise self._gave_up() from exc
 
-    def receive(self) -> tuple[messages.Lease, int | None]:
-        """The next packet and its descriptor, which is the receiver's to close.
+    def receive(self) -> Packet:
+        """The next packet and its descriptors, which are the receiver's to close.
 
         Raises Lost at the end of file, BlockingIOError where nothing has come.
         """
@@ -85,16 +90,15 @@ class LeaseSocket:
         except TimeoutError as exc:
             raise self._gave_up() from exc
         fds = _descriptors(beside)
-        for spare in fds[1:] if data else fds:  # an empty packet may carry some too
+        for spare in fds[FDS_LIMIT:] if data else fds:  # an empty packet may carry some too
             os.close(spare)
         if not data:
             raise Lost("the other end of the lease socket is gone")
-        fd = fds[0] if fds else None
+        fds = fds[:FDS_LIMIT]
         try:
-            return decode_lease(data), fd
+            return decode_lease(data), fds
         except ProtocolError:
-            if fd is not None:
-                os.close(fd)
+            close_all(fds)
             raise
 
     def _gave_up(self) -> Lost:
@@ -103,31 +107,44 @@ class LeaseSocket:
             self.socket.shutdown(socket.SHUT_RDWR)
         return Lost(f"the lease socket did not answer in {self.socket.gettimeout():g} s")
 
-    def ask(
-        self, packet: messages.Lease, fd: int | None = None
-    ) -> tuple[messages.Granted, int | None]:
+    def ask(self, packet: messages.Lease, *fds: int) -> tuple[messages.Granted, int | None]:
         """Send, wait for the answer; what was granted, and a descriptor. Needs a blocking socket.
 
         Raises what the other end refused with.
         """
-        self.send(packet, fd)
+        self.send(packet, *fds)
         while True:
-            answer, answer_fd = self.receive()
+            answer, answer_fds = self.receive()
             if isinstance(answer, messages.Granted):
-                return answer, answer_fd
-            if answer_fd is not None:
-                os.close(answer_fd)
+                close_all(answer_fds[1:])
+                return answer, answer_fds[0] if answer_fds else None
             if isinstance(answer, messages.Refused):
+                close_all(answer_fds)
                 raise from_wire(answer.code, answer.text)
-            self.late.append(answer)  # news that crossed the question
+            self.late.append((answer, answer_fds))  # news that crossed the question
 
-    def take_late(self) -> list[messages.Lease]:
+    def take_late(self) -> list[Packet]:
         """What is in `late`, which is empty then."""
         late, self.late = self.late, []
         return late
 
+    def news(self) -> list[Packet]:
+        """What has come unasked; never waits. Raises Lost at the end of file."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        while poll.poll(0):
+            self.late.append(self.receive())
+        return self.take_late()
+
     def close(self) -> None:
+        for _, fds in self.take_late():
+            close_all(fds)
         self.socket.close()
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _descriptors(beside: list[tuple[int, int, bytes]]) -> list[int]:

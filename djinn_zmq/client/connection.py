@@ -6,7 +6,6 @@ What a client does is written once, as generators that yield `Call`s and are sen
 
 import os
 import secrets
-import select
 import struct
 import threading
 import time
@@ -20,6 +19,8 @@ import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.bus.lane import Lane, Piece
+from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
     Busy,
@@ -34,12 +35,13 @@ from djinn_zmq.errors import (
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.codec import NOT_A_REPLY, Header, Message
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
-from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.ops import TO_ENGINE, Op
 
 T = TypeVar("T")
+Frames = tuple[Piece, Sequence[Piece]]
 Progress = Callable[[messages.Progress], None]
 
 PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this size
@@ -47,7 +49,7 @@ WINDOW = 8  # pieces asked for at once
 LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
 PROGRESS_CREDIT = 1000
 SHARED = int(Flag.SHARED)
-NOT_A_REPLY = int(Flag.ERROR | Flag.PROGRESS | Flag.PART)
+ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
 # Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
 MONITOR_EVENT = struct.Struct("=hi")
 DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
@@ -58,6 +60,7 @@ class Call:
     """One request. data: what an UPLOAD sends behind it, in pieces.
 
     parts: how many parts of its answer may be under way at once; 0: it is answered in one.
+    lane: the way it took; None: the bus.
     sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
     """
 
@@ -69,6 +72,7 @@ class Call:
     progress: Progress | None = None
     data: memoryview | None = None
     parts: int = 0
+    lane: Lane | None = None
     sent_ns: int = 0
     arrived_ns: int = 0
 
@@ -95,15 +99,22 @@ class Arriving:
 
 class Connection:
     def __init__(
-        self, endpoint: str, keys: ClientKeys | None, settings: Settings, *, shared: bool = True
+        self,
+        endpoint: str,
+        keys: ClientKeys | None,
+        settings: Settings,
+        *,
+        shared: bool = True,
+        lane: bool = True,
     ) -> None:
         """Connect the socket; `hello` finds out whether anybody answers.
 
-        shared: use shared memory where the server offers it.
+        shared: use shared memory where the server offers it. lane: for requests too.
         """
         self.endpoint = endpoint
         self.settings = settings
         self.sharing = Sharing(settings)
+        self.lanes = Lanes(self.sharing, settings, wanted=lane, on_change=self._on_lanes_change)
         self._want_shared = shared
         self._dealer = Dealer(endpoint, settings, keys)
         self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
@@ -185,7 +196,7 @@ class Connection:
     def _wait_until(self, there: Callable[[], bool], request: int, call: Call) -> None:
         limit = None if call.timeout_s is None else time.monotonic() + call.timeout_s + 2 * LOOK_S
         while not there():
-            frames = self._dealer.receive_waiting()
+            frames = self._hear(call.lane)
             if frames is not None:
                 self.take(*frames)
             elif not self.alive():
@@ -193,6 +204,13 @@ class Connection:
             elif limit is not None and time.monotonic() > limit:
                 self.give_up(request)
                 raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+
+    def _hear(self, lane: Lane | None) -> Frames | None:
+        """The next message where an answer is to come; None after LOOK_S, or with news."""
+        if lane is None or lane.closed:
+            return self._dealer.receive_waiting()
+        pieces = self.lanes.hear(lane, LOOK_S)
+        return None if pieces is None else (pieces[0], pieces[1:])
 
     def _settle(self, request: int, reply: Message | DjinnError) -> Message:
         self.give_up(request)
@@ -219,7 +237,9 @@ class Connection:
         if session:
             meta = messages.Cancel(request)
             number = self._next_request()
-            self._dealer.send(codec.encode(Op.CANCEL, meta, request=number, session=session))
+            frame = codec.encode(Op.CANCEL, meta, request=number, session=session)
+            call = self._calls.get(request)
+            self._send(frame, (), None if call is None else call.lane)
 
     # ---- answers in parts
 
@@ -251,7 +271,7 @@ class Connection:
             session=self._calls[request].session,
             credit=arriving.taken,
         )
-        self._dealer.send(frame)
+        self._send(frame, (), self._calls[request].lane)
         arriving.taken = 0
 
     def abandon(self, request: int) -> None:
@@ -291,7 +311,12 @@ class Connection:
             deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
             credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
-        self._dealer.send(frame, call.buffers)
+        if call.session and call.op in ON_LANES:
+            call.lane = self._lane_of(call.session)
+        if call.lane is None:
+            self._dealer.send(frame, call.buffers)
+        else:
+            call.lane.send([frame, *call.buffers])
         if call.data is not None:
             self._send_pieces(request, call.session, call.data)
         call.sent_ns = time.perf_counter_ns()
@@ -300,6 +325,22 @@ class Connection:
         if call.parts:
             self._arriving[request] = Arriving(call.parts)
         return request
+
+    def _lane_of(self, session: int) -> Lane | None:
+        """The way of a request to the engine: a lane, or None for the bus. Raises Lost."""
+        lane = self.lanes.of(session)
+        if lane is None or not self.lanes.disturbed():
+            return lane
+        if not self.alive():
+            raise Lost(f"the server at {self.endpoint} is gone")
+        return self.lanes.of(session)
+
+    def _send(self, frame: bytes, buffers: Sequence[Piece], lane: Lane | None) -> None:
+        """Send a message nobody waits for the answer of."""
+        if lane is None:
+            self._dealer.send(frame, buffers)
+        elif not lane.closed:
+            lane.send([frame, *buffers])
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
         for offset in range(0, len(data), PIECE):
@@ -315,11 +356,19 @@ class Connection:
 
     # ---- receiving
 
-    def receive(self) -> tuple[bytes, list[memoryview]] | None:
-        """A message that is there already, or None."""
-        return self._dealer.receive()
+    def receive(self) -> Frames | None:
+        """A message that is there already, on the bus or a lane, or None."""
+        frames = self._dealer.receive()
+        if frames is not None:
+            return frames
+        for lane in self.lanes:
+            lane.hush()
+            pieces = lane.receive()
+            if pieces is not None:
+                return pieces[0], pieces[1:]
+        return None
 
-    def take(self, frame: bytes, buffers: list[memoryview]) -> None:
+    def take(self, frame: Piece, buffers: Sequence[Piece]) -> None:
         header = codec.peek(frame)
         call = self._calls.get(header.request)
         if call is None:  # given up, or the server's knock
@@ -351,7 +400,7 @@ class Connection:
             self.forget(session, meta.id)
 
     def _decoded(
-        self, header: Header, frame: bytes, buffers: list[memoryview]
+        self, header: Header, frame: Piece, buffers: Sequence[Piece]
     ) -> Message | DjinnError | None:
         try:
             message = codec.decode(frame, buffers, header)
@@ -390,11 +439,30 @@ class Connection:
             lost = lost or self._gone
         if lost:  # also where it is back: what was asked before is not answered any more
             return False
-        if self.sharing.lease is not None:
-            poll = select.poll()
-            poll.register(self.sharing.lease.socket, select.POLLIN)
-            return not poll.poll(0)  # nothing is ever sent unasked: readable means its end
+        try:
+            for news in self.sharing.news():
+                if isinstance(news, messages.Broken):
+                    self._on_broken_lane(news)
+        except Lost:
+            return False
         return True
+
+    def _on_broken_lane(self, news: messages.Broken) -> None:
+        """The engine at its other end is gone: what was asked there is lost, with the reason. The
+        next request takes the bus, or a lane to the engine that follows."""
+        broken = self.lanes.on_broken(news)
+        if broken is None:
+            return
+        lane, error = broken
+        while (frames := lane.receive()) is not None:  # what it still said
+            self.take(frames[0], frames[1:])
+        for request, call in self._calls.items():
+            if call.lane is lane and self._waiting[request] is None:
+                self._waiting[request] = error
+        self.lanes.drop(lane)
+
+    def _on_lanes_change(self) -> None:
+        """A lane was made, or is about to be closed."""
 
     # ---- the first exchange
 
@@ -453,7 +521,7 @@ class Connection:
                 session=session,
             )
             try:
-                self._dealer.send(frame)
+                self._send(frame, (), self.lanes.of(session))
             except Busy:
                 by_session[session] = numbers
                 self._garbage.extend((s, n) for s, ns in by_session.items() for n in ns)
@@ -464,6 +532,7 @@ class Connection:
         if self._closed:
             return
         self._closed = True
+        self.lanes.close()
         self.sharing.close()
         self._dealer.close()
 

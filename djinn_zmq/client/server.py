@@ -150,6 +150,8 @@ def connect(
     server_key: Path | None = None,
     timeout_s: float = CONNECT_S,
     shared: bool = True,
+    lane: bool = True,
+    spin_us: int = 0,
     progress: Callable[[messages.Progress], None] | None | bool = True,
 ) -> Server:
     """Connect to a server.
@@ -159,11 +161,20 @@ def connect(
     key: your key file for a remote server (`djinn keys new NAME`); server_key: the server's .pub
     file, by default server.pub beside *key*.
     shared: use shared memory where the server is on this machine and yours.
+    lane: there, also take the lane past the server to the engine.
+    spin_us: microseconds for which a request on a lane stays awake before it sleeps; costs a core
+    that long, and saves a wake-up.
     progress: called while a model loads; True: a line on stderr if that is a terminal.
     Raises Unreachable where no server answers within *timeout_s* seconds.
     """
     keys = client_keys(key, server_key) if key is not None else None
-    connection = Connection(endpoint or default_endpoint(), keys, Settings(), shared=shared)
+    connection = Connection(
+        endpoint or default_endpoint(),
+        keys,
+        Settings(spin_us=spin_us),
+        shared=shared,
+        lane=lane,
+    )
     server = Server(connection, reporter(progress))
     try:
         return server.drive(server.hello(timeout_s))

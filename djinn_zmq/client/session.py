@@ -30,6 +30,7 @@ class Session:
         self.drive = drive
         self.progress = progress
         self.id: int = opened.session
+        connection.lanes.know(opened.session, opened.engine)
         self.model: ModelInfo = opened.model
         self._pieces: dict[int, str] = {}
 

@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.bus.lease import LeaseSocket, close_all
 from djinn_zmq.client.cuda import CudaMemory
 from djinn_zmq.errors import ArenaFull, Lost, RequestError
 from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
@@ -33,6 +33,16 @@ class Sharing:
     def join(self, path: str | os.PathLike[str], token: bytes) -> None:
         """Share from now on. Raises Unreachable, AccessDenied, Lost where that cannot be."""
         self.lease = LeaseSocket.connect(path, token)
+
+    def news(self) -> list[messages.Lease]:
+        """What the server has said unasked. Raises Lost where it is gone."""
+        if self.lease is None:
+            return []
+        packets = []
+        for packet, fds in self.lease.news():
+            close_all(fds)
+            packets.append(packet)
+        return packets
 
     def stage(self, nbytes: int) -> Lease:
         """A slot of this client's own arenas. Raises ArenaFull beyond their limit."""

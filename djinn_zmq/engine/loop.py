@@ -8,21 +8,21 @@ import logging
 import os
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
-from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.bus.lease import LeaseSocket, close_all
 from djinn_zmq.bus.link import Link
-from djinn_zmq.bus.poll import Poll
+from djinn_zmq.bus.poll import MANY, Poll
 from djinn_zmq.engine import models, replies
+from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.devices import Broken, Device
 from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.lanes import Lanes
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
@@ -31,19 +31,22 @@ from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
+    Busy,
     Cancelled,
     DeadlineExceeded,
     DjinnError,
     Lost,
     PromptError,
+    ProtocolError,
     RequestError,
     RunError,
+    UnknownCheckpoint,
     UnknownSession,
 )
 from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.codec import NOBODYS, OF_ANSWERS, Header, Message
 from djinn_zmq.wire.messages import Flag, Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
@@ -53,8 +56,6 @@ _log = logging.getLogger(__name__)
 
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
-ANSWERS_LIMIT = 16  # of each session, for a retry
-ANSWER_NBYTES = 64 * 1024  # larger answers are not stored: their request runs again
 
 
 class EngineLoop:
@@ -73,9 +74,11 @@ class EngineLoop:
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
-        self._answers: dict[int, OrderedDict[int, tuple[bytes, list[bytes | memoryview]]]] = {}
         self._adopting = False
-        self._poll = Poll()
+        self._poll = Poll(settings.spin_us)
+        self._lanes = Lanes(self._poll, settings, self._take_on_lane, self._on_broken_lane)
+        self._answers = Answers(link, self._lanes)
+        self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
         self._poll.watch(self._keeping, lambda _: self._keeping.settle())
@@ -91,6 +94,7 @@ class EngineLoop:
             Op.RUN: self._run,
             Op.RESUME: self._run,
             Op.CANCEL: self._cancel,
+            Op.RELEASE: self._release,
             Op.TOKENS: self._tokens,
             Op.MORE: self._more,
             Op.LOOK: self._run,
@@ -120,13 +124,14 @@ class EngineLoop:
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
         limit = self._keeping.tiers.slabs.limit
-        self._tell(Op.READY, messages.Ready(str(self._device.torch), os.getpid(), limit))
+        ready = messages.Ready(str(self._device.torch), os.getpid(), limit)
+        self._answers.tell(Op.READY, ready)
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
                 self._poll.turn(0 if self._chores else self._turns.until_s())
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
-                        self._keeping.on_packet(news)
+                        self._on_news(*news)
                 if self._turns:
                     self._work(self._turns.next())
                 elif self._chores:
@@ -135,6 +140,7 @@ class EngineLoop:
                     self._tell_moves()
 
     def close(self) -> None:
+        self._lanes.close_all()
         self._poll.close()
         self._keeping.close()
         self._link.close()
@@ -150,10 +156,48 @@ class EngineLoop:
             self._take(pieces[0], pieces[1], pieces[2:])
 
     def _on_lease(self, _: int) -> None:
-        packet, fd = self._lease.receive()
-        if fd is not None:
-            os.close(fd)
-        self._keeping.on_packet(packet)
+        self._on_news(*self._lease.receive())
+
+    def _on_news(self, packet: object, fds: list[int]) -> None:
+        """A packet of the server's on the lease socket."""
+        if isinstance(packet, messages.Listen):
+            self._lanes.listen(packet, fds)
+            return
+        close_all(fds)
+        if isinstance(packet, messages.Broken):
+            self._lanes.close(packet.lane)
+        else:
+            self._keeping.on_packet(packet)
+
+    def _on_broken_lane(self, number: int, text: str) -> None:
+        self._lease.send(messages.Broken(number, text))
+
+    def _take_on_lane(self, envelope: bytes, owner: str, pieces: list[Piece]) -> None:
+        """A message of a client's own, not passed on by the server: check what the server would."""
+        header = NOBODYS
+        try:
+            frame, *buffers = pieces
+            header = codec.peek(frame)
+            if header.flags & OF_ANSWERS:
+                raise ProtocolError("a reply nobody asked for")
+            if len(frame) > self._settings.meta_limit:
+                raise ProtocolError(f"a meta of {len(frame)} bytes is too long")
+            session = self._sessions.get(header.session)
+            if session is None:  # the server may have told of it before the client could ask
+                self._on_link(MANY)
+                session = self._sessions.get(header.session)
+            if session is None or session.owner != owner:
+                raise UnknownSession(
+                    f"session {header.session:016x} does not exist or is not yours: it may have "
+                    "been closed"
+                )
+            if self._turns and len(self._turns.of(session)) >= self._settings.queue_limit:
+                raise Busy(f"{self._settings.queue_limit} requests of this session wait")
+        except DjinnError as exc:
+            if not header.flags & Flag.ONE_WAY:
+                self._answers.refuse(envelope, header, exc)
+        else:
+            self._take(envelope, frame, buffers)
 
     def _take(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece]) -> None:
         watch = Stopwatch()
@@ -167,10 +211,10 @@ class EngineLoop:
             else:
                 self._request(envelope, message, watch)
         except DjinnError as exc:
-            if envelope and header.op == Op.MORE:
-                _log.debug("credit refused: %s", exc)
+            if envelope and header.flags & Flag.ONE_WAY:
+                _log.debug("%s refused: %s", Op(header.op).name, exc)
             elif envelope:
-                self._refuse(envelope, header, exc)
+                self._answers.refuse(envelope, header, exc)
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
         except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
@@ -178,14 +222,17 @@ class EngineLoop:
             _log.exception("%s failed", Op(header.op).name)
             if envelope:
                 error = RunError(f"{type(exc).__name__}: {exc}")
-                self._refuse(envelope, header, error)
+                self._answers.refuse(envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, watch: Stopwatch) -> None:
         header = message.header
         session = self._sessions.get(header.session)
         if session is None:
             raise UnknownSession(f"session {header.session:016x} is not on this engine")
-        self._requests[header.op](envelope, message, session, watch)
+        handle = self._requests.get(header.op)
+        if handle is None:
+            raise ProtocolError(f"op {header.op} is not for an engine")
+        handle(envelope, message, session, watch)
 
     # ---- the server's notices
 
@@ -221,7 +268,7 @@ class EngineLoop:
         for active in self._turns.of(number):
             self._end(active, Cancelled("its session was closed"))
         self._sessions.pop(number, None)
-        self._answers.pop(number, None)
+        self._answers.forget(number)
         self._keeping.drop_session(number)
 
     def _drop(self, message: Message) -> None:
@@ -239,7 +286,7 @@ class EngineLoop:
         meta: messages.Adopt = message.meta
         lost = self._keeping.adopt(meta.kept, ids, session.owner, dict(meta.facts))
         if lost:
-            self._tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
+            self._answers.tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
 
     def _finish_adopting(self, header: Header) -> None:
         if header.op not in (Op.ADOPT, Op.ENTER):
@@ -252,15 +299,13 @@ class EngineLoop:
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
         state = "running" if self._turns else "idle"
-        self._answer(envelope, message.header, messages.Pong(state), [])
+        self._answers.answer(envelope, message.header, messages.Pong(state))
 
     def _run(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
     ) -> None:
         header = message.header
-        stored = self._answers.get(session.id, {}).get(header.request)
-        if stored is not None:
-            self._link.send(envelope, *stored)
+        if self._answers.again(envelope, header):
             return
         for active in self._turns.of(session):
             if active.header.request == header.request:
@@ -285,7 +330,7 @@ class EngineLoop:
         found = [one for one in self._turns.of(session) if one.header.request == wanted]
         for active in found:
             self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
-        self._answer(envelope, message.header, messages.Cancelled(bool(found)), [])
+        self._answers.answer(envelope, message.header, messages.Cancelled(bool(found)))
 
     def _more(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -296,6 +341,25 @@ class EngineLoop:
                 if active.held is not None:
                     self._turns.welcome(session)
                     self._hand_out(active)
+
+    def _release(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        """From a client with a lane; from others the server takes it, with an engine or without."""
+        one_way = bool(message.header.flags & Flag.ONE_WAY)
+        gone = []
+        for number in message.meta.ids:
+            entry = self._keeping.entries.get(number)
+            if entry is not None and entry.kept.session == session.id:
+                gone.append(number)
+            elif not one_way:  # what a client's garbage collection finds may be gone already
+                raise UnknownCheckpoint(
+                    f"checkpoint {number:x} is not one of this session: it may have been released"
+                )
+        self._keeping.drop(gone)
+        self._answers.tell(Op.DROP, messages.Drop(tuple(gone)), session.id)
+        if not one_way:
+            self._answers.answer(envelope, message.header, messages.Done())
 
     def _tokens(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -311,7 +375,7 @@ class EngineLoop:
         if ids.size > PIECES_LIMIT:
             raise PromptError(f"{ids.size} tokens to spell out: at most {PIECES_LIMIT} at once")
         meta, buffers = replies.of_tokens(ids, model.pieces(ids))
-        self._answer(envelope, message.header, meta, buffers)
+        self._answers.answer(envelope, message.header, meta, buffers)
 
     def _away(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -323,7 +387,7 @@ class EngineLoop:
             self._keeping.tiers.away(session.id, expected_s)
         else:
             self._chores.append(self._keeping.tiers.back(session.id))
-        self._answer(envelope, message.header, AwayReply(), [])
+        self._answers.answer(envelope, message.header, AwayReply())
 
     # ---- working
 
@@ -341,7 +405,7 @@ class EngineLoop:
     def _tell_moves(self) -> None:
         moves, self._keeping.moves = self._keeping.moves, []
         for entry, how, elapsed_ns in moves:
-            self._tell(Op.MOVED, Moved(entry.kept, how, elapsed_ns), entry.session)
+            self._answers.tell(Op.MOVED, Moved(entry.kept, how, elapsed_ns), entry.session)
 
     def _work(self, active: Active) -> None:
         """One layer of one run, and what follows where it was the last."""
@@ -386,15 +450,7 @@ class EngineLoop:
         active.credit -= 1
         header = active.header
         self._tell_kept(active.job, getattr(part.meta, "checkpoints", ()))
-        frame = codec.encode(
-            header.op,
-            part.meta,
-            flags=Flag.PART,
-            request=header.request,
-            session=header.session,
-            buffers=len(part.buffers),
-        )
-        self._link.send(active.envelope, frame, part.buffers)
+        self._answers.part(active.envelope, header, part.meta, part.buffers)
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
@@ -405,24 +461,24 @@ class EngineLoop:
             self._end_if_broken(exc)
             _log.exception("the answer of a run of %s failed", job.model.info.name)
             self._runner.discard(job)
-            self._refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
+            self._answers.refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
         self._tell_kept(job, job.everything_kept)
         self._tell_held(job.session)
-        self._answer(active.envelope, header, meta, buffers, store=True)
+        self._answers.answer(active.envelope, header, meta, buffers, store=True)
 
     def _fail(self, active: Active, error: DjinnError) -> None:
         if active.job.state not in ("finished", "stopped"):
             active.job.advance("fail")
         self._discard(active)
-        self._refuse(active.envelope, active.header, error)
+        self._answers.refuse(active.envelope, active.header, error)
 
     def _end(self, active: Active, error: DjinnError) -> None:
         """Stop an active run at the layer it has come to."""
         active.turns.close()  # type: ignore[attr-defined]
         active.job.advance("cancel")
         self._discard(active)
-        self._refuse(active.envelope, active.header, error)
+        self._answers.refuse(active.envelope, active.header, error)
         self._over(active)
 
     def _over(self, active: Active) -> None:
@@ -439,44 +495,12 @@ class EngineLoop:
     def _tell_kept(self, job: Job, kept: Sequence[Kept]) -> None:
         if kept:
             keep = messages.Keep(replies.ids_inline(job), tuple(kept))
-            self._tell(Op.KEEP, keep, job.session.id)
+            self._answers.tell(Op.KEEP, keep, job.session.id)
 
     def _tell_held(self, session: EngineSession) -> None:
         if session.account.nbytes != session.told_nbytes:
             session.told_nbytes = session.account.nbytes
-            self._tell(Op.HELD, messages.Held(session.told_nbytes), session.id)
-
-    # ---- answering
-
-    def _answer(
-        self,
-        envelope: bytes,
-        header: Header,
-        meta: Any,
-        buffers: Sequence[bytes | memoryview],
-        *,
-        store: bool = False,
-    ) -> None:
-        frame = codec.encode(
-            header.op,
-            meta,
-            flags=Flag.REPLY,
-            request=header.request,
-            session=header.session,
-            buffers=len(buffers),
-        )
-        self._link.send(envelope, frame, buffers)
-        if store and len(frame) + sum(len(buffer) for buffer in buffers) <= ANSWER_NBYTES:
-            answers = self._answers.setdefault(header.session, OrderedDict())
-            answers[header.request] = (frame, list(buffers))
-            if len(answers) > ANSWERS_LIMIT:
-                answers.popitem(last=False)
-
-    def _refuse(self, envelope: bytes, header: Header, error: DjinnError) -> None:
-        self._link.send(envelope, codec.failure(header, error))
-
-    def _tell(self, op: Op, meta: Any, session: int = 0) -> None:
-        self._link.send(b"", codec.encode(op, meta, session=session))
+            self._answers.tell(Op.HELD, messages.Held(session.told_nbytes), session.id)
 
 
 def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:

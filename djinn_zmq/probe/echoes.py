@@ -5,13 +5,15 @@ is bound to on its first line, and is ended by its parent's SIGTERM, or with its
 """
 
 import ctypes
+import mmap
+import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import zmq
@@ -151,6 +153,17 @@ def tcp_echo() -> None:
         connection.sendall(data)
 
 
+def doorbell(memory: str, bell: str, answer: str) -> None:
+    """The barest lane: a word in shared memory and an eventfd each way; what stands in the first
+    word comes back in the ninth. Descriptors, inherited."""
+    words = memoryview(mmap.mmap(int(memory), mmap.PAGESIZE)).cast("Q")
+    _say("doorbell")
+    while True:
+        os.eventfd_read(int(bell))
+        words[8] = words[0]
+        os.eventfd_write(int(answer), 1)
+
+
 def _bind(own: zmq.Socket[bytes], endpoint: str) -> None:
     own.bind(endpoint)
     _say(own.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -164,13 +177,14 @@ def _say(endpoint: str) -> None:
 
 
 @contextmanager
-def running(name: str, *arguments: str) -> Iterator[tuple[str, int]]:
-    """One of the processes above; yields (its endpoint, its pid)."""
+def running(name: str, *arguments: str, fds: Sequence[int] = ()) -> Iterator[tuple[str, int]]:
+    """One of the processes above; yields (its endpoint, its pid). fds: that it inherits."""
     process = subprocess.Popen(
         [sys.executable, "-m", "djinn_zmq.probe.echoes", name, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        pass_fds=fds,
         start_new_session=True,  # as Djinn's processes: the scheduler shares time by session
     )
     try:
@@ -194,8 +208,30 @@ def front_and_back(endpoint: str, back_endpoint: str) -> Iterator[tuple[str, lis
         yield bound, [front_pid, back_pid]
 
 
+@contextmanager
+def ringing() -> Iterator[tuple[Callable[[], None], int]]:
+    """A call that takes one round trip to `doorbell` and back; and its pid."""
+    fds = (os.memfd_create("doorbell"), os.eventfd(0), os.eventfd(0))
+    memory, bell, answer = fds
+    try:
+        os.ftruncate(memory, mmap.PAGESIZE)
+        words = memoryview(mmap.mmap(memory, mmap.PAGESIZE)).cast("Q")
+        with running("doorbell", *map(str, fds), fds=fds) as (_, pid):
+
+            def call() -> None:
+                words[0] += 1
+                os.eventfd_write(bell, 1)
+                os.eventfd_read(answer)
+
+            yield call, pid
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 PROCESSES = {
-    one.__name__: one for one in (router, front, back, tcp, unix, tcp_echo, pieces, messages)
+    one.__name__: one
+    for one in (router, front, back, tcp, unix, tcp_echo, doorbell, pieces, messages)
 }
 
 if __name__ == "__main__":

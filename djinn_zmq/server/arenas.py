@@ -12,14 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from djinn_zmq.bus import lease as lease_bus
-from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.errors import AccessDenied, ArenaFull, DjinnError, Lost, ProtocolError
+from djinn_zmq.bus.lease import LeaseSocket, close_all
+from djinn_zmq.errors import (
+    AccessDenied,
+    ArenaFull,
+    DjinnError,
+    Lost,
+    ProtocolError,
+    RequestError,
+)
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena, Pool
 from djinn_zmq.server.registry import Peer
 from djinn_zmq.settings import Settings, format_bytes
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.tensors import Slot
+
+# How many come beside a packet to the server; beside others, none.
+DESCRIPTORS: dict[type, int] = {messages.Share: 1, messages.Offer: 3}
 
 
 @dataclass(slots=True, eq=False)
@@ -42,12 +52,15 @@ class Arenas:
         path: Path,
         settings: Settings,
         on_gone: Callable[[Peer], None],
+        on_offer: Callable[[Peer, messages.Offer, list[int]], int],
         may_map: Callable[[str, int], bool] = lambda owner, arena: True,
     ) -> None:
-        """path: of the lease socket. on_gone: called with a peer whose process is gone. may_map:
-        has this owner something in this arena of an engine's? Engines never mix owners in one."""
+        """path: of the lease socket. on_gone: called with a peer whose process is gone. on_offer:
+        with a peer's lane and its descriptors, for the lane's number. may_map: has this owner
+        something in this arena of an engine's? Engines never mix owners in one."""
         self._settings = settings
         self._on_gone = on_gone
+        self._on_offer = on_offer
         self._may_map = may_map
         self._shared: dict[int, Shared] = {}
         self._last = 0
@@ -93,15 +106,15 @@ class Arenas:
     def _serve_client(self, fd: int) -> None:
         connection, peer = self._connections[fd]
         try:
-            packet, sent_fd = connection.receive()
-            if peer is None and sent_fd is not None:
-                os.close(sent_fd)
+            packet, fds = connection.receive()
+            if peer is None and fds:
+                close_all(fds)
                 raise ProtocolError("a descriptor from a stranger")
             if isinstance(packet, messages.Join) and peer is None:
                 peer = self._join(fd, connection, packet)
                 connection.send(messages.Granted(0, ""))
             elif peer is not None:
-                self.answer(connection, packet, sent_fd, peer)
+                self.answer(connection, packet, fds, peer)
             else:
                 raise ProtocolError("the first packet of a lease socket must join")
         except BlockingIOError:
@@ -140,23 +153,28 @@ class Arenas:
         self,
         connection: LeaseSocket,
         packet: messages.Lease,
-        fd: int | None,
+        fds: list[int],
         by: Peer | int,
     ) -> None:
-        """Answer one packet of a client or an engine; *fd* came with it and is taken over."""
+        """Answer one packet of a client or an engine; *fds* came with it and are taken over."""
         try:
-            if fd is not None and not isinstance(packet, messages.Share):
-                os.close(fd)
-                raise ProtocolError(f"{type(packet).__name__} comes without a descriptor")
-            if isinstance(packet, messages.Share) and fd is not None:
-                connection.send(messages.Granted(self._take(fd, by), ""))
+            if len(fds) != DESCRIPTORS.get(type(packet), 0):
+                close_all(fds)
+                raise ProtocolError(f"{len(fds)} descriptors beside a {type(packet).__name__}")
+            if isinstance(packet, messages.Share):
+                connection.send(messages.Granted(self._take(fds[0], by), ""))
+            elif isinstance(packet, messages.Offer) and isinstance(by, Peer):
+                connection.send(messages.Granted(self._on_offer(by, packet, fds), ""))
+            elif isinstance(packet, messages.Offer):
+                close_all(fds)
+                raise ProtocolError("a lane is a client's to offer")
             elif isinstance(packet, messages.Retire) and not isinstance(by, Peer):
                 self._let_go([packet.arena] if self._is_of(packet.arena, by) else [])
             elif isinstance(packet, messages.Want):
                 self._hand_over(connection, packet.arena, by)
             else:
                 raise ProtocolError(f"{type(packet).__name__} is not for the server")
-        except (ProtocolError, ArenaFull, AccessDenied, Lost) as exc:
+        except (RequestError, ArenaFull, Lost) as exc:
             connection.send(messages.Refused(exc.code, str(exc)))
 
     def _take(self, fd: int, by: Peer | int) -> int:

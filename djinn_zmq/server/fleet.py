@@ -90,7 +90,7 @@ class Fleet:
         except DjinnError as exc:
             self._reply(peer.envelope, codec.failure(header, exc), ())
             return
-        meta = Opened(session.id, engine.models[name])
+        meta = Opened(session.id, engine.models[name], engine.index)
         self._answer(peer, header, meta)
         session.info_of_model = engine.models[name]
         _log.info("session %016x of %s on %s begins", session.id, session.owner, name)
@@ -215,17 +215,18 @@ class Fleet:
 
     # ---- the death of an engine
 
-    def on_death(self, engine: Engine) -> None:
-        """Answer what it owed, start another, and hand it all that survived."""
+    def on_death(self, engine: Engine) -> Lost:
+        """Answer what it owed, start another, and hand it all that survived. Returns the answer."""
         owed, reason = engine.bury()
         self._journal.tell("engine", reason)
         loading = engine.detail if engine.state is states.Engine.FAILED else ""
+        again = "" if loading else "; it is being started again, saved checkpoints are kept"
+        answer = Lost(f"{reason}{again}")
         for (envelope, _), header in owed:
             session = self._registry.sessions.get(header.session)
             if session is not None:
                 session.waiting -= 1
-            again = "" if loading else "; it is being started again, saved checkpoints are kept"
-            self._reply(envelope, codec.failure(header, Lost(f"{reason}{again}")), ())
+            self._reply(envelope, codec.failure(header, answer), ())
         survivors = [record for _, record in self._registry.kept_by(engine.index)]
         arenas = frozenset(
             record.kept.tensor.where.arena
@@ -236,7 +237,7 @@ class Fleet:
         if engine.state is states.Engine.FAILED:
             for index, name in [key for key in self._opening if key[0] == engine.index]:
                 self._fail_openings(self.engines[index], name, ModelRefused(engine.detail))
-            return
+            return answer
         engine.start()
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
@@ -245,6 +246,7 @@ class Fleet:
             self._hand_over(engine, session)
         for name, source in engine.sources.items():
             engine.load(name, source)
+        return answer
 
     def adopt(self, session: Session, records: Sequence[KeptRecord]) -> None:
         """These files are checkpoints of *session* from now on."""

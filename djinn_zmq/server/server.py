@@ -21,7 +21,8 @@ from typing import Any
 import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
-from djinn_zmq.bus.poll import Poll, has_message
+from djinn_zmq.bus.lease import close_all
+from djinn_zmq.bus.poll import MANY, Poll, has_message
 from djinn_zmq.bus.router import Incoming, Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
@@ -30,24 +31,22 @@ from djinn_zmq.server.engines import HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
+from djinn_zmq.server.lanes import Lanes
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Farewell, Flag, Pong, Progress
-from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.codec import OF_ANSWERS, Header
+from djinn_zmq.wire.messages import Broken, Farewell, Flag, Offer, Pong, Progress
+from djinn_zmq.wire.ops import TO_ENGINE, Op
 
 _log = logging.getLogger(__name__)
 
 NEVER = float("inf")
-OF_ANSWERS = int(Flag.REPLY | Flag.PROGRESS | Flag.ERROR | Flag.PART)
+OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE})  # answered by what the engine has told
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
-TO_ENGINE = frozenset({Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE, Op.SWEEP, Op.TRACE}) | frozenset(
-    {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
-)
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
 ) | {Op.STOP, Op.WHERE, Op.CLAIM, Op.EVENTS}
@@ -93,10 +92,13 @@ class Server:
             self._close_bus()
             raise
         lease_path = path.with_name(f"{path.name}.lease")
-        self.arenas = Arenas(lease_path, settings, self._on_gone, self.registry.has_in)
+        self.arenas = Arenas(
+            lease_path, settings, self._on_gone, self._on_offer, self.registry.has_in
+        )
         self.fleet = Fleet(
             devices, dtype, settings, self.registry, self.arenas, self.journal, self._reply
         )
+        self.lanes = Lanes(self.registry, self.fleet.engines)
         self.requests = Requests(
             self.registry,
             self.fleet,
@@ -108,7 +110,7 @@ class Server:
             self.journal,
             self.returned,
         )
-        self._poll = Poll()
+        self._poll = Poll(settings.spin_us)
         self._poll.watch(self._wake_read, self._on_wake)
         self._poll.watch(self.arenas, lambda _: self.arenas.serve())
         for tag, router in self._routers.items():
@@ -212,7 +214,7 @@ class Server:
                 _log.exception("a request failed")
                 exc = RunError(f"the server failed: {type(exc).__name__}: {exc}")
             if header is None:
-                header = Header(codec.MAGIC, codec.VERSION, Op.PING, 0, 0, 0, 0, 0, 0)
+                header = codec.NOBODYS
             if not header.flags & Flag.ONE_WAY:
                 self._reply(peer.envelope, codec.failure(header, exc), ())
 
@@ -244,6 +246,8 @@ class Server:
     def _answer(self, peer: Peer, header: Header, incoming: Incoming) -> None:
         buffers = incoming.buffers or []
         message = codec.decode(incoming.frame, buffers, header)
+        if header.op in OF_KEPT and peer.lease is not None:
+            self._hear_engine_of(header.session)
         answer = self.requests.answer(peer, header, message.meta, buffers)
         if answer is None or header.flags & Flag.ONE_WAY and header.op != Op.CHUNK:
             return
@@ -258,6 +262,13 @@ class Server:
             buffers=len(out),
         )
         self._reply(peer.envelope, frame, out)
+
+    def _hear_engine_of(self, session: int) -> None:
+        """A client with a lane may have its engine's answer before we have its word on what is kept.
+        It is there already: the engine sends it first."""
+        found = self.registry.sessions.get(session)
+        if found is not None:
+            self._on_link(self.fleet.engines[found.engine], MANY)
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         try:
@@ -292,6 +303,7 @@ class Server:
         router.forget(peer.envelope[1:])
         self.fleet.forget_openings(peer)
         self.requests.forget_peer(peer)
+        self.lanes.end_of_peer(peer)
         self.fleet.retire(self.arenas.drop(peer))
         for number in list(peer.sessions):
             session = self.registry.sessions[number]
@@ -340,16 +352,23 @@ class Server:
                     session.waiting -= 1
             self._reply(envelope, frame, buffers)
 
+    def _on_offer(self, peer: Peer, offer: Offer, fds: list[int]) -> int:
+        return self.lanes.offer(peer, offer, fds)
+
     def _on_engine_lease(self, engine: Engine, _: int) -> None:
         lease = engine.lease
         if lease is None:
             return
         try:
-            packet, fd = lease.receive()
+            packet, fds = lease.receive()
             if isinstance(packet, Farewell):
+                close_all(fds)
                 engine.farewell = f"ended itself: {packet.text}"
-                return
-            self.arenas.answer(lease, packet, fd, engine.index)
+            elif isinstance(packet, Broken):
+                close_all(fds)
+                self.lanes.broken(engine, packet.lane, self._on_gone)
+            else:
+                self.arenas.answer(lease, packet, fds, engine.index)
         except BlockingIOError:
             return
         except (DjinnError, OSError):
@@ -360,7 +379,7 @@ class Server:
         self._on_link(engine, HELD_LIMIT)  # what it still said before it died
         self._poll.unwatch(engine.link.lane)
         self._poll.unwatch(engine.lease.socket)
-        self.fleet.on_death(engine)
+        self.lanes.end_of_engine(engine, str(self.fleet.on_death(engine)))
         if engine.link is not None:
             self._watch_engine(engine)
 

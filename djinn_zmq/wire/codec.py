@@ -45,6 +45,14 @@ class Header(NamedTuple):
     credit: int  # PROGRESS messages, and PARTs, that the sender takes before the reply
 
 
+# Plain ints, as everything on every message's way: an operation on enum members runs enum's Python.
+OF_ANSWERS = int(Flag.REPLY | Flag.ERROR | Flag.PROGRESS | Flag.PART)
+NOT_A_REPLY = int(Flag.ERROR | Flag.PROGRESS | Flag.PART)
+
+# Answers what has no header to be read: a client then knows at least that it was refused.
+NOBODYS = Header(MAGIC, VERSION, Op.PING, 0, 0, 0, 0, 0, 0)
+
+
 class Message(NamedTuple):
     header: Header
     meta: Any  # the struct that REQUESTS or REPLIES names for the op

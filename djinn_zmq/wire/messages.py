@@ -134,6 +134,7 @@ class Open(msgspec.Struct, **message(Op.OPEN)):
 class Opened(msgspec.Struct, **message(Op.OPEN)):
     session: int
     model: ModelInfo
+    engine: int  # its index
 
 
 class Close(msgspec.Struct, **message(Op.CLOSE)):
@@ -506,10 +507,32 @@ class Retire(msgspec.Struct, frozen=True, array_like=True, tag=5, forbid_unknown
     arena: int
 
 
-class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=6, forbid_unknown_fields=True):
+class Offer(msgspec.Struct, frozen=True, array_like=True, tag=6, forbid_unknown_fields=True):
+    """Client to server: a lane it made, with its three descriptors, to the engine of *session*.
+    Answered by a Granted with the lane's number."""
+
+    session: int
+
+
+class Listen(msgspec.Struct, frozen=True, array_like=True, tag=7, forbid_unknown_fields=True):
+    """Server to engine: a client's lane, with its three descriptors. owner: who speaks there."""
+
+    lane: int
+    owner: str
+
+
+class Broken(msgspec.Struct, frozen=True, array_like=True, tag=8, forbid_unknown_fields=True):
+    """The other end of a lane is gone, or of no use, for the reason that *text* gives. From the
+    server, to an engine or a client; or from an engine, about a client."""
+
+    lane: int
+    text: str
+
+
+class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=9, forbid_unknown_fields=True):
     """Engine to server: why its process ends now."""
 
     text: str
 
 
-Lease = Farewell | Join | Share | Want | Granted | Refused | Retire
+Lease = Join | Share | Want | Granted | Refused | Retire | Offer | Listen | Broken | Farewell

@@ -54,6 +54,13 @@ class Op(IntEnum):
     FAILURE = 49
 
 
+# What the engine of a session answers. The server passes it on, or a lane brings it.
+TO_ENGINE = frozenset(
+    {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
+    | {Op.SWEEP, Op.TRACE, Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE}
+)
+
+
 def message(op: Op, **options: Any) -> dict[str, Any]:
     """The options of the struct that travels under *op*."""
     return {

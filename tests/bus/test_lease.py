@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from djinn_zmq.bus import lease as lease_bus
-from djinn_zmq.bus.lease import PACKET_LIMIT, LeaseSocket
+from djinn_zmq.bus.lease import PACKET_LIMIT, LeaseSocket, close_all
 from djinn_zmq.errors import AccessDenied, Busy, Lost, ProtocolError, Unreachable
 from djinn_zmq.wire.codec import encode_lease
-from djinn_zmq.wire.messages import Granted, Join, Refused, Retire, Share, Want
+from djinn_zmq.wire.messages import Broken, Granted, Join, Listen, Refused, Retire, Share, Want
 
 Ends = tuple[LeaseSocket, LeaseSocket]
 
@@ -44,7 +44,7 @@ def open_fds() -> int:
 def test_a_packet_arrives_as_it_was_sent(ends: Ends, packet: object) -> None:
     for sender, receiver in (ends, ends[::-1]):
         sender.send(packet)
-        assert receiver.receive() == (packet, None)
+        assert receiver.receive() == (packet, [])
 
 
 def test_a_descriptor_arrives_beside_its_packet_and_is_not_inherited(
@@ -53,12 +53,12 @@ def test_a_descriptor_arrives_beside_its_packet_and_is_not_inherited(
     server, engine = ends
     engine.send(Share(), memory)
     engine.send(Want(1))
-    packet, fd = server.receive()
-    assert packet == Share() and fd is not None
+    packet, (fd,) = server.receive()
+    assert packet == Share()
     assert os.pread(fd, 10, 0) == b"shared"
     assert not os.get_inheritable(fd)
     os.close(fd)
-    assert server.receive() == (Want(1), None)
+    assert server.receive() == (Want(1), [])
 
 
 def test_where_nothing_came_the_server_does_not_wait(ends: Ends) -> None:
@@ -70,7 +70,7 @@ def test_a_question_is_answered_with_a_number_and_a_descriptor(ends: Ends, memor
     server, engine = ends
     server.send(Granted(7), memory)
     granted, fd = engine.ask(Want(7))
-    assert server.receive() == (Want(7), None)
+    assert server.receive() == (Want(7), [])
     assert granted == Granted(7) and fd is not None
     assert os.pread(fd, 10, 0) == b"shared"
     os.close(fd)
@@ -90,7 +90,7 @@ def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:
     for packet in (Retire(1), Retire(2), Granted(5)):
         server.send(packet)
     assert engine.ask(Want(5)) == (Granted(5), None)
-    assert engine.take_late() == [Retire(1), Retire(2)]
+    assert engine.take_late() == [(Retire(1), []), (Retire(2), [])]
     assert engine.take_late() == []
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_packet_is_refused_and_its_descriptors_closed(
         server.receive()
     assert open_fds() == before
     engine.send(Want(1))
-    assert server.receive() == (Want(1), None)
+    assert server.receive() == (Want(1), [])
 
 
 def test_a_packet_over_the_limit_is_refused(ends: Ends) -> None:
@@ -154,15 +154,15 @@ def test_a_packet_over_the_limit_is_refused(ends: Ends) -> None:
         ends[0].receive()
 
 
-@pytest.mark.parametrize("count", [2, 16, 100])
-def test_more_descriptors_than_one_are_closed(ends: Ends, memory: int, count: int) -> None:
+@pytest.mark.parametrize("count", [4, 16, 100])
+def test_more_descriptors_than_a_lane_has_are_closed(ends: Ends, memory: int, count: int) -> None:
     server, engine = ends
     before = open_fds()
     socket.send_fds(engine.socket, [encode_lease(Share())], [memory] * count)
-    _, fd = server.receive()
-    assert open_fds() == before + 1
-    assert fd is not None
-    os.close(fd)
+    _, fds = server.receive()
+    assert open_fds() == before + 3
+    close_all(fds)
+    assert len(fds) == 3
 
 
 def test_descriptors_beside_an_empty_packet_are_closed(ends: Ends, memory: int) -> None:
@@ -184,7 +184,33 @@ def test_descriptors_beside_an_answer_that_has_none_are_closed(
     server.send(Refused("busy", ""))
     with pytest.raises(Busy):
         engine.ask(Want(1))
+    for _, fds in engine.take_late():  # news keep theirs until somebody reads them
+        close_all(fds)
     assert open_fds() == before
+
+
+def test_news_bring_their_descriptors_and_an_end_closes_what_nobody_read(
+    ends: Ends, memory: int
+) -> None:
+    server, engine = ends
+    before = open_fds()
+    server.send(Listen(1, "uid:0"), memory, memory, memory)
+    server.send(Granted(5))
+    assert engine.ask(Want(5)) == (Granted(5), None)
+    assert open_fds() == before + 3
+    engine.close()
+    assert open_fds() == before - 1
+
+
+def test_news_are_there_for_who_asks_without_waiting(ends: Ends) -> None:
+    server, engine = ends
+    assert engine.news() == []
+    server.send(Broken(1, "gone"))
+    server.send(Broken(2, "gone"))
+    assert engine.news() == [(Broken(1, "gone"), []), (Broken(2, "gone"), [])]
+    server.close()
+    with pytest.raises(Lost):
+        engine.news()
 
 
 # ---- by path
@@ -226,7 +252,7 @@ def test_a_client_joins_with_its_token_and_both_see_whose_process_it_is(director
         client = LeaseSocket(client_socket)
         server.send(Granted(0))
         assert client.ask(Join(b"token")) == (Granted(0), None)
-        assert server.receive() == (Join(b"token"), None)
+        assert server.receive() == (Join(b"token"), [])
         assert client.peer_uid() == server.peer_uid() == os.getuid()
         client.close()
         server.close()

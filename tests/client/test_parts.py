@@ -28,7 +28,7 @@ from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 
 IT = messages.ModelInfo("it", "", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
-OPENED = messages.Opened(7, IT)
+OPENED = messages.Opened(7, IT, 0)
 
 
 class Script(threading.Thread):

@@ -340,7 +340,8 @@ def test_what_a_cancelled_run_had_kept_already_is_released(endpoint, server):
     async def main() -> None:
         async with aio.connect(endpoint) as client:
             model = await client.model("tiny")
-            task = asyncio.create_task(model.run(FRANCE, save_at=range(5)))
+            # Long enough that it is not done while it is being sent.
+            task = asyncio.create_task(model.run(np.ones((8, 256), int), save_at=range(5)))
             await asyncio.sleep(0)
             while server.status().memory.checkpoints < before + 5:
                 pass  # its answer is there before this loop looks again

@@ -207,10 +207,10 @@ def test_a_checkpoint_of_another_session_cannot_be_reached_from_ones_own(served,
 def test_strangers_sessions_are_their_own_and_not_marked_as_anybody_elses(served, remote, tiny):
     theirs = remote.model("tiny")
     mine = {one.id: one for one in tiny.server.sessions()}
-    assert mine[theirs.session].owner.startswith("tcp:")
-    assert (mine[theirs.session].yours, mine[tiny.session_id].yours) == (False, True)
+    assert mine[theirs.session_id].owner.startswith("tcp:")
+    assert (mine[theirs.session_id].yours, mine[tiny.session_id].yours) == (False, True)
     seen = {one.id: one.yours for one in remote.sessions()}
-    assert (seen[theirs.session], seen[tiny.session_id]) == (True, False)
+    assert (seen[theirs.session_id], seen[tiny.session_id]) == (True, False)
     with djinn.connect(served.tcp) as other:
         assert not any(one.yours for one in other.sessions())
 

@@ -41,7 +41,7 @@ class ServerSide:
     """The server's arenas and its ends of engines' lease sockets, answered by a thread."""
 
     def __init__(self, directory: Path) -> None:
-        self.arenas = Arenas(directory / "lease", LIMITS, lambda peer: None)
+        self.arenas = Arenas(directory / "lease", LIMITS, lambda peer: None, lambda *offer: 0)
         self._ends: dict[int, LeaseSocket] = {}
         self._wake, self._stop = socket.socketpair()
         self._hung_up = threading.Semaphore(0)

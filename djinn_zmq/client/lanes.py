@@ -1,0 +1,124 @@
+"""A client's lanes: one to each engine it has sessions on, beside the bus and by itself.
+
+A lane is made when a session's first request is sent, and offered to the server, which introduces it
+to the engine. Where there can be none (a server of another user or machine, an engine that is just
+starting) the bus serves, and the next request tries again.
+"""
+
+import select
+import time
+from collections.abc import Callable, Iterator
+
+from djinn_zmq.bus.lane import CAPACITY, Lane, Piece
+from djinn_zmq.client.sharing import Sharing
+from djinn_zmq.errors import ArenaFull, DjinnError, Lost
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.messages import Broken, Offer
+
+RETRY_S = 0.2  # between two offers that the server could not pass on
+
+
+class Lanes:
+    def __init__(
+        self,
+        sharing: Sharing,
+        settings: Settings,
+        *,
+        wanted: bool,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """wanted: False keeps everything on the bus. on_change: after a lane was made, and before
+        one is closed."""
+        self._sharing = sharing
+        self._settings = settings
+        self._wanted = wanted
+        self._on_change = on_change
+        self._spin_ns = settings.spin_us * 1000
+        self._engines: dict[int, int] = {}  # by session
+        self._lanes: dict[int, Lane] = {}  # by engine
+        self._numbers: dict[int, int] = {}  # the server's number of a lane → its engine
+        self._refused: dict[int, float] = {}  # by engine: when, monotonic
+        self._epoll: select.epoll | None = None  # of the lease socket and all bells
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def know(self, session: int, engine: int) -> None:
+        """*session* is served by the engine of that index."""
+        self._engines[session] = engine
+
+    def of(self, session: int) -> Lane | None:
+        """The lane that *session*'s requests take; None: they take the bus."""
+        engine = self._engines.get(session)
+        if engine is None or not self._wanted:
+            return None
+        lane = self._lanes.get(engine)
+        return self._make(session, engine) if lane is None else lane
+
+    def _make(self, session: int, engine: int) -> Lane | None:
+        lease = self._sharing.lease
+        if lease is None or time.monotonic() - self._refused.get(engine, 0.0) < RETRY_S:
+            return None
+        try:
+            lane, theirs = Lane.create(CAPACITY, self._settings)
+        except ArenaFull:
+            self._wanted = False  # no memory for it: the bus needs none
+            return None
+        try:
+            granted, _ = lease.ask(Offer(session), *theirs)
+        except DjinnError:
+            lane.close()
+            self._refused[engine] = time.monotonic()
+            return None
+        finally:
+            theirs.close()
+        self._lanes[engine] = lane
+        self._numbers[granted.arena] = engine
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._epoll.register(lease.socket, select.EPOLLIN)
+        self._epoll.register(lane, select.EPOLLIN | select.EPOLLET)
+        self._on_change()
+        return lane
+
+    def disturbed(self) -> bool:
+        """Has something come on the lease socket: perhaps that an engine is gone?"""
+        if self._epoll is None or self._sharing.lease is None:
+            return False
+        lease = self._sharing.lease.socket.fileno()
+        return any(fd == lease for fd, _ in self._epoll.poll(0))
+
+    def hear(self, lane: Lane, timeout_s: float) -> list[Piece] | None:
+        """The next message on *lane*; waits for it. None where nothing has come after *timeout_s*,
+        or something came on the lease socket."""
+        pieces = lane.receive()
+        if pieces is None:
+            if self._spin_ns:
+                limit_ns = time.perf_counter_ns() + self._spin_ns
+                while not lane.unfinished() and time.perf_counter_ns() < limit_ns:
+                    pass
+            if not lane.unfinished():
+                assert self._epoll is not None
+                self._epoll.poll(timeout_s)
+            pieces = lane.receive()
+        return pieces
+
+    def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:
+        """The engine at the other end is gone: the lane that is of no use now, and why."""
+        engine = self._numbers.pop(news.lane, None)
+        lane = None if engine is None else self._lanes.pop(engine, None)
+        return None if lane is None else (lane, Lost(news.text))
+
+    def drop(self, lane: Lane) -> None:
+        """Close a lane that `on_broken` gave."""
+        self._on_change()
+        if self._epoll is not None:
+            self._epoll.unregister(lane)
+        lane.close()
+
+    def close(self) -> None:
+        while self._lanes:
+            self.drop(self._lanes.popitem()[1])
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None

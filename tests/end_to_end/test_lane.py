@@ -1,0 +1,390 @@
+"""Past the server, straight to the engine: the same answers, and the same care."""
+
+import asyncio
+import gc
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq import aio, errors
+from djinn_zmq.bus.lane import CAPACITY, create
+from djinn_zmq.memory.ring import HEAD, RECORD, TAIL
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import inline
+from tests.end_to_end.test_failure import holdings, until
+
+FRANCE = "the capital of france is"
+LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
+
+
+def lanes_of(server: djinn.Server) -> list:
+    return list(server.connection.lanes)
+
+
+def test_a_client_beside_its_server_takes_the_lane_and_others_the_bus(served):
+    answers = []
+    for options, count in (({}, 1), ({"lane": False}, 0), ({"shared": False}, 0)):
+        with served.connect(**options) as server:
+            tiny = server.model("tiny")
+            whole = tiny.run(FRANCE, save_at=range(5))
+            assert len(lanes_of(server)) == count
+            answers.append(whole.logits.tobytes())
+            answers += [point.resume().logits.tobytes() for point in whole.checkpoints.values()]
+    assert len(set(answers)) == 1
+
+
+def test_over_tcp_there_is_no_lane(served):
+    with djinn.connect(served.tcp) as remote:
+        remote.model("tiny").ping()
+        assert not lanes_of(remote)
+
+
+def test_two_sessions_of_one_client_share_a_lane(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        again = server.model(tiny.info.source)  # by its directory: a session of its own
+        assert again.session_id != tiny.session_id
+        assert again.run(FRANCE).logits.tobytes() == tiny.run(FRANCE).logits.tobytes()
+        assert len(lanes_of(server)) == 1
+
+
+def test_what_an_engine_keeps_can_be_released_as_soon_as_it_is_told_of(tiny):
+    for _ in range(50):
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        point.release()
+        with pytest.raises(errors.UnknownCheckpoint, match="may have been released"):
+            point.release()
+        with pytest.raises(errors.UnknownCheckpoint):
+            point.resume()
+
+
+def test_checkpoints_nobody_refers_to_are_given_back_over_the_lane(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        kept = [tiny.run(FRANCE, stop_at=2).checkpoint for _ in range(5)]
+        assert server.status().memory.checkpoints == 5
+        del kept
+        gc.collect()
+        tiny.ping()  # what is sent next takes it along
+        until(lambda: server.status().memory.checkpoints == 0, "they are given back")
+
+
+ASKER = """
+import sys, djinn_zmq as djinn
+with djinn.connect(sys.argv[1]) as server:
+    tiny = server.model("tiny")
+    words = ("paris", "berlin", "rome", "madrid", "france", "germany")
+    ids = {word: tiny.encode(word).tolist() for word in words}
+    assert len(list(server.connection.lanes)) == 1
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(int(sys.argv[2])):
+        word = words[(number + int(sys.argv[3])) % len(words)]
+        assert tiny.encode(word).tolist() == ids[word], (number, word)
+    print("all answered", flush=True)
+"""
+
+
+def test_forty_thousand_requests_of_four_clients_at_once_are_neither_lost_nor_mixed(served):
+    with subprocess_group(
+        [[sys.executable, "-c", ASKER, served.endpoint, "10000", str(n)] for n in range(4)]
+    ) as clients:
+        for client in clients:
+            assert client.stdout.readline() == b"ready\n"
+        for client in clients:
+            client.stdin.write(b"go\n")
+            client.stdin.flush()
+        for client in clients:
+            assert client.stdout.readline() == b"all answered\n"
+
+
+class subprocess_group:
+    def __init__(self, commands):
+        self.commands = commands
+
+    def __enter__(self):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.started = [subprocess.Popen(command, **pipes) for command in self.commands]
+        return self.started
+
+    def __exit__(self, *_):
+        for process in self.started:
+            process.kill()
+            process.communicate()
+
+
+def test_many_tasks_wait_on_one_lane_at_once(served):
+    async def main():
+        async with aio.connect(served.endpoint) as server:
+            tiny = await server.model("tiny")
+            texts = [FRANCE, "the capital of germany is", "the capital of italy is"] * 10
+            runs = await asyncio.gather(*(tiny.run(text, stop_at=2) for text in texts))
+            assert len(lanes_of(server)) == 1
+            done = await asyncio.gather(*(run.checkpoint.resume() for run in runs))
+            return [(await one.top(1))[0].token for one in done]
+
+    assert asyncio.run(main()) == ["paris", "berlin", "rome"] * 10
+
+
+def test_the_other_end_of_a_lane_is_in_mid_run_when_a_ping_comes(served):
+    with served.connect() as one, served.connect() as other:
+        mine, theirs = one.model("tiny"), other.model("tiny")
+        mine.ping()
+        seen = []
+        running = threading.Thread(target=lambda: mine.run(LONG))
+        running.start()
+        until(lambda: seen.append(theirs.ping()) or seen[-1] == "running", "the run is on its way")
+        running.join()
+
+
+def test_a_run_on_a_lane_is_cancelled_at_its_deadline_and_by_its_task(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        with pytest.raises(errors.DeadlineExceeded):
+            tiny.run(np.ones((64, 256), int), timeout_s=0.05)
+        assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+    async def main():
+        async with aio.connect(served.endpoint) as server:
+            tiny = await server.model("tiny")
+            run = asyncio.ensure_future(tiny.run(LONG))
+            while await tiny.ping() != "running":
+                pass
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run
+            while await tiny.ping() != "idle":
+                pass
+
+    asyncio.run(main())
+
+
+def test_a_killed_engine_costs_a_waiting_request_and_the_next_lane_is_made_by_itself(fresh):
+    with fresh.connect() as server:
+        tiny = server.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        (first,) = lanes_of(server)
+        pid = fresh.engine_pid()
+        killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"):
+            for _ in range(100):
+                tiny.run(LONG)
+        killer.join()
+        assert point.resume().top(1)[0].token == "paris"
+        until(lambda: tiny.ping() and lanes_of(server), "there is a lane again")
+        assert first.closed and first not in lanes_of(server)
+        assert point.resume().top(1)[0].token == "paris"
+
+
+def test_an_engine_killed_while_nobody_waits_costs_nothing(fresh):
+    with fresh.connect() as server:
+        tiny = server.model("tiny")
+        tiny.ping()
+        pid = fresh.engine_pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: fresh.engine_pid() not in (0, pid), "the death is noticed")
+        assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_in_asyncio_code_a_killed_engine_costs_those_who_wait_and_no_more(fresh):
+    async def main():
+        async with aio.connect(fresh.endpoint) as server:
+            tiny = await server.model("tiny")
+            runs = [asyncio.ensure_future(tiny.run(LONG)) for _ in range(3)]
+            while await tiny.ping() != "running":
+                pass
+            pid = (await server.status()).engines[0].pid
+            os.kill(pid, signal.SIGKILL)
+            results = await asyncio.gather(*runs, return_exceptions=True)
+            assert all(isinstance(one, errors.Lost) for one in results), results
+            run = await tiny.run(FRANCE)
+            assert (await run.top(1))[0].token == "paris"
+
+    asyncio.run(main())
+
+
+# ---- clients that lie
+
+
+def raw_frame(op: Op, meta, session: int, request: int, flags: int = 0) -> bytes:
+    return codec.encode(op, meta, flags=flags, session=session, request=request)
+
+
+@pytest.fixture
+def own(served):
+    """A client, its lane, and what asks over it with bytes of the test's choice."""
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        tiny.ping()
+        (lane,) = lanes_of(server)
+
+        def ask(frame: bytes) -> codec.Message:
+            lane.send([frame])
+            pieces = None
+            while pieces is None:
+                pieces = server.connection.lanes.hear(lane, 10.0)
+            return codec.decode(pieces[0], pieces[1:])
+
+        yield server, tiny, lane, ask
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"", "protocol"),
+        (b"nonsense", "protocol"),
+        (b"DJ" + bytes(30), "protocol"),
+        (bytes(300 * 1024), "protocol"),
+        (raw_frame(Op.PING, messages.Ping(), 4711, 1), "unknown-session"),
+        (raw_frame(Op.PING, messages.Ping(), 4711, 1, Flag.REPLY), "protocol"),
+    ],
+)
+def test_what_is_no_request_is_refused_and_the_next_one_served(own, frame, code):
+    _, tiny, _, ask = own
+    answer = ask(frame)
+    assert answer.header.flags & Flag.ERROR and answer.meta.code == code
+    assert tiny.ping() == "idle"
+
+
+@pytest.mark.parametrize("op", [Op.STOP, Op.LOAD, Op.LEAVE, Op.ENTER, Op.ADOPT, Op.DROP])
+def test_the_servers_own_words_are_not_a_clients_to_say(own, op):
+    _, tiny, _, ask = own
+    meta = {
+        Op.STOP: messages.Stop(),
+        Op.LOAD: messages.Load("tiny", "/", "auto"),
+        Op.LEAVE: messages.Leave(),
+        Op.ENTER: messages.Enter("uid:0", "tiny"),
+        Op.ADOPT: messages.Adopt(inline(np.zeros((1, 1), np.int64)), ()),
+        Op.DROP: messages.Drop((1,)),
+    }[op]
+    answer = ask(raw_frame(op, meta, tiny.session_id, 2**40))
+    assert answer.meta.code == "protocol"
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_another_owners_session_is_not_to_be_reached_over_a_lane(own, served):
+    _, tiny, _, ask = own
+    with djinn.connect(served.tcp) as stranger:  # over tcp without a key each is its own owner
+        theirs = stranger.model("tiny")
+        point = theirs.run(FRANCE, stop_at=2).checkpoint
+        answer = ask(raw_frame(Op.PING, messages.Ping(), theirs.session_id, 2**41))
+        assert answer.meta.code == "unknown-session"
+        answer = ask(
+            raw_frame(Op.RELEASE, messages.Release((point.id,)), tiny.session_id, 2**41 + 1)
+        )
+        assert answer.meta.code == "unknown-checkpoint"
+        assert point.resume().top(1)[0].token == "paris"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda lane: lane._out._words.__setitem__(HEAD, 2**62),  # claims to have written
+        lambda lane: lane._out.put(RECORD.pack(4, 2**32 - 1) + b"what"),
+        lambda lane: lane._out.put(RECORD.pack(8, 1) + struct.pack("<I", 77) + b"what"),
+        lambda lane: (lane._in._words.__setitem__(TAIL, 2**62), lane.send([b"?"])),  # to have read
+    ],
+)
+def test_a_client_whose_ring_lies_is_dropped_and_the_others_go_on(served, lie):
+    with served.connect() as honest:
+        theirs = honest.model("tiny")
+        theirs.ping()
+        with served.connect() as server:
+            tiny = server.model("tiny")
+            tiny.ping()
+            (lane,) = lanes_of(server)
+            lie(lane)
+            lane._ring()
+            until(server.connection.lanes.disturbed, "the liar is told")
+            with pytest.raises(errors.Lost):
+                tiny.ping()
+        assert theirs.run(FRANCE).top(1)[0].token == "paris"
+        until(lambda: len(honest.sessions()) == 1, "the liar's session is closed")
+
+
+def test_a_client_killed_with_requests_on_its_lane_leaves_nothing_behind(served):
+    def killed():
+        with subprocess_group([[sys.executable, "-c", FLOOD, served.endpoint]]) as (process,):
+            assert process.stdout.readline() == b"on the way\n"
+
+    killed()  # the first one makes the server's pools; what they keep is not a leak
+    until(lambda: holdings(served)[0] == 0, "the first client's session ends")
+    before = holdings(served)
+    killed()
+    until(lambda: holdings(served) == before, "all of it comes back")
+
+
+FLOOD = """
+import sys, numpy as np, djinn_zmq as djinn
+from djinn_zmq.client.connection import Call
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.ops import Op
+server = djinn.connect(sys.argv[1])
+tiny = server.model("tiny")
+point = tiny.run(np.ones((16, 200), int), stop_at=1).checkpoint
+wanted = messages.Wanted(4, (2, 3), "none", 0)
+for _ in range(20):
+    server.connection.send(
+        Call(Op.RESUME, messages.Resume(point.id, None, (), wanted), session=tiny.session_id)
+    )
+print("on the way", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lane_is_offered_with_its_three_descriptors_and_for_ones_own_session(served):
+    with served.connect() as server, djinn.connect(served.tcp) as stranger:
+        tiny, theirs = server.model("tiny"), stranger.model("tiny")
+        lease = server.connection.sharing.lease
+        ends = create(CAPACITY)
+        with pytest.raises(errors.ProtocolError, match="2 descriptors beside a Offer"):
+            lease.ask(messages.Offer(tiny.session_id), *ends[:2])
+        with pytest.raises(errors.UnknownSession):
+            lease.ask(messages.Offer(theirs.session_id), *ends)
+        for _ in range(8):
+            lease.ask(messages.Offer(tiny.session_id), *ends)
+        with pytest.raises(errors.Busy, match="8 lanes are open"):
+            lease.ask(messages.Offer(tiny.session_id), *ends)
+        ends.close()
+        assert stranger.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_what_is_offered_as_a_lane_and_is_none_costs_its_client_the_connection(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        lease = server.connection.sharing.lease
+        plain = [os.memfd_create("none") for _ in range(3)]
+        lease.ask(messages.Offer(tiny.session_id), *plain)
+        for fd in plain:
+            os.close(fd)
+        with pytest.raises((errors.Lost, errors.UnknownSession)):
+            while True:
+                tiny.ping()
+    with served.connect() as server:
+        assert server.model("tiny").ping() == "idle"
+
+
+def test_spinning_ends_answer_as_sleeping_ones_do(serve):
+    with (
+        serve("--model=tiny", "--spin-us=200") as running,
+        running.connect(spin_us=200) as server,
+        djinn.connect(running.endpoint, lane=False) as bus,
+    ):
+        tiny = server.model("tiny")
+        for _ in range(200):
+            assert tiny.ping() == "idle"
+            assert bus.model("tiny").ping() == "idle"
+        assert tiny.run(FRANCE).top(1)[0].token == "paris"
+    with pytest.raises(errors.RequestError, match="spin_us is -1"):
+        Settings(spin_us=-1)
