@@ -51,6 +51,7 @@ class TalkJob(Job):
     asked: Generate | None = None
     sampler: Sampler | None = None
     spelling: Spelling | None = None
+    place: str = ""  # inside of a layer, where it starts there
     begun: bool = False  # has it said a token?
     reason: str = ""
     ended: Kept | None = None  # the branch that it has come to

@@ -36,16 +36,18 @@ class _Taken(NamedTuple):
     value: torch.Tensor
 
 
-def recorded(job: Job, plain: Recording, keep: Keep) -> Recording:
+def recorded(
+    job: Job, plain: Recording, keep: Keep, record: Callable[[], Recording] | None = None
+) -> Recording:
     """The recording of *job*'s prompt, with a hand on what runs before the layers.
 
-    plain: the recording without. `job.stopped` says afterwards whether the run stopped there.
+    plain: the recording without. record: how it was made, if not of the prompt alone. `job.stopped` says afterwards whether the run stopped there.
     """
     plan = _plan_of(job)
     if not plan.concerns(BEFORE):
         return plain
     stepper, given = job.model.stepper, plan.given
-    made = _Zone(job, BEFORE, keep).run(None, lambda: stepper.record(plain.ids))
+    made = _Zone(job, BEFORE, keep).run(None, record or (lambda: stepper.record(plain.ids)))
     if made is None:
         return plain
     if given is not None and not _same_arguments(plain, made):
@@ -91,15 +93,17 @@ def _hooked_layer(job: Job, hidden: torch.Tensor, recording: Recording, keep: Ke
     return base if out is None else out
 
 
-def tail(job: Job, hidden: torch.Tensor, recording: Recording, keep: Keep) -> torch.Tensor | None:
-    """logits (batch, positions, vocab); None where the run stopped on the way to them, or where
-    they are not wanted."""
+def tail(
+    job: Job, hidden: torch.Tensor, recording: Recording, keep: Keep, *, last: bool = False
+) -> torch.Tensor | None:
+    """logits (batch, positions, vocab), or the last position's; None where the run stopped on the
+    way to them."""
     plan, stepper = _plan_of(job), job.model.stepper
     if plan.concerns(stepper.num_layers):
         zone, base = _Zone(job, stepper.num_layers, keep), hidden.clone()
         # The model's own way: the short one calls fewer modules.
-        return zone.run(base, lambda: stepper.own_tail(recording.ids, hidden))
-    return None if job.wanted.logits == "none" else stepper.tail(recording.ids, hidden)
+        return zone.run(base, lambda: stepper.own_tail(recording.ids, hidden, last=last))
+    return stepper.tail(recording.ids, hidden, last=last)
 
 
 def handed_in(

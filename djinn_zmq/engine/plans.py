@@ -58,6 +58,8 @@ class Start(NamedTuple):
     layer: int
     place: str = ""
     fresh: bool = False  # at the token ids
+    step: int | None = None  # of a generation: more tokens and steps are to come
+    again: bool = False  # a generation that goes on: it stopped here, and looks further
 
 
 class Planned(NamedTuple):
@@ -108,7 +110,9 @@ class _Planning:
         self._ids = ids
         self._layer = start.layer
         self._depth = model.info.num_layers
-        self._plan = Plan(Moment(ids))
+        self._plan = Plan(Moment(ids, start.step or 0))
+        self._generates = start.step is not None
+        self._again = start.again
         self._from: Key = (BEFORE, -1) if start.fresh else (start.layer, -1)
         self._where = f"the checkpoint after layer {start.layer}"
         if start.place:
@@ -157,14 +161,14 @@ class _Planning:
         for one in asked:
             test = None
             if one.when:
-                test = conditions.ready(one.when, self._model, self._ids)
+                test = conditions.ready(one.when, self._model, self._ids, generates=self._generates)
             if one.at == "":
                 if test is None:
                     raise StopError("a Break with neither a place nor a condition")
                 self._plan.anywhere.append(test)
                 continue
             places = self._find(one.at)
-            many = len(asked) > 1 or _relative(one.at)
+            many = len(asked) > 1 or _relative(one.at) or self._again
             ahead = [place for place in places if self._ahead(place, strictly=many)]
             if not ahead and not many:
                 raise LayerError(f"stop_at {one.at} lies behind {self._where}")
@@ -173,8 +177,10 @@ class _Planning:
 
     def _saved(self, path: int | str, limit: Key) -> Iterable[Place | int]:
         places = self._find(path)
-        ahead = [place for place in places if self._ahead(place, _relative(path))]
+        ahead = [place for place in places if self._ahead(place, _relative(path) or self._again)]
         reached = [place for place in ahead if _key(place) <= limit]
+        if self._again:
+            return reached
         if not ahead:
             raise LayerError(f"save_at {path} lies behind {self._where}")
         if not reached:

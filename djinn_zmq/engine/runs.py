@@ -16,14 +16,13 @@ from djinn_zmq.engine.jobs import Change, EngineSession, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
-from djinn_zmq.engine.plans import Planner, Start, check_layers
+from djinn_zmq.engine.plans import Planner, Start
 from djinn_zmq.engine.stepping import Recording
-from djinn_zmq.errors import EditError, RequestError, StopError
+from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
 from djinn_zmq.wire.messages import Generate, Kept, Resume, Run, Wanted
-from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
@@ -39,7 +38,7 @@ class Runner:
 
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
-        self._planner = Planner()
+        self.planner = Planner()
         self._recordings: OrderedDict[bytes, Recording] = OrderedDict()
         self._recordings_nbytes = 0
 
@@ -64,7 +63,7 @@ class Runner:
             model.check_ids(ids)
             check_logits(asked.wanted, model, len(ids))
             start = Start(0, fresh=True)
-            planned = self._planner.plan(asked.wanted, asked.edits, start, model, ids)
+            planned = self.planner.plan(asked.wanted, asked.edits, start, model, ids)
         job = Job(session, model, ids, 0, asked.wanted, shared, watch, *planned, fresh=True)
         if asked.edits:
             sources = self.sources(session, asked.edits)
@@ -93,7 +92,7 @@ class Runner:
                 raise RequestError("only a checkpoint of this session's own model can be resumed")
             check_logits(asked.wanted, model, len(entry.ids))
             start = Start(layer, entry.kept.place)
-            planned = self._planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
+            planned = self.planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
         job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
         opening = self.opening(job, entry, asked, buffers)
         return job, self.settling(job, self._work(job, opening))
@@ -103,7 +102,7 @@ class Runner:
         that is outside of them."""
         if not entry.place:
             return None
-        (place,) = self._planner.atlas(model).find(entry.place)
+        (place,) = self.planner.atlas(model).find(entry.place)
         if not isinstance(place, Place) or not 0 <= place.zone < model.info.num_layers:
             raise RequestError(f"the checkpoint is at {entry.place}, outside of the layers")
         return place
@@ -246,7 +245,7 @@ class Runner:
                     hidden = job.edit(hidden.clone())
         if not job.stopped:
             hidden = yield from self.through(job, hidden, recording, unchanged)
-        if not job.stopped and (job.wanted.logits != "none" or job.plan is not None):
+        if not job.stopped and (job.wanted.logits != "none" or _stops_behind(job)):
             yield
             with watch.span("compute"):
                 self._take_logits(job, hidden, recording, lent=job.layer == first)
@@ -398,12 +397,9 @@ class Runner:
         return recording
 
 
-def check_wanted(wanted: Wanted, layer: int, model: ServedModel, batch: int) -> None:
-    """As `check_layers` and `check_logits`, for what takes numbers only."""
-    if isinstance(wanted.stop_at, Stops):
-        raise StopError("in a session a run stops after layers: stop_at= and save_at= take numbers")
-    check_layers(wanted.stop_at, wanted.save_at, layer, model)
-    check_logits(wanted, model, batch)
+def _stops_behind(job: Job) -> bool:
+    """Is there anything to do behind the last layer, though no logits are wanted?"""
+    return job.plan is not None and job.plan.concerns(job.model.stepper.num_layers)
 
 
 def check_logits(wanted: Wanted, model: ServedModel, batch: int) -> None:

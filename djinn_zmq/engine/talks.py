@@ -14,12 +14,13 @@ import msgspec
 import numpy as np
 import torch
 
-from djinn_zmq.engine import replies
+from djinn_zmq.engine import inside, replies
 from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob
 from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import Opening, Runner, check_wanted
+from djinn_zmq.engine.plans import Start
+from djinn_zmq.engine.runs import Opening, Runner, check_logits
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
@@ -55,7 +56,7 @@ class Talker:
             if tokens.shape[1] == start.past.length:
                 raise PromptError("an empty prompt cannot be run")
             _check_room(tokens.shape[1], start.static, model)
-            check_wanted(asked.wanted, 0, model, 1)
+            self._check(asked.wanted, Start(0, fresh=True), model, tokens[:, start.past.length :])
         job = self._job(start, tokens, session, model, watch, asked.wanted, shared)
         return job, self._runner.settling(job, self._run(job, None))
 
@@ -75,10 +76,11 @@ class Talker:
             return self._runner.resume(asked, buffers, session, model, watch, shared=shared)
         with watch.span("decode"):
             midway = _midway(entry, session)
-            check_wanted(asked.wanted, entry.kept.layer, model, 1)
+            at = Start(entry.layer, entry.place)
+            self._check(asked.wanted, at, model, entry.ids)
             _check_skips_nothing(asked.edits)
         job = self._job(midway.branch, None, session, model, watch, asked.wanted, shared, midway)
-        job.layer = entry.kept.layer
+        job.layer, job.place = entry.layer, entry.place
         opening = self._runner.opening(job, entry, asked, buffers)
         return job, self._runner.settling(job, self._run(job, opening))
 
@@ -105,11 +107,13 @@ class Talker:
             if asked.max_new_tokens < 0:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
             _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
-            check_wanted(asked.wanted, 0, model, 1)
+            at = Start(0, fresh=True, step=0)
+            self._check(asked.wanted, at, model, tokens[:, start.past.length :])
             _check_skips_nothing(asked.edits)
         job = self._job(start, start.ids, session, model, watch, asked.wanted, shared, midway)
         job.asked = asked
-        job.layer = 0 if entry is None else entry.kept.layer
+        if entry is not None:
+            job.layer, job.place = entry.layer, entry.place
         job.step = (midway.step or 0) if midway is not None else 0
         job.sampler = Sampler(asked.sampling, start.generator, model.device, model.info.vocab_size)
         job.spelling = Spelling(model.tokenizer, tokens[0].tolist(), start.unspelled)
@@ -117,6 +121,11 @@ class Talker:
         if entry is not None:
             opening = self._runner.opening(job, entry, asked, buffers)
         return job, self._runner.settling(job, self._generate(job, opening, tokens))
+
+    def _check(self, wanted: Wanted, at: Start, model: ServedModel, ids: np.ndarray) -> None:
+        """Raises RequestError for what cannot be wanted of a run that begins so."""
+        check_logits(wanted, model, 1)
+        self._runner.planner.plan(wanted, (), at, model, ids)
 
     def _job(
         self,
@@ -174,20 +183,17 @@ class Talker:
     def _run(self, job: TalkJob, opening: Opening | None) -> Turns:
         """One forward, or the rest of one, and the logits that are wanted."""
         job.advance("start")
-        hidden = yield from self._forward(job, opening)
-        stopped = job.wanted.stop_at is not None
-        if not stopped:
-            yield
-            # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
-            whole = job.step is None and job.wanted.logits != "none"
-            logits = self._logits(job, hidden, last=not whole)
+        # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
+        whole = job.step is None and job.wanted.logits != "none"
+        logits = yield from self._forward(job, opening, last=not whole)
+        if logits is not None:
             job.working.finish()
             if job.wanted.logits != "none":
                 job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
                 self._runner.keep_large_logits(job)
             self._end(job, logits[:, -1].clone())
         yield from self._runner.until_done(job)
-        job.advance("stop" if stopped else "finish")
+        job.advance("stop" if job.stopped else "finish")
 
     def _generate(self, job: TalkJob, opening: Opening | None, tokens: np.ndarray) -> Turns:
         """*tokens*: with the prompt. opening: where a forward is to be finished first."""
@@ -230,45 +236,62 @@ class Talker:
     ) -> Generator[None, None, torch.Tensor | None]:
         """One forward of a generation: (1, vocab), behind the last token; None where it stopped."""
         job.wanted = _wanted_in(job, opening is not None)
-        hidden = yield from self._forward(job, opening)
-        if job.wanted.stop_at is not None:
+        logits = yield from self._forward(job, opening, last=True)
+        if logits is None:
             job.reason = "stop"
             return None
-        yield
-        logits = self._logits(job, hidden, last=True)[:, -1]
         job.working.finish()
-        return logits
+        return logits[:, -1]
 
     def _forward(
-        self, job: TalkJob, opening: Opening | None
-    ) -> Generator[None, None, torch.Tensor]:
-        """The tokens that the cache has not seen, through the layers. opening: as in Runner._work."""
-        stepper = job.model.stepper
+        self, job: TalkJob, opening: Opening | None, *, last: bool
+    ) -> Generator[None, None, torch.Tensor | None]:
+        """The tokens that the cache has not seen, through the layers: logits (1, positions, vocab),
+        or of the last position alone; None where it stopped.
+
+        opening: as in Runner._work, at `job.layer` and `job.place`.
+        """
+        stepper, keep = job.model.stepper, self._runner.keep
         if opening is None:
-            job.layer = 0
-            job.id = new_id()
+            job.layer, job.place, job.id = 0, "", new_id()
             if job.working.hollow:
                 past = job.working.past
                 job.working = stepper.caches.open(past, job.start.static, job.session.account)
-        if job.wanted.stop_at is not None or job.wanted.save_at:
-            job.working.commit()
-        job.ids = job.tokens[:, job.working.length :]
+        job.ids = np.ascontiguousarray(job.tokens[:, job.working.length :])
+        self._plan(job, opening is None)
         job.working.begin(job.ids.shape[1])
-        with job.watch.span("record"):
-            ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
-            recording = stepper.record(ids, job.working.cache)
-        given, unchanged = recording.embedded, None
+        ids = torch.from_numpy(job.ids).to(job.model.device)
+        cache = job.working.cache
+        hidden: torch.Tensor | None = None
+        unchanged: Entry | None = None
         if opening is not None:
-            given, unchanged = yield from opening
-        assert not isinstance(job.wanted.stop_at, Stops)
-        job.stop_at, job.save_at = job.wanted.stop_at, job.wanted.save_at
-        hidden = yield from self._runner.through(job, given, recording, unchanged)
-        return hidden
-
-    def _logits(self, job: TalkJob, hidden: torch.Tensor, *, last: bool) -> torch.Tensor:
+            hidden, unchanged = yield from opening
+        with job.watch.span("record"):
+            recording = stepper.record(ids, cache)
+            if hidden is None and job.plan is not None:
+                recording = inside.recorded(
+                    job, recording, keep, lambda: stepper.record(ids, cache)
+                )
+        if not job.stopped:
+            given = recording.embedded if hidden is None else hidden
+            hidden = yield from self._runner.through(job, given, recording, unchanged)
+        if job.stopped or hidden is None:
+            return None
+        yield
         with job.watch.span("compute"):
-            ids = torch.from_numpy(np.ascontiguousarray(job.ids)).to(job.model.device)
-            return job.model.stepper.tail(ids, hidden, last=last, lent=True)
+            if job.plan is not None:
+                return inside.tail(job, hidden, recording, keep, last=last)
+            return stepper.tail(ids, hidden, last=last, lent=True)
+
+    def _plan(self, job: TalkJob, fresh: bool) -> None:
+        """What the forward at hand stops and saves at."""
+        again = job.asked is not None and not fresh
+        start = Start(job.layer, job.place, fresh, job.step, again)
+        planned = self._runner.planner.plan(job.wanted, (), start, job.model, job.ids)
+        job.stop_at, job.save_at, job.plan = planned
+        job.stopped, job.fresh = False, fresh
+        if planned != (None, (), None):
+            job.working.commit()
 
     def _end(self, job: TalkJob, logits: torch.Tensor | None) -> None:
         """Keep what the job has come to as a branch of its session."""
@@ -348,7 +371,7 @@ def _wanted_in(job: TalkJob, midway: bool) -> Wanted:
     wanted, steps = job.asked.wanted, job.asked.steps
     if steps and job.step not in steps:
         return msgspec.structs.replace(wanted, stop_at=None, save_at=())
-    if not midway:
+    if not midway or isinstance(wanted.stop_at, Stops):
         return wanted
     stop = wanted.stop_at
     assert not isinstance(stop, Stops)

@@ -120,6 +120,19 @@ def test_a_stop_in_a_named_step_has_branches_that_do_not_see_each_other(session)
     assert ids[0] == ids[2] != ids[1] and len(ids[0]) == 11
 
 
+def test_it_stops_inside_a_layer_on_a_condition_and_goes_on_from_there(session, tiny):
+    at = djinn.Break("layers.2.mlp", when=djinn.Step(2))
+    stopped = session.generate(FRANCE, 5, ends=(), logits="last", stop_at=at)
+    heard = said(stopped)
+    assert len(heard) == 2 and stopped.checkpoint.place == "layers.2.mlp"
+    rest = said(stopped.resume(djinn.Add(np.zeros(64))))
+    silenced = said(stopped.resume(djinn.Zero()))
+    assert session.back(by="token") is stopped.checkpoint
+    with tiny.session() as other:
+        assert said(other.generate(FRANCE, 5, ends=(), logits="last")) == heard + rest
+    assert silenced[0] != rest[0]
+
+
 def test_a_checkpoint_resumed_is_gone_on_from_and_patched_from_another_session(session, tiny):
     point = session.run(FRANCE, stop_at=1).checkpoint
     with tiny.session() as other:

@@ -27,7 +27,7 @@ from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.talks import Talker
-from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError
+from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, StopError
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
@@ -41,8 +41,9 @@ from djinn_zmq.wire.messages import (
     Sampling,
     Wanted,
 )  # fmt: skip
+from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
 from djinn_zmq.wire.tensors import inline
-from tests.engine.architectures import NAMES, VOCAB_SIZE, prompts, tiny_model
+from tests.engine.architectures import NAMES, PROMPT_LENGTH, VOCAB_SIZE, prompts, tiny_model
 
 CPU = torch.device("cpu")
 LIMITS = Settings(host_memory=8 * MIB, arena=1 * MIB)
@@ -196,9 +197,12 @@ def own_cache_name(own: Any) -> str:
     return next(name for name in ("cache", "past_key_values") if name in takes)
 
 
-@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+EVERY = [(name, torch.float32, static) for name in NAMES for static in (0, STATIC)]
+FEW = ["Llama", "Gemma2", "Mistral", "GPT2", "Lfm2"]
+IN_BFLOAT16 = [(name, torch.bfloat16, 0) for name in FEW]
+
+
+@pytest.mark.parametrize(("name", "dtype", "static"), EVERY + IN_BFLOAT16)
 def test_generation_is_the_models_own_bit_for_bit_and_so_it_is_when_stopped_in_every_step(
     keeping: Keeping, name: str, dtype: Any, static: int
 ) -> None:
@@ -222,7 +226,6 @@ def test_generation_is_the_models_own_bit_for_bit_and_so_it_is_when_stopped_in_e
     assert logits_so_far == logits
 
 
-FEW = ["Llama", "Gemma2", "Mistral", "GPT2", "Lfm2"]
 SOME = pytest.mark.parametrize("name", FEW)
 
 
@@ -399,6 +402,89 @@ def test_what_is_released_gives_every_byte_back(keeping: Keeping, name: str, sta
                 del talk.session.branches[number]
         del heard
         assert talk.session.account.nbytes == before
+
+
+PLACES = ["layers.1.mlp", "layers.1.self_attn.input", "layers.0.self_attn.heads"]
+ENDS = ["embedding", "norm", "head", "head.input", ".mlp"]
+
+
+def stops(*breaks: Break, saves: tuple[str, ...] = ()) -> Wanted:
+    return Wanted(Stops(breaks, saves), (), "last", 0)
+
+
+@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("place", [*PLACES, *ENDS])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_stop_inside_of_every_step_and_a_zero_edit_there_change_no_bit(
+    keeping: Keeping, name: str, place: str, static: int
+) -> None:
+    served = both(name, torch.float32)[0]
+    whole = Talk(keeping, served, static).generate(prompts(1))
+    talk = Talk(keeping, served, static)
+    heard = talk.generate(prompts(1), wanted=stops(Break(place, ())))
+    logits, stopped = heard.logits, 0
+    while heard.reason == "stop":
+        stopped += 1
+        point = heard.job.kept[-1]
+        assert point.place and point.past == PROMPT_LENGTH + len(logits)
+        zero = wire.Add(inline(np.zeros((), np.float32)), index_of(...))
+        heard = talk.generate(
+            None,
+            NEW - len(logits),
+            checkpoint=point.id,
+            edits=(zero,),
+            wanted=stops(Break(place, ())),
+        )
+        logits += heard.logits
+    assert stopped == NEW * (served.info.num_layers if place == ".mlp" else 1)
+    assert logits == whole.logits
+
+
+@pytest.mark.parametrize("name", ["Mistral"])
+def test_an_edit_of_a_head_in_one_step_is_as_the_models_own_with_a_hook(
+    talk: Talk, name: str
+) -> None:
+    own = both(name, torch.float32)[1]
+    calls = 0
+
+    def silence_in_step_2(module: Any, args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != 3:
+            return None
+        mixed = args[0].clone()
+        mixed[..., 8:16] = 0
+        return (mixed,)
+
+    hook = own.model.layers[1].self_attn.o_proj.register_forward_pre_hook(silence_in_step_2)
+    try:
+        tokens, logits = reference(own, prompts(1))
+    finally:
+        hook.remove()
+    at = stops(Break("layers.1.self_attn.heads", (((Step(2),),))))
+    heard = talk.generate(prompts(1), wanted=at)
+    assert len(heard.tokens) == 2 and heard.reason == "stop"
+    silenced = wire.Zero(index_of((0, -1, 1)))
+    rest = talk.generate(None, NEW - 2, checkpoint=heard.job.kept[-1].id, edits=(silenced,))
+    assert heard.tokens + rest.tokens == tokens and heard.logits + rest.logits == logits
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_a_generation_stops_where_a_condition_holds(talk: Talk, name: str) -> None:
+    whole = talk.generate(prompts(1), branch=0)
+    token = whole.tokens[3]
+    heard = talk.generate(prompts(1), branch=0, wanted=stops(Break(1, ((Token(token),),))))
+    first = whole.tokens.index(token)
+    assert heard.reason == "stop" and heard.tokens == whole.tokens[: first + 1]
+    heard = talk.generate(prompts(1), branch=0, wanted=stops(Break("", ((HasNaN(),),))))
+    assert heard.reason == "length" and heard.logits == whole.logits
+    saved = talk.generate(prompts(1), branch=0, wanted=stops(saves=("layers.2.mlp", "norm")))
+    assert saved.logits == whole.logits and len([one for one in talk.kept if one.place]) == 2 * NEW
+    point = next(one for one in talk.kept if one.place == "layers.2.mlp")
+    assert talk.resume(point.id).logits is not None
+    with pytest.raises(StopError, match='"layers.9.mlp" names no module'):
+        talk.generate(prompts(1), branch=0, wanted=stops(Break("layers.9.mlp", ())))
+    assert talk.generate(prompts(1), branch=0).logits == whole.logits
 
 
 # ---- what is refused
