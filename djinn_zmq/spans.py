@@ -5,8 +5,6 @@ attribute (the two ways over the bus, and the wake-ups) is the rest, called "wir
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Stopwatch:
@@ -16,13 +14,9 @@ class Stopwatch:
         self.start_ns = time.perf_counter_ns() if start_ns is None else start_ns
         self.spent: dict[str, int] = {}
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter_ns()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter_ns() - begin)
+    def span(self, name: str) -> "Span":
+        """A `with` block whose time is added under *name*, also where it raises."""
+        return Span(self, name)
 
     def add(self, name: str, elapsed_ns: int) -> None:
         self.spent[name] = self.spent.get(name, 0) + elapsed_ns
@@ -35,6 +29,22 @@ class Stopwatch:
         left = max(0, self.elapsed_ns() - sum(self.spent.values()))
         spans = tuple(self.spent.items())
         return ((rest, left), *spans) if first else (*spans, (rest, left))
+
+
+class Span:
+    """One stretch of a stopwatch. Not a generator's context manager: that one costs 3 us."""
+
+    __slots__ = ("_begin_ns", "_name", "_watch")
+
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self._watch = watch
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._begin_ns = time.perf_counter_ns()
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.add(self._name, time.perf_counter_ns() - self._begin_ns)
 
 
 class Spans(tuple[tuple[str, int], ...]):

@@ -5,6 +5,7 @@ so everything here outlives this process. A successor adopts what the server han
 """
 
 import contextlib
+import itertools
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,9 +48,16 @@ LOCAL_OWNER = f"uid:{os.getuid()}"
 NO_FACTS: Mapping[str, str] = MappingProxyType({})
 
 
+_first = secrets.randbits(61)
+_count = itertools.count(1).__next__
+
+
 def new_id() -> int:
-    """A number no run or kept tensor of this engine or its predecessors has."""
-    return secrets.randbits(62) | 1
+    """A number no run or kept tensor of this engine or its predecessors has.
+
+    Counted from a random start: whose a number is is checked, so it need not be hard to guess.
+    """
+    return _first + _count()
 
 
 def _zone(owner: str) -> str:

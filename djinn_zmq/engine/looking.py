@@ -64,16 +64,16 @@ class Looker:
         """A job for a look. Raises UnknownCheckpoint, and RequestError for what cannot be seen."""
         with watch.span("decode"):
             entry = self._find(asked.view.checkpoint, session)
-            if entry.kept.session != session.id:
+            if entry.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be looked at")
-            layer = entry.kept.layer
+            layer = entry.layer
             job = LookJob(session, model, entry.ids, layer, NO_RUN, shared, watch)
             work = self._views[type(asked.view)](job, entry, asked.view)
         return job, self._runner.settling(job, self._work(job, work))
 
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
-        if entry.kept.layer < 0:
+        if entry.layer < 0:
             raise RequestError(f"{number:x} is not a checkpoint")
         return entry
 
@@ -120,7 +120,7 @@ class Looker:
                 raise SelectionError(
                     f"position {position} of a prompt of {extent}: allowed {-extent} to {extent - 1}"
                 )
-        entries = sorted(self._saved_with(entry), key=lambda one: one.kept.layer)
+        entries = sorted(self._saved_with(entry), key=lambda one: one.layer)
         if not entries:
             raise RequestError("the run keeps no checkpoint between two layers: save_at= some")
         positions = list(view.positions) or list(range(extent))
@@ -139,25 +139,25 @@ class Looker:
                     found = (*top_of(flat, view.k), log_norm_of(flat))
                     rows.append([part.reshape(batch, len(positions), -1) for part in found])
             values, ids, log_norm = (torch.stack(parts) for parts in zip(*rows, strict=True))
-            layers = torch.tensor([one.kept.layer for one in entries])
+            layers = torch.tensor([one.layer for one in entries])
             job.seen += [layers, values, ids, log_norm[..., 0]]
 
         return work()
 
     def _saved_with(self, entry: Entry) -> list[Entry]:
         """The checkpoints between two layers of *entry*'s run."""
-        run, session = entry.kept.run, entry.kept.session
+        run, session = entry.run, entry.session
         saved = [
             one
             for one in self._keeping.entries.values()
-            if (one.kept.run, one.kept.session) == (run, session) and one.kept.layer >= 0
+            if (one.run, one.session) == (run, session) and one.layer >= 0
         ]
-        inputs = {one.kept.base for one in saved}  # kept for what is inside of a layer
-        return [one for one in saved if not one.kept.place and one.kept.id not in inputs]
+        inputs = {one.base for one in saved}  # kept for what is inside of a layer
+        return [one for one in saved if not one.place and one.id not in inputs]
 
     def _diff(self, job: LookJob, entry: Entry, view: Diff) -> Iterator[None]:
         other = self._find(view.other, job.session)
-        here, there = entry.kept.tensor, other.kept.tensor
+        here, there = entry.body.tensor, other.body.tensor
         if here.shape != there.shape:
             raise RequestError(
                 f"a checkpoint of shape {here.shape} and one of {there.shape} cannot be compared"
@@ -181,7 +181,7 @@ class Looker:
             raise LayerError(
                 f'layer {view.layer} does not exist: "{model.info.name}" has layers 1 to {last}'
             )
-        if entry.midway is not None or entry.kept.past:
+        if entry.midway is not None or entry.past:
             raise RequestError(
                 "the attention of a session's checkpoint reaches into a past: look at it in a plain run"
             )
@@ -216,9 +216,9 @@ def _check_top(k: int, rows: int, model: ServedModel) -> None:
 
 
 def _check_between(entry: Entry) -> None:
-    if entry.kept.place:
+    if entry.place:
         raise RequestError(
-            f"the checkpoint is at {entry.kept.place}: this look needs one between two layers"
+            f"the checkpoint is at {entry.place}: this look needs one between two layers"
         )
 
 

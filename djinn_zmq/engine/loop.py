@@ -350,7 +350,7 @@ class EngineLoop:
         gone = []
         for number in message.meta.ids:
             entry = self._keeping.entries.get(number)
-            if entry is not None and entry.kept.session == session.id:
+            if entry is not None and entry.session == session.id:
                 gone.append(number)
             elif not one_way:  # what a client's garbage collection finds may be gone already
                 raise UnknownCheckpoint(

@@ -87,11 +87,11 @@ class Runner:
         """
         with watch.span("decode"):
             entry = self._keeping.find(asked.checkpoint, session.owner)
-            layer = entry.kept.layer
-            if layer < 0 or entry.kept.session != session.id:
+            layer = entry.layer
+            if layer < 0 or entry.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be resumed")
             check_logits(asked.wanted, model, len(entry.ids))
-            start = Start(layer, entry.kept.place)
+            start = Start(layer, entry.place)
             planned = self.planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
         job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
         opening = self.opening(job, entry, asked, buffers)

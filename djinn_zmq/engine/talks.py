@@ -72,7 +72,7 @@ class Talker:
     ) -> tuple[Job, Turns]:
         """A job that goes on from a checkpoint, a session's or another."""
         entry = self._keeping.find(asked.checkpoint, session.owner)
-        if entry.midway is None and not entry.kept.past:
+        if entry.midway is None and not entry.past:
             return self._runner.resume(asked, buffers, session, model, watch, shared=shared)
         with watch.span("decode"):
             midway = _midway(entry, session)
@@ -323,16 +323,16 @@ def _start(asked: Continue | Generate, session: EngineSession, model: ServedMode
 
 
 def _midway(entry: Entry, session: EngineSession) -> Midway:
-    if entry.kept.session != session.id or entry.kept.layer < 0:
+    if entry.session != session.id or entry.layer < 0:
         raise RequestError("only a checkpoint of this session can be gone on from")
-    if entry.midway is None and not entry.kept.past:
+    if entry.midway is None and not entry.past:
         raise RequestError(
             "a checkpoint of a plain run has no past to generate from: run its prompt in a session"
         )
     if entry.midway is None:
         raise Lost(
-            f"checkpoint {entry.kept.id:x} goes on from the keys and values of "
-            f"{entry.kept.past} tokens, which died with their engine: run them again"
+            f"checkpoint {entry.id:x} goes on from the keys and values of "
+            f"{entry.past} tokens, which died with their engine: run them again"
         )
     return entry.midway
 

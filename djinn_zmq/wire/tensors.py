@@ -31,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # `dtype.name` is Python, and slow
 
 
 class Inline(msgspec.Struct, frozen=True, array_like=True, tag=0, forbid_unknown_fields=True):
@@ -129,10 +130,9 @@ def over(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.nda
 
 def dtype_name(dtype: np.dtype) -> str | None:
     """The wire's name of a numpy dtype, None where it has none (byte order counts)."""
-    name = dtype.name
-    return name if DTYPES.get(name) == dtype else None
+    return NAMES.get(dtype)
 
 
 def inline(array: np.ndarray) -> Tensor:
     """*array*, C-contiguous and of a wire dtype, as a tensor inside the meta."""
-    return Tensor(array.dtype.name, array.shape, Inline(array.tobytes()))
+    return Tensor(NAMES[array.dtype], array.shape, Inline(array.tobytes()))
