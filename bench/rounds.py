@@ -87,6 +87,7 @@ def _measured(
             if number >= 0:
                 rows.append(
                     {
+                        "n": 1,
                         "round": number,
                         "engine": _resident(pids[1]),
                         "server": _resident(pids[0]),

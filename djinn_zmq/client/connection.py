@@ -39,6 +39,7 @@ from djinn_zmq.wire.codec import NOT_A_REPLY, Header, Message
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
+from djinn_zmq.wire.talks import Generated, Token
 
 T = TypeVar("T")
 Frames = tuple[Piece, Sequence[Piece]]
@@ -387,10 +388,10 @@ class Connection:
             for number in (meta.logits_id, meta.branch):
                 if number:
                     self.forget(session, number)
-        elif isinstance(meta, (messages.Token, messages.Generated)):
+        elif isinstance(meta, (Token, Generated)):
             for kept in meta.checkpoints:
                 self.forget(session, kept.id)
-            if isinstance(meta, messages.Generated) and meta.branch:
+            if isinstance(meta, Generated) and meta.branch:
                 self.forget(session, meta.branch)
         elif isinstance(meta, LookReply):
             for seen in meta.seen:

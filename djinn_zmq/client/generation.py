@@ -16,7 +16,7 @@ from djinn_zmq.client.run import Checkpoint, Way, along
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import LayerError, RequestError
 from djinn_zmq.spans import Spans
-from djinn_zmq.wire import messages
+from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
@@ -51,7 +51,7 @@ class Wish:
     wanted: messages.Wanted
     steps: tuple[int, ...]
     max_new_tokens: int | None
-    sampling: messages.Sampling
+    sampling: talks.Sampling
     ends: tuple[int, ...] | None
     timeout_s: float | None
 
@@ -77,7 +77,7 @@ class Said:
             self.session.standing = replace(self.begin, pending=pending)
 
 
-class Generation(Parts[GeneratedToken, messages.Generated]):
+class Generation(Parts[GeneratedToken, talks.Generated]):
     """Tokens as they come: iterate, `async for` in asyncio code. Then:
 
     tokens: those so far. text: theirs. reason: why it is over: "length", "end" (an end token),
@@ -134,7 +134,7 @@ class Generation(Parts[GeneratedToken, messages.Generated]):
         wish = replace(
             self._wish,
             max_new_tokens=None if left is None else left - len(self.tokens),
-            sampling=messages.Sampling(
+            sampling=talks.Sampling(
                 self._wish.sampling.temperature,
                 self._wish.sampling.top_k,
                 self._wish.sampling.top_p,
@@ -156,7 +156,7 @@ class Generation(Parts[GeneratedToken, messages.Generated]):
         hidden, edits = None, ()
         if point is not None:
             hidden, edits = yield from point.carry(begin.edits, begin.hidden, parcel)
-        meta = messages.Generate(
+        meta = talks.Generate(
             branch=0 if mark is None else mark.number,
             static=session.static,
             checkpoint=0 if point is None else point.id,
@@ -190,7 +190,7 @@ class Generation(Parts[GeneratedToken, messages.Generated]):
 
     def _token(self, message: Message) -> Operation[GeneratedToken]:
         self._on_answer()
-        part: messages.Token = message.meta
+        part: talks.Token = message.meta
         said = self._said
         if part.before is not None:
             said.before = np.array(view(part.before, message.buffers))[0]
@@ -234,7 +234,7 @@ class Generation(Parts[GeneratedToken, messages.Generated]):
     def _begin_ids(self) -> np.ndarray:
         return self._said.begin.ids
 
-    def _tops(self, part: messages.Token, message: Message) -> Operation[list[Top]]:
+    def _tops(self, part: talks.Token, message: Message) -> Operation[list[Top]]:
         values = view(part.top_values, message.buffers)[0].astype(np.float64)  # type: ignore[arg-type]
         ids = view(part.top_ids, message.buffers)[0]  # type: ignore[arg-type]
         pieces = yield from self.session.pieces_of(ids)
@@ -244,9 +244,9 @@ class Generation(Parts[GeneratedToken, messages.Generated]):
             for piece, number, value in zip(pieces, ids, values, strict=True)
         ]
 
-    def _outcome(self, message: Message) -> Operation[messages.Generated]:
+    def _outcome(self, message: Message) -> Operation[talks.Generated]:
         self._on_answer()
-        reply: messages.Generated = message.meta
+        reply: talks.Generated = message.meta
         self.reason, self.step, self.layer = reply.reason, reply.step, reply.layer
         self.spans = Spans(reply.spans)
         ids = np.array(view(reply.ids, message.buffers))[0]
@@ -281,7 +281,7 @@ def wish_of(
     if logits == "all":
         raise RequestError('logits="all": a token has its own, "last"; or "none", or how many')
     wanted = wanted_of(stop_at, save_at, logits, 0, model.num_layers)
-    sampling = messages.Sampling(
+    sampling = talks.Sampling(
         _number("temperature", temperature),
         _whole("top_k", top_k),
         _number("top_p", top_p),

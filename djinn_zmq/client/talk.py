@@ -28,7 +28,7 @@ from djinn_zmq.client.run import Checkpoint, Run, Way, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import Closed, PromptError, RequestError
-from djinn_zmq.wire import messages
+from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
 
@@ -115,7 +115,7 @@ class Session(Channel):
             if not text and ids is None:
                 raise PromptError("an empty prompt cannot be run")
             number = 0 if here.mark is None else here.mark.number
-            meta = messages.Continue(number, self.static, text, ids, wanted)
+            meta = talks.Continue(number, self.static, text, ids, wanted)
             before = NO_IDS if here.mark is None else here.mark.ids
             way = Way(here.previous, before)
             run = yield from ask(self, Op.CONTINUE, meta, parcel, timeout_s, way)

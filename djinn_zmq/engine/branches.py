@@ -13,7 +13,8 @@ from djinn_zmq.engine.caches import Past, Segment, Working
 from djinn_zmq.engine.jobs import Job
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
-from djinn_zmq.wire.messages import Generate, Kept
+from djinn_zmq.wire.messages import Kept
+from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import Inline, Tensor
 
 NO_TENSOR = Tensor("uint8", (0,), Inline(b""))  # of a branch, which is told by its id alone

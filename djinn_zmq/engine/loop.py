@@ -45,7 +45,7 @@ from djinn_zmq.errors import (
 )
 from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire import codec, messages, talks
 from djinn_zmq.wire.codec import NOBODYS, OF_ANSWERS, Header, Message
 from djinn_zmq.wire.messages import Flag, Kept
 from djinn_zmq.wire.ops import Op
@@ -500,7 +500,7 @@ class EngineLoop:
     def _tell_held(self, session: EngineSession) -> None:
         if session.account.nbytes != session.told_nbytes:
             session.told_nbytes = session.account.nbytes
-            self._answers.tell(Op.HELD, messages.Held(session.told_nbytes), session.id)
+            self._answers.tell(Op.HELD, talks.Held(session.told_nbytes), session.id)
 
 
 def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:

@@ -14,8 +14,9 @@ from djinn_zmq.engine.looking import LookJob
 from djinn_zmq.engine.moving import HoldJob, MoveJob, RestoreJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
 from djinn_zmq.wire.looks import LookReply, Seen
-from djinn_zmq.wire.messages import Generated, RunReply, Token, TokensReply
+from djinn_zmq.wire.messages import RunReply, TokensReply
 from djinn_zmq.wire.sweeps import Outcomes, Results, SweepReply, TraceReply
+from djinn_zmq.wire.talks import Generated, Token
 from djinn_zmq.wire.tensors import INLINE_LIMIT, Frame, Inline, Tensor, inline
 
 Buffers = list[bytes | memoryview]

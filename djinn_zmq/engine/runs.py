@@ -22,7 +22,8 @@ from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
-from djinn_zmq.wire.messages import Generate, Kept, Resume, Run, Wanted
+from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
+from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot

@@ -9,7 +9,7 @@ from transformers.generation.logits_process import (
 )
 
 from djinn_zmq.errors import RequestError
-from djinn_zmq.wire.messages import Sampling
+from djinn_zmq.wire.talks import Sampling
 
 
 class Sampler:

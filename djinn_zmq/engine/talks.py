@@ -26,8 +26,9 @@ from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
-from djinn_zmq.wire.messages import BRANCH, Continue, Generate, Kept, Resume, Wanted
+from djinn_zmq.wire.messages import BRANCH, Kept, Resume, Wanted
 from djinn_zmq.wire.stops import Stops
+from djinn_zmq.wire.talks import Continue, Generate
 
 
 class Talker:

@@ -14,8 +14,9 @@ from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Held, Keep, Leave, Opened, Progress
+from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opened, Progress
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.talks import Held
 from djinn_zmq.wire.tensors import Slot
 from djinn_zmq.wire.tiers import Moved
 

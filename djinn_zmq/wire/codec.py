@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
-from djinn_zmq.wire import messages, sweeps, tiers
+from djinn_zmq.wire import messages, sweeps, talks, tiers
 from djinn_zmq.wire.edits import tensors_in
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
@@ -189,16 +189,16 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     tiers.RestoreReply: lambda meta: (meta.kept.tensor,),
     tiers.Moved: lambda meta: (meta.kept.tensor,),
     LookReply: lambda meta: (seen.tensor for seen in meta.seen),
-    messages.Continue: lambda meta: (meta.ids,),
-    messages.Generate: lambda meta: (meta.ids, meta.hidden, *tensors_in(meta.edits)),
-    messages.Token: lambda meta: (
+    talks.Continue: lambda meta: (meta.ids,),
+    talks.Generate: lambda meta: (meta.ids, meta.hidden, *tensors_in(meta.edits)),
+    talks.Token: lambda meta: (
         meta.before,
         meta.logits,
         meta.top_values,
         meta.top_ids,
         *(kept.tensor for kept in meta.checkpoints),
     ),
-    messages.Generated: lambda meta: (meta.ids, *(kept.tensor for kept in meta.checkpoints)),
+    talks.Generated: lambda meta: (meta.ids, *(kept.tensor for kept in meta.checkpoints)),
     sweeps.Sweep: lambda meta: (one for edits in meta.branches for one in tensors_in(edits)),
     sweeps.Trace: lambda meta: (
         prompt for prompt in (meta.clean, meta.corrupted) if isinstance(prompt, Tensor)

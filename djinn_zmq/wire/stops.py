@@ -46,3 +46,12 @@ class Stops(msgspec.Struct, frozen=True, array_like=True, tag=0, forbid_unknown_
 
     breaks: tuple[Break, ...]
     saves: tuple[str, ...]  # paths; numbers are in `Wanted.save_at`
+
+
+class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where to stop, what to keep on the way, and which logits to send."""
+
+    stop_at: int | None | Stops
+    save_at: tuple[int, ...]
+    logits: str  # "last", "all", "none", or "top"
+    top: int  # how many, for "top"

@@ -31,17 +31,9 @@ from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, StopEr
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
-from djinn_zmq.wire.messages import (
-    Continue,
-    Generate,
-    Granted,
-    Kept,
-    Load,
-    Resume,
-    Sampling,
-    Wanted,
-)  # fmt: skip
+from djinn_zmq.wire.messages import Granted, Kept, Load, Resume, Wanted
 from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
+from djinn_zmq.wire.talks import Continue, Generate, Sampling
 from djinn_zmq.wire.tensors import inline
 from tests.engine.architectures import NAMES, PROMPT_LENGTH, VOCAB_SIZE, prompts, tiny_model
 
