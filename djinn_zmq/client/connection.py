@@ -522,7 +522,7 @@ class Connection:
                 session=session,
             )
             try:
-                self._send(frame, (), self.lanes.of(session))
+                self._send(frame, (), None if ended else self.lanes.of(session))
             except Busy:
                 by_session[session] = numbers
                 self._garbage.extend((s, n) for s, ns in by_session.items() for n in ns)

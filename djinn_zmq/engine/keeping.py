@@ -357,6 +357,13 @@ class Keeping:
             elif number in self.holds and session in (None, self.holds.session_of(number)):
                 self.holds.end(number, gone=False)
 
+    def has(self, number: int, session: int) -> bool:
+        """Is *number* a checkpoint, kept logits or a hold of *session*?"""
+        entry = self.entries.get(number)
+        if entry is not None:
+            return entry.session == session
+        return number in self.holds and self.holds.session_of(number) == session
+
     def drop_session(self, session: int) -> None:
         """All that *session* has, whether anybody was told of it or not."""
         self.drop([number for number, one in self.entries.items() if one.session == session])

@@ -272,12 +272,18 @@ class EngineLoop:
         self._keeping.drop_session(number)
 
     def _drop(self, message: Message) -> None:
-        self._keeping.drop(message.meta.ids, message.header.session)
         session = self._sessions.get(message.header.session)
-        if session is not None:
-            for number in message.meta.ids:
-                session.branches.pop(number, None)
-            self._tell_held(session)
+        if session is None:
+            self._keeping.drop(message.meta.ids, message.header.session)
+        else:
+            self._let_go(session, message.meta.ids)
+
+    def _let_go(self, session: EngineSession, numbers: Sequence[int]) -> None:
+        """End what is the session's own: checkpoints, logits, holds, branches."""
+        self._keeping.drop(numbers, session.id)
+        for number in numbers:
+            session.branches.pop(number, None)
+        self._tell_held(session)
 
     def _adopt(self, message: Message) -> None:
         self._adopting = True
@@ -349,14 +355,13 @@ class EngineLoop:
         one_way = bool(message.header.flags & Flag.ONE_WAY)
         gone = []
         for number in message.meta.ids:
-            entry = self._keeping.entries.get(number)
-            if entry is not None and entry.session == session.id:
+            if number in session.branches or self._keeping.has(number, session.id):
                 gone.append(number)
             elif not one_way:  # what a client's garbage collection finds may be gone already
                 raise UnknownCheckpoint(
                     f"checkpoint {number:x} is not one of this session: it may have been released"
                 )
-        self._keeping.drop(gone)
+        self._let_go(session, gone)
         self._answers.tell(Op.DROP, messages.Drop(tuple(gone)), session.id)
         if not one_way:
             self._answers.answer(envelope, message.header, messages.Done())

@@ -20,7 +20,7 @@ from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
-from djinn_zmq.engine.runs import Opening, Runner, check_logits
+from djinn_zmq.engine.runs import FRAME_LIMIT, Opening, Runner, check_logits
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
@@ -108,6 +108,7 @@ class Talker:
             if asked.max_new_tokens < 0:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
             _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
+            _check_logits_fit(asked.wanted, model)
             at = Start(0, fresh=True, step=0)
             self._check(asked.wanted, at, model, tokens[:, start.past.length :])
             _check_skips_nothing(asked.edits)
@@ -350,6 +351,16 @@ def _check_room(count: int, static: int, model: ServedModel, new: int = 1) -> No
     if static and count + new - 1 > static:
         more = f" and {new} new ones" if new > 1 else ""
         raise PromptError(f"{count} tokens{more}: the session's static cache has {static} places")
+
+
+def _check_logits_fit(wanted: Wanted, model: ServedModel) -> None:
+    """A token's logits travel in one frame, with the token."""
+    nbytes = model.info.vocab_size * model.stepper.model.dtype.itemsize
+    if wanted.logits == "last" and nbytes > FRAME_LIMIT:
+        raise RequestError(
+            f"the logits of {model.info.vocab_size} tokens take {nbytes} bytes, a part of an answer "
+            f"at most {FRAME_LIMIT}: ask for the likeliest, logits=20 say"
+        )
 
 
 def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:

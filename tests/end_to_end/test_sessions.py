@@ -180,6 +180,21 @@ def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
         list(gone)
 
 
+@pytest.mark.parametrize("where", ["ipc", "tcp"])
+def test_a_reader_that_takes_its_time_stops_its_own_generation_and_nobody_else(served, where):
+    endpoint = served.endpoint if where == "ipc" else served.tcp
+    with djinn.connect(endpoint) as server:
+        tiny = server.model("tiny")
+        with tiny.session() as slow, tiny.session() as other:
+            generation = slow.generate("the", 200, ends=())
+            next(generation)
+            limit = time.monotonic() + WAIT_S
+            while tiny.ping() != "idle":  # paused: as many as it has room for are on the way
+                assert time.monotonic() < limit
+            assert len(list(other.generate("the", 30, ends=()))) == 30
+            assert [token.step for token in generation] == list(range(1, 200))
+
+
 def test_two_sessions_generating_and_stopping_at_once_say_what_each_says_alone(tiny):
     def talk(session, prompt):
         """Yields after everything it is told."""
@@ -227,11 +242,17 @@ def test_what_a_session_holds_is_shown_and_given_back(server, tiny, served):
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         assert "KV" in shown and "2.5 KiB" in shown
-        point = session.run(GERMANY, stop_at=2).checkpoint
-        session.back(point)
-        for _ in range(3):
-            point.resume(stop_at=3).checkpoint.release()
+        start = session.mark()
+        for _ in range(2):
+            stopped = session.generate(GERMANY, 3, ends=(), stop_at=2)
+            stopped.finish()
+            stopped.resume().finish()
+            stopped.checkpoint.resume(stop_at=3).checkpoint.release()
+            session.back(start)
+        del stopped
         gc.collect()
+        tiny.ping()  # behind the releases of what nobody refers to any more
+        assert next(one for one in server.sessions() if one.id == session.id).kv == mine.kv
     assert session.id not in [one.id for one in server.sessions()]
 
 

@@ -146,6 +146,7 @@ def test_it_loads_from_a_directory(name: str, tmp_path) -> None:
     assert info.num_parameters == sum(weights.numel() for weights in written.parameters())
     assert info.nbytes >= 2 * info.num_parameters
     assert info.has_tokenizer is False
+    assert info.no_sessions == ""
     checked, tail = info.check.split("; ")
     assert checked == "logits of 1×7 and 2×5 tokens equal bit for bit, stepped and plain"
     assert tail in ("tail: direct", "tail: its own")
