@@ -44,7 +44,8 @@ from djinn_zmq.wire.ops import TO_ENGINE, Op
 _log = logging.getLogger(__name__)
 
 NEVER = float("inf")
-OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE})  # answered by what the engine has told
+# Answered by what the engines have told of what is kept, and where.
+OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
@@ -247,7 +248,7 @@ class Server:
         buffers = incoming.buffers or []
         message = codec.decode(incoming.frame, buffers, header)
         if header.op in OF_KEPT and peer.lease is not None:
-            self._hear_engine_of(header.session)
+            self._hear_engines()
         answer = self.requests.answer(peer, header, message.meta, buffers)
         if answer is None or header.flags & Flag.ONE_WAY and header.op != Op.CHUNK:
             return
@@ -263,12 +264,11 @@ class Server:
         )
         self._reply(peer.envelope, frame, out)
 
-    def _hear_engine_of(self, session: int) -> None:
+    def _hear_engines(self) -> None:
         """A client with a lane may have its engine's answer before we have its word on what is kept.
         It is there already: the engine sends it first."""
-        found = self.registry.sessions.get(session)
-        if found is not None:
-            self._on_link(self.fleet.engines[found.engine], MANY)
+        for engine in self.fleet.engines:
+            self._on_link(engine, MANY)
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         try:
