@@ -46,7 +46,8 @@ class TalkJob(Job):
     """A run in a session, or a generation. `ids` and `layer` are those of the forward under way."""
 
     start: Branch = field(kw_only=True)
-    working: Working = field(kw_only=True)
+    below: tuple[Segment, ...] = field(kw_only=True)  # what it starts with, besides `start.past`
+    working: Working = field(init=False)  # made when it begins
     tokens: np.ndarray = field(kw_only=True)  # int64 (1, positions): the branch's, so far
     step: int | None = None
     asked: Generate | None = None

@@ -51,7 +51,7 @@ class Segment:
     kept whole.
     """
 
-    __slots__ = ("_account", "end", "nbytes", "parts", "rest", "start")
+    __slots__ = ("__weakref__", "_account", "end", "nbytes", "parts", "rest", "start")
 
     def __init__(
         self,
@@ -93,16 +93,6 @@ class Past:
     def nbytes(self) -> int:
         """Of the whole chain."""
         return sum(segment.nbytes for past in self.chain() for segment in past.segments)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What its own positions added. `put` takes as many back, of the same shapes and dtypes."""
-        return [part for segment in self.segments for part in segment.parts.values()]
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have *tensors* in the place of its own: the same values, somewhere else."""
-        source = iter(tensors)
-        for segment in self.segments:
-            segment.parts = {name: next(source) for name in segment.parts}
 
 
 @dataclass(slots=True, eq=False)
@@ -157,6 +147,11 @@ class Working:
         self._account = account
         self._taken = below
         self._count = 0
+
+    @property
+    def taken(self) -> tuple[Segment, ...]:
+        """What has been cut of the forward under way, for those who stopped in it."""
+        return tuple(self._taken)
 
     def begin(self, count: int) -> None:
         """A forward of *count* positions comes, or the rest of one."""

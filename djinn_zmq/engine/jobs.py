@@ -66,6 +66,7 @@ class Job:
     logits: torch.Tensor | None = None  # "all": (batch, positions, vocab); else (batch, vocab)
     logits_kept: Kept | None = None  # where they are too large for a frame
     loans: list[Entry] = field(default_factory=list)  # what it reads and made: stays till its end
+    ends: list[Callable[[], None]] = field(default_factory=list)  # called at its end
 
     @property
     def branch(self) -> int:

@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.holds import Holds
 from djinn_zmq.engine.slabs import Slabs
 from djinn_zmq.engine.tiers import Tiers
+from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
@@ -120,13 +122,17 @@ class Keeping:
         self._adopted_bodies: dict[Where, Body] = {}
         self._lease = lease
         self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
+        self._grower = ThreadPoolExecutor(1, "djinn-arenas")
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         budget = settings.device_memory
         slabs = Slabs(self.device.budget() if budget is None else budget, self.device.allocate)
         folder = Path(settings.state) if settings.state and settings.disk else None
         self.disk = Disk(folder, settings.disk, lambda: os.eventfd_write(self._wake, 1))
-        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved)
+        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved, self._grow)
         self.holds = Holds(self.tiers)
+        # Of the device's budget, which a CPU has only where somebody said so.
+        self.vault = Vault(self.device, self.tiers, slabs.limit or None)
+        self.tiers.more_room = self.vault.drop_copies
         self.prepare()
 
     def fileno(self) -> int:
@@ -137,6 +143,7 @@ class Keeping:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         self.tiers.settle()
+        self.vault.settle()
         self.tiers.write_behind()
 
     def _moved(self, body: Body, how: str, elapsed_ns: int) -> None:
@@ -148,6 +155,18 @@ class Keeping:
         granted, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
         self.device.attach(arena)
         return granted.arena
+
+    def _grow(self, nbytes: int) -> "Future[OwnArena]":
+        """One more arena, made and registered in a thread that sleeps in system calls."""
+
+        def work() -> OwnArena:
+            arena = self.pool.make(nbytes)
+            self.device.attach(arena)
+            return arena
+
+        future = self._grower.submit(work)
+        future.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
+        return future
 
     def _retire(self, arena: OwnArena) -> None:
         """*arena* is empty and makes room for one of another owner's."""
@@ -269,7 +288,7 @@ class Keeping:
         return self.tiers.bring(entry.body)
 
     def fits(self, nbytes: int, owner: str) -> bool:
-        return self.pool.fits(nbytes, _zone(owner))
+        return self.pool.ready(nbytes, _zone(owner))
 
     def room(self, nbytes: int, owner: str) -> Iterator[None]:
         """Until it fits, or nothing more can be done for that."""
@@ -442,11 +461,13 @@ class Keeping:
 
     def close(self) -> None:
         self.disk.close()
+        self._grower.shutdown()
         self.entries.clear()
         self.holds.close()
         self.moves.clear()
         self._adopted_bodies.clear()
         self.tiers.close()
+        self.vault.close()
         self.pool.close()
         for foreign, _ in self._foreign.values():
             foreign.close()

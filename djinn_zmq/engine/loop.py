@@ -134,9 +134,9 @@ class EngineLoop:
                         self._on_news(*news)
                 if self._turns:
                     self._work(self._turns.next())
-                elif self._chores:
-                    self._chore(self._chores[0])
-                if self._keeping.moves:
+                for chore in tuple(self._chores):  # copies, both directions at once
+                    self._chore(chore)
+                if self._keeping.moves or self._keeping.vault.moves:
                     self._tell_moves()
 
     def close(self) -> None:
@@ -392,6 +392,7 @@ class EngineLoop:
             self._keeping.tiers.away(session.id, expected_s)
         else:
             self._chores.append(self._keeping.tiers.back(session.id))
+            self._chores.append(self._keeping.vault.back(session.id))
         self._answers.answer(envelope, message.header, AwayReply())
 
     # ---- working
@@ -411,6 +412,12 @@ class EngineLoop:
         moves, self._keeping.moves = self._keeping.moves, []
         for entry, how, elapsed_ns in moves:
             self._answers.tell(Op.MOVED, Moved(entry.kept, how, elapsed_ns), entry.session)
+        moved, self._keeping.vault.moves = self._keeping.vault.moves, []
+        for one in moved:
+            session = self._sessions.get(one.session)
+            nbytes = session.account.nbytes if session is not None else 0
+            held = talks.Held(nbytes, one.how, one.nbytes, one.elapsed_ns)
+            self._answers.tell(Op.HELD, held, one.session)
 
     def _work(self, active: Active) -> None:
         """One layer of one run, and what follows where it was the last."""
@@ -488,7 +495,9 @@ class EngineLoop:
 
     def _over(self, active: Active) -> None:
         self._turns.remove(active)
-        self._runner.settle(active.job)
+        self._runner.over(active.job)
+        if self._keeping.vault.pressed:
+            self._chores.append(self._keeping.vault.shrink())
 
     def _discard(self, active: Active) -> None:
         self._runner.discard(active.job)

@@ -357,11 +357,17 @@ class Runner:
         return kept
 
     def settling(self, job: Job, turns: Turns) -> Turns:
-        """*turns*, and `settle` when they end, however that is."""
+        """*turns*, and `over` when they end, however that is."""
         try:
             yield from turns
         finally:
-            self.settle(job)
+            self.over(job)
+
+    def over(self, job: Job) -> None:
+        """The job has ended; may be called again."""
+        self.settle(job)
+        while job.ends:
+            job.ends.pop()()
 
     def settle(self, job: Job) -> None:
         """What the job has read and made may move again."""

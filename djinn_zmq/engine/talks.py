@@ -8,7 +8,9 @@ branches go on from one past side by side and never see each other.
 """
 
 import sys
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -140,10 +142,6 @@ class Talker:
         shared: bool,
         midway: Midway | None = None,
     ) -> TalkJob:
-        below = () if midway is None else midway.below
-        caches = model.stepper.caches
-        with watch.span("restore"):
-            working = caches.open(start.past, start.static, session.account, below)
         tokens = start.ids if tokens is None else tokens
         return TalkJob(
             session,
@@ -154,7 +152,7 @@ class Talker:
             shared,
             watch,
             start=start,
-            working=working,
+            below=() if midway is None else midway.below,
             tokens=tokens,
             step=None if midway is None else midway.step,
         )
@@ -185,6 +183,7 @@ class Talker:
     def _run(self, job: TalkJob, opening: Opening | None) -> Turns:
         """One forward, or the rest of one, and the logits that are wanted."""
         job.advance("start")
+        yield from self._begin(job)
         # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
         whole = job.step is None and job.wanted.logits != "none"
         logits = yield from self._forward(job, opening, last=not whole)
@@ -201,6 +200,7 @@ class Talker:
         """*tokens*: with the prompt. opening: where a forward is to be finished first."""
         assert job.asked is not None and job.sampler is not None
         job.advance("start")
+        yield from self._begin(job)
         logits = job.start.logits
         if opening is not None:
             logits = yield from self._step(job, opening)
@@ -232,6 +232,26 @@ class Talker:
             self._end(job, None)
         yield from self._runner.until_done(job)
         job.advance("stop" if job.reason == "stop" else "finish")
+
+    def _begin(self, job: TalkJob) -> Iterator[None]:
+        """Have the past where the layers read it, and a cache to go on from it with."""
+        vault, start = self._keeping.vault, job.start
+        past = [segment for node in start.past.chain() for segment in node.segments]
+        pins = vault.pin(job.session.id, [*past, *job.below])
+        job.ends += [partial(self._track, job), partial(vault.unpin, pins)]
+        if not all(stored.here for _, stored in pins):
+            begin_ns = time.perf_counter_ns()
+            yield from vault.bring(pins)
+            job.watch.add("prefetch", time.perf_counter_ns() - begin_ns)
+        with job.watch.span("restore"):
+            caches = job.model.stepper.caches
+            job.working = caches.open(start.past, start.static, job.session.account, job.below)
+
+    def _track(self, job: TalkJob) -> None:
+        """What the job has added to the past may be moved, from now on."""
+        if hasattr(job, "working"):
+            segments = [one for node in job.working.past.chain() for one in node.segments]
+            self._keeping.vault.track(job.session.id, [*segments, *job.working.taken])
 
     def _step(
         self, job: TalkJob, opening: Opening | None

@@ -16,7 +16,7 @@ others get their turns.
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -30,11 +30,12 @@ from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
-from djinn_zmq.memory.arena import Lease, Pool
+from djinn_zmq.memory.arena import Lease, OwnArena, Pool
 from djinn_zmq.wire.tensors import over
 
 _log = logging.getLogger(__name__)
 
+GROW_AGAIN_S = 1.0  # after the system refused memory
 WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
 
 
@@ -50,15 +51,28 @@ Moved = Callable[[Body, str, int], None]  # a body, what was done ("evict", "pre
 
 
 class Tiers:
-    def __init__(self, device: Device, slabs: Slabs, pool: Pool, disk: Disk, moved: Moved) -> None:
+    def __init__(
+        self,
+        device: Device,
+        slabs: Slabs,
+        pool: Pool,
+        disk: Disk,
+        moved: Moved,
+        grow: Callable[[int], "Future[OwnArena]"],
+    ) -> None:
+        """grow: makes an arena of so many bytes beside us, ready for the device to copy from and to."""
         self.slabs = slabs
         self.pool = pool
         self.disk = disk
         self._device = device
         self._moved = moved
+        self._grow = grow
+        self._growing: Future[OwnArena] | None = None
+        self._grow_from_s = 0.0  # monotonic: the system had no memory before
         self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
         self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
         self._writing: list[_Writing] = []
+        self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
 
     # ---- in
@@ -80,6 +94,7 @@ class Tiers:
                 self._device.store(data, lease.view)
         body.busy = self._device.mark()
         self.add(body)
+        self.tend(body.zone)
 
     def add(self, body: Body) -> None:
         """*body* has its bytes: it takes part from now on, as the one used last."""
@@ -89,21 +104,62 @@ class Tiers:
         self._bodies.move_to_end(body)
 
     def room(self, nbytes: int, zone: str) -> Iterator[None]:
-        """Wait until a host slot of *nbytes* can be had, or no more can be done for it."""
-        while not self.pool.fits(nbytes, zone):
+        """Wait until a host slot of *nbytes* can be had, or no more can be done for it.
+
+        One more arena is made beside us: its pages, and registering them, take tens of milliseconds.
+        """
+        while not self.pool.ready(nbytes, zone):
             self.settle()
-            if self._drop_one():
+            if self.pool.ready(nbytes, zone):
+                return
+            if self._growing is not None or self.grow_beside(nbytes, zone):
+                yield
+                continue
+            if self._drop_one() or self.more_room():
                 continue
             if not self._writing and not self._write_one() and not self._leaving:
                 return
             yield
+
+    def grow_beside(self, nbytes: int, zone: str) -> bool:
+        """Begin to make an arena with room for *nbytes*. False where there may be none."""
+        if self._growing is not None or time.monotonic() < self._grow_from_s:
+            return False
+        size = self.pool.may_grow(nbytes, zone)
+        if not size:
+            return False
+        self._growing = self._grow(size)
+        return True
+
+    def _grown(self) -> None:
+        if self._growing is None or not self._growing.done():
+            return
+        future, self._growing = self._growing, None
+        try:
+            self.pool.add(future.result())
+        except ArenaFull as exc:  # the system has no more, whatever the limit says
+            _log.warning("no more host memory: %s", exc)
+            self._grow_from_s = time.monotonic() + GROW_AGAIN_S
+
+    def tend(self, zone: str) -> None:
+        """Make the next arena in advance, where the last one is half full."""
+        if not self.pool.ready(self.pool.arena_nbytes // 2, zone):
+            self.grow_beside(1, zone)
+
+    def host_slot(self, nbytes: int, session: int) -> Generator[None, None, Lease | None]:
+        """A slot for what is not a checkpoint and nobody maps; None where nothing makes room."""
+        yield from self.room(nbytes, "")
+        try:
+            return self.pool.lease(nbytes, session)
+        except ArenaFull:
+            return None
 
     def _host_slot(self, body: Body) -> tuple[Lease | None, ArenaFull | None]:
         while True:
             try:
                 return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
             except ArenaFull as exc:
-                if not self._drop_one():
+                if not self._drop_one() and not self.more_room():
                     return None, exc
 
     def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
@@ -172,7 +228,9 @@ class Tiers:
         self._writing.append(_Writing(body, numbers, future, time.perf_counter_ns()))
 
     def settle(self) -> None:
-        """Take note of what has been done beside us: files written, slots free to be used again."""
+        """Take note of what has been done beside us: files written, slots free to be used again,
+        an arena made."""
+        self._grown()
         for writing in [one for one in self._writing if one.future.done()]:
             self._writing.remove(writing)
             self._written(writing)
@@ -404,6 +462,9 @@ class Tiers:
             finally:
                 self.leave(body)
 
+    def is_away(self, session: int) -> bool:
+        return self._away.get(session, 0.0) > time.monotonic()
+
     def forget_session(self, session: int) -> None:
         self._away.pop(session, None)
 
@@ -450,6 +511,8 @@ class Tiers:
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""
+        if self._growing is not None and self._growing.exception() is None:
+            self._growing.result().close()
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()

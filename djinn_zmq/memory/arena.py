@@ -285,7 +285,7 @@ class Pool:
         given up for ones of another zone."""
         self.limit = limit
         self.arenas: dict[int, OwnArena] = {}
-        self._arena_nbytes = min(arena_nbytes, limit)
+        self.arena_nbytes = min(arena_nbytes, limit)
         self._register = register
         self._name = name
         self._retire = retire
@@ -314,10 +314,21 @@ class Pool:
         assert lease is not None
         return lease
 
-    def fits(self, nbytes: int, zone: str = "") -> bool:
-        """Is there room for a slot of *nbytes*, as far as the limit goes?"""
-        given_up = sum(arena.capacity for arena in self._empty(zone))
-        return nbytes <= max(self._largest(zone), self.limit - self.mapped + given_up)
+    def ready(self, nbytes: int, zone: str = "") -> bool:
+        """Can a slot of *nbytes* be leased without one more arena?"""
+        return nbytes <= self._largest(zone)
+
+    def may_grow(self, nbytes: int, zone: str = "") -> int:
+        """Bytes of the arena that would be made for a slot of *nbytes*; 0: the limit allows none.
+        Gives up empty ones of other zones for it."""
+        for empty in self._empty(zone):
+            if self.limit - self.mapped >= max(nbytes, self.arena_nbytes):
+                break
+            assert self._retire is not None
+            self._retire(self.arenas.pop(empty.number))
+            empty.close()
+        room = self.limit - self.mapped
+        return max(nbytes, min(self.arena_nbytes, room)) if nbytes <= room else 0
 
     def _empty(self, zone: str) -> list[OwnArena]:
         """Arenas of other zones that hold nothing."""
@@ -343,16 +354,17 @@ class Pool:
 
     def grow(self, nbytes: int, zone: str = "") -> OwnArena:
         """One more arena, with room for *nbytes* in one piece. Raises ArenaFull beyond the limit."""
-        for empty in self._empty(zone):
-            if self.limit - self.mapped >= max(nbytes, self._arena_nbytes):
-                break
-            assert self._retire is not None
-            self._retire(self.arenas.pop(empty.number))
-            empty.close()
-        room = self.limit - self.mapped
-        if nbytes > room:
+        size = self.may_grow(nbytes, zone)
+        if not size:
             raise self.full(nbytes, zone)
-        arena = OwnArena.create(max(nbytes, min(self._arena_nbytes, room)), self._name)
+        return self.add(self.make(size))
+
+    def make(self, nbytes: int) -> OwnArena:
+        """A new arena, nobody's yet. May be called in another thread: its pages take a while."""
+        return OwnArena.create(nbytes, self._name)
+
+    def add(self, arena: OwnArena) -> OwnArena:
+        """What `make` gave becomes one of the pool's."""
         try:
             arena.number = self._register(arena)
         except BaseException:

@@ -153,6 +153,8 @@ class Fleet:
             session = self._registry.sessions.get(message.header.session)
             if session is not None:
                 session.kv = meta.nbytes
+                if meta.how:
+                    self._tell_held(session, meta)
         elif isinstance(meta, Moved):
             self._on_moved(meta)
         elif isinstance(meta, Drop):
@@ -167,6 +169,17 @@ class Fleet:
             return
         for kept in meta.kept:
             session.kept[kept.id] = KeptRecord(kept, meta.ids)
+
+    def _tell_held(self, session: Session, meta: Held) -> None:
+        where = "in host memory" if meta.how == "evict" else "on the device"
+        self._journal.tell(
+            meta.how,
+            f"keys and values of session {session.id:016x} are now {where}",
+            owner=session.owner,
+            session=session.id,
+            nbytes=meta.moved,
+            elapsed_ns=meta.elapsed_ns,
+        )
 
     def _on_moved(self, meta: Moved) -> None:
         kept = meta.kept

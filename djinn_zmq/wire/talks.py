@@ -79,4 +79,10 @@ class Generated(msgspec.Struct, **message(Op.GENERATE)):
 
 
 class Held(msgspec.Struct, **message(Op.HELD)):
+    """A session's keys and values take *nbytes*. how: "evict" or "prefetch", where so many of them
+    (*moved*) have just gone to host memory, or come back."""
+
     nbytes: int
+    how: str = ""
+    moved: int = 0
+    elapsed_ns: int = 0

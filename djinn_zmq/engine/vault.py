@@ -1,0 +1,309 @@
+"""Where the keys and values of stopped conversations are: on the device, or in host memory.
+
+What is moved is a `Segment` (one layer's keys and values of some positions). Segments are immutable, so a
+copy in host memory stays good: the next time it is enough to drop the device's. What was not used for
+longest goes first, of sessions that said they are away before all; what a job goes on from stays until
+its end, and is brought back before its first layer. Copies out and in go on their own streams, both at
+once, while the layers of others run.
+
+    bring   host → device   pinned, by the job that needs it
+    shrink  device → host   a chore, when more is on the device than may be
+
+A tensor comes back with the strides that it had: kernels may round otherwise for others.
+"""
+
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine.caches import Segment
+from djinn_zmq.engine.devices import Device
+from djinn_zmq.engine.tiers import Tiers
+from djinn_zmq.memory.arena import Lease
+
+ALIGNED = 512  # bytes: each tensor in a slot begins at a multiple
+BATCH_NBYTES = 256 << 20  # that leave the device before their memory is let go
+LEAST_SHARE = (
+    4  # of the device's budget, a quarter is for keys and values whatever checkpoints take
+)
+
+
+class Moved(NamedTuple):
+    session: int
+    how: str  # "evict", "prefetch"
+    nbytes: int
+    elapsed_ns: int
+
+
+class Layout(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int  # in the slot
+    nbytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Stored:
+    """Where a segment is."""
+
+    session: int
+    nbytes: int
+    used: int  # counted up: the larger, the later
+    layouts: dict[Any, Layout]  # by the name of the part
+    lease: Lease | None = None  # its copy in host memory
+    here: bool = True  # on the device
+    pins: int = 0
+    moving: bool = False
+
+
+@dataclass(slots=True)
+class Vault:
+    device: Device
+    tiers: Tiers
+    limit: int | None  # bytes on the device, with the checkpoints' slabs; None: no limit
+    on_device: int = 0
+    on_host: int = 0
+    moves: list[Moved] = field(default_factory=list)  # to be told
+    shrinking: bool = False
+    _stored: "weakref.WeakKeyDictionary[Segment, Stored]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    _clock: int = 0
+    _alive: list[Any] = field(default_factory=list)  # (done?, tensors that a copy writes to)
+
+    # ---- what is known
+
+    def track(self, session: int, segments: Iterable[Segment]) -> None:
+        """These exist now, and may be moved when nobody has them pinned."""
+        self._clock += 1
+        for segment in segments:
+            known = self._stored.get(segment)
+            if known is not None:
+                known.used = self._clock
+                continue
+            layouts = _layouts(segment)
+            if layouts:
+                stored = Stored(session, segment.nbytes, self._clock, layouts)
+                self._stored[segment] = stored
+                self.on_device += stored.nbytes
+                weakref.finalize(segment, self._gone, stored).atexit = False
+
+    def _gone(self, stored: Stored) -> None:
+        if stored.here:
+            self.on_device -= stored.nbytes
+        if stored.lease is not None:
+            self._drop_copy(stored)
+
+    def _drop_copy(self, stored: Stored) -> None:
+        assert stored.lease is not None
+        self.tiers.pool.give_back(stored.lease.slot)
+        stored.lease = None
+        self.on_host -= stored.nbytes
+
+    @property
+    def allowance(self) -> int:
+        """Bytes of keys and values that may be on the device now."""
+        assert self.limit is not None
+        return max(self.limit - self.tiers.slabs.mapped, self.limit // LEAST_SHARE)
+
+    @property
+    def pressed(self) -> bool:
+        return self.limit is not None and self.on_device > self.allowance and not self.shrinking
+
+    # ---- in
+
+    def pin(self, session: int, segments: Iterable[Segment]) -> list[tuple[Segment, Stored]]:
+        """These stay where they are, or come to where they are brought, until `unpin`."""
+        segments = list(segments)
+        self.track(session, segments)
+        known = [(one, self._stored[one]) for one in segments if one in self._stored]
+        for _, stored in known:
+            stored.pins += 1
+        return known
+
+    def unpin(self, known: Iterable[tuple[Segment, Stored]]) -> None:
+        for _, stored in known:
+            stored.pins -= 1
+
+    def bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
+        """Have what is pinned on the device."""
+        while any(stored.moving for _, stored in known):
+            yield
+        away = [(segment, stored) for segment, stored in known if not stored.here]
+        if not away:
+            return
+        begin_ns = time.perf_counter_ns()
+        for _, stored in away:
+            stored.moving = True
+        made: list[dict[Any, torch.Tensor]] = []
+        done = None
+        try:
+            for _, stored in away:
+                made.append(self._fill(stored))
+            done = self.device.mark()
+            while not done():
+                yield
+            for (segment, stored), parts in zip(away, made, strict=True):
+                segment.parts, stored.here = parts, True
+                self.on_device += stored.nbytes
+        finally:
+            for _, stored in away:
+                stored.moving = False
+            if not all(stored.here for _, stored in away):  # a copy may still write into these
+                self._alive.append((done or self.device.mark(), made))
+        self._tell("prefetch", [stored for _, stored in away], begin_ns)
+
+    def _fill(self, stored: Stored) -> dict[Any, torch.Tensor]:
+        assert stored.lease is not None
+        data = np.frombuffer(stored.lease.view, np.uint8)
+        parts = {}
+        for name, layout in stored.layouts.items():
+            part = torch.empty_strided(
+                layout.shape, layout.stride, dtype=layout.dtype, device=self.device.torch
+            )
+            self.device.fill_beside(
+                data[layout.offset : layout.offset + layout.nbytes], _flat(part)
+            )
+            parts[name] = part
+        return parts
+
+    def back(self, session: int) -> Iterator[None]:
+        """*session* is about to go on: have what it holds on the device."""
+        known = self.pin(
+            session, [one for one, stored in self._stored.items() if stored.session == session]
+        )
+        try:
+            yield from self.bring(known)
+        finally:
+            self.unpin(known)
+
+    # ---- out
+
+    def shrink(self) -> Iterator[None]:
+        """Move what was not used for longest to host memory, until no more is here than may be."""
+        self.shrinking = True
+        try:
+            while self.on_device > self.allowance:
+                batch = self._oldest(self.on_device - self.allowance)
+                if not batch or not (yield from self._move_out(batch)):
+                    return
+        finally:
+            self.shrinking = False
+
+    def _oldest(self, excess: int) -> list[tuple[Segment, Stored]]:
+        idle = [
+            (segment, stored)
+            for segment, stored in self._stored.items()
+            if stored.here and not stored.pins and not stored.moving
+        ]
+        idle.sort(key=lambda one: (not self.tiers.is_away(one[1].session), one[1].used))
+        batch, nbytes = [], 0
+        for segment, stored in idle:
+            if nbytes >= min(excess, BATCH_NBYTES):
+                break
+            batch.append((segment, stored))
+            nbytes += stored.nbytes
+        return batch
+
+    def _move_out(self, batch: list[tuple[Segment, Stored]]) -> Iterator[None]:
+        """True where something has left the device."""
+        begin_ns = time.perf_counter_ns()
+        for _, stored in batch:
+            stored.moving = True
+        try:
+            for segment, stored in batch:
+                if stored.lease is None:
+                    stored.lease = yield from self.tiers.host_slot(_room(stored), stored.session)
+                    if stored.lease is None:
+                        break  # host memory is full: it stays
+                    self.on_host += stored.nbytes
+                    self._store(segment, stored)
+            done = self.device.mark()
+            while not done():
+                yield
+        finally:
+            for _, stored in batch:
+                stored.moving = False
+        left = [(one, stored) for one, stored in batch if stored.lease and not stored.pins]
+        for segment, stored in left:
+            # Of the same shape and dtype, and an error for whoever reads it.
+            segment.parts = {
+                name: torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
+                for name, one in stored.layouts.items()
+            }
+            stored.here = False
+            self.on_device -= stored.nbytes
+        self._tell("evict", [stored for _, stored in left], begin_ns)
+        return bool(left)
+
+    def _store(self, segment: Segment, stored: Stored) -> None:
+        assert stored.lease is not None
+        for name, layout in stored.layouts.items():
+            slot = stored.lease.view[layout.offset : layout.offset + layout.nbytes]
+            self.device.store(_flat(segment.parts[name]), slot)
+
+    def _tell(self, how: str, moved: list[Stored], begin_ns: int) -> None:
+        elapsed_ns = time.perf_counter_ns() - begin_ns
+        by_session: dict[int, int] = {}
+        for stored in moved:
+            by_session[stored.session] = by_session.get(stored.session, 0) + stored.nbytes
+        self.moves += [Moved(one, how, nbytes, elapsed_ns) for one, nbytes in by_session.items()]
+
+    # ---- ends
+
+    def settle(self) -> None:
+        self._alive = [one for one in self._alive if not one[0]()]
+
+    def drop_copies(self) -> bool:
+        """Host memory is wanted for more: give up the copy that is least likely to be needed, of what
+        is on the device as well. False: there is none."""
+        spare = [one for one in self._stored.values() if one.lease and one.here and not one.moving]
+        if not spare:
+            return False
+        self._drop_copy(max(spare, key=lambda one: one.used))
+        return True
+
+    def close(self) -> None:
+        for stored in self._stored.values():
+            stored.lease = None
+        self._alive.clear()
+
+
+def _layouts(segment: Segment) -> dict[Any, Layout]:
+    """How its parts lie, and where each goes in a slot; none where one of them cannot be moved."""
+    layouts, offset = {}, 0
+    for name, part in segment.parts.items():
+        if not _is_dense(part):
+            return {}
+        layouts[name] = Layout(part.shape, part.stride(), part.dtype, offset, part.nbytes)
+        offset += -(-part.nbytes // ALIGNED) * ALIGNED
+    return layouts if segment.nbytes else {}
+
+
+def _room(stored: Stored) -> int:
+    last = max(stored.layouts.values(), key=lambda one: one.offset)
+    return last.offset + last.nbytes
+
+
+def _is_dense(part: torch.Tensor) -> bool:
+    """Do its elements fill one stretch of memory, in whatever order?"""
+    expected = 1
+    for stride, extent in sorted(zip(part.stride(), part.shape, strict=True)):
+        if extent == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= extent
+    return bool(part.numel())
+
+
+def _flat(part: torch.Tensor) -> torch.Tensor:
+    """uint8 (nbytes,) over the memory of a dense tensor, in the order it has there."""
+    flat = part.as_strided((part.numel(),), (1,), part.storage_offset())
+    return flat.view(torch.uint8)
