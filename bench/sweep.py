@@ -33,14 +33,18 @@ USUAL = {  # the corrupted prompt differs in its subject only
 PLAIN, ONE, BATCH = "one full forward a cell", "nnsight, one trace a cell", "nnsight, one batch"
 RESUME, TRACE, USUAL_TRACE = "djinn, one resume a cell", "djinn, trace", "djinn, trace, usual pair"
 AT_A_TIME = {"tiny": 16, "smollm2": 5}  # cells of a call that does them one by one
+PER_ROUND = {"tiny": 8, "smollm2": 2}  # calls of each case in a turn
 # bfloat16 has 8 bits; the plain model's own batches of other sizes differ by as much.
 AGREES = 2.0**-5
 
 
-def measure(name: str, rounds: int, per_round: int, results: Results, pin: bool) -> None:
+Cpus = tuple[int, ...] | None
+
+
+def measure(
+    name: str, rounds: int, results: Results, client_cpus: Cpus, server_cpus: Cpus
+) -> None:
     path = _path_of(name)
-    client_cpus, server_cpus = pinning.two_sides() if pin else (None, None)
-    pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
     grid = Grid(path, *PROMPTS[name])
     with (
         sockets_folder() as folder,
@@ -54,7 +58,7 @@ def measure(name: str, rounds: int, per_round: int, results: Results, pin: bool)
         ours = Djinn(grid, server.model(path))
         cases, sizes = _cases(name, grid, ours, results)
         _check(name, grid, ours, cases, results)
-        taken = interleaved(cases, Plan(rounds, per_round, warm_up=2, settle=1))
+        taken = interleaved(cases, Plan(rounds, PER_ROUND[name], warm_up=2, settle=1))
         results.tables[f"{name}: cost"] = [_cost(ours, name, usual) for usual in (False, True)]
     each = {
         case: Samples(f"{name}: {case}", samples.seconds / sizes[case])
@@ -168,14 +172,13 @@ def _report(name: str, grid: Grid, each: dict[str, Samples], results: Results) -
     help="Models; repeatable. smollm2 is what `djinn pull smollm2` brings.",
 )
 @click.option("--rounds", default=10, show_default=True, help="Turns the cases take.")
-@click.option("--per-round", default=2, show_default=True, help="Calls of each case in a turn.")
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
 @click.option(
     "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
 )
 @click.option("--quick", is_flag=True, help="tiny only, three rounds; intervals get wide.")
 def main(
-    names: tuple[str, ...], rounds: int, per_round: int, pin: bool, path: Path | None, quick: bool
+    names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quick: bool
 ) -> None:
     """The causal-tracing grid (every layer × every position), in cells a second.
 
@@ -195,12 +198,14 @@ def main(
     names = ("tiny",) if quick else tuple(dict.fromkeys(names))
     rounds = 3 if quick else rounds
     torch.set_num_threads(1)
-    settings = {"models": list(names), "rounds": rounds, "per_round": per_round, "quick": quick}
+    settings = {"models": list(names), "rounds": rounds, "quick": quick}
     results = Results("sweep", this_machine(), settings)
     click.echo(results.machine)
     begin = time.monotonic()
+    client_cpus, server_cpus = pinning.two_sides() if pin else (None, None)
+    pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
     for name in names:
-        measure(name, rounds, per_round, results, pin)
+        measure(name, rounds, results, client_cpus, server_cpus)
     click.echo("\n" + "\n".join(str(one) for one in results.pinned))
     click.echo("\n" + "\n".join(str(one) for one in (*results.checks, *results.not_measured)))
     click.echo("\n" + tables.of_ratios("at the medians", results.ratios))

@@ -17,7 +17,7 @@ from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
-from djinn_zmq.client.sweep import Sweep, memory_of, results_of
+from djinn_zmq.client.sweep import Sweep, memory_of
 from djinn_zmq.client.tiers import Tiered
 from djinn_zmq.errors import EditError, LayerError, RequestError
 from djinn_zmq.spans import Spans
@@ -115,20 +115,20 @@ class Checkpoint(Looks, Tiered):
         branches: Sequence[Sequence[Edit] | Edit],
         *,
         logits: Any = "last",
-        tokens: Sequence[int] = (),
+        tokens: Any = None,
         memory: int | None = None,
         timeout_s: float | None = None,
     ) -> Sweep:
         """Many branches, each with its own edits, run as batches: iterate over what it gives.
 
         logits: of each branch's last position: "last": all, "none", or how many of the likeliest.
-        tokens: ids whose logits are wanted besides. memory: bytes that one batch may take; by
+        tokens: texts or ids whose logits are wanted besides. memory: bytes that one batch may take; by
         default what the engine thinks right. Outcomes are those of one resume a branch up to the
         rounding of a batch of another shape.
         Raises, when iterated, EditError naming the branch, SweepTooLarge, and what `resume` raises.
         """
-        results = results_of(logits, tuple(int(token) for token in tokens))
-        return Sweep(self._session, self, branches, results, memory_of(memory), timeout_s)
+        memory = memory_of(memory)
+        return Sweep(self._session, self, branches, logits, tokens, memory, timeout_s)
 
     def generate(
         self,

@@ -142,13 +142,15 @@ class Sweep(Stream[Outcome, Cost]):
         session: Session,
         checkpoint: Any,
         branches: Sequence[Sequence[Edit] | Edit],
-        results: wire.Results,
+        logits: Logits,
+        tokens: Any,
         memory: int,
         timeout_s: float | None,
     ) -> None:
         super().__init__(session)
         self._checkpoint = checkpoint
-        self._results = results
+        self._results = results_of(logits, ())
+        self._tokens = tokens
         self._memory = memory
         self._timeout_s = timeout_s
         self._left = deque(_requests(branches))
@@ -193,6 +195,10 @@ class Sweep(Stream[Outcome, Cost]):
         return self._ready.popleft()
 
     def _ask(self, branches: Sequence[Sequence[Edit] | Edit]) -> Operation[Call]:
+        if self._tokens is not None:
+            tokens = yield from token_ids(self._session, self._tokens)
+            self._results = wire.Results(self._results.logits, self._results.top, tokens)
+            self._tokens = None
         self._parcel = parcel = Parcel(self._session.connection, self._session.id)
         on_wire = []
         for edits in branches:

@@ -108,8 +108,9 @@ def _row_nbytes(model: ServedModel, positions: int) -> int:
     config: Any = model.stepper.model.config.get_text_config()  # type: ignore[union-attr, operator]
     size = max(4, math.ceil(model.info.nbytes / max(1, model.info.num_parameters)))
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = max(wide) if isinstance(wide, (list, tuple)) else wide
     layer = positions * (6 * config.hidden_size + 3 * wide) * size
-    attention = 2 * config.num_attention_heads * positions**2 * size
+    attention = 2 * getattr(config, "num_attention_heads", 1) * positions**2 * size
     return layer + attention + 3 * 8 * model.info.vocab_size
 
 

@@ -61,7 +61,8 @@ class Atlas:
         """name: the model's, for errors. ids: int64 (batch, positions), of a prompt to watch."""
         self.name = name
         self.num_layers = stepper.num_layers
-        self._heads: int = stepper.model.config.get_text_config().num_attention_heads  # type: ignore[union-attr, operator]
+        config: Any = stepper.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self._heads: int = getattr(config, "num_attention_heads", 0)
         self._calls: dict[tuple[int, str], _Calls] = {}  # by zone, and path in the layer or model
         self._list_names = _names_of_list(stepper)
         self._aliases = _aliases(stepper)
@@ -234,7 +235,7 @@ class Atlas:
             and getattr(calls.module, "weight", None) is not None
             and calls.module.weight.ndim == 2
         ]  # fmt: skip
-        if "attention" not in type(module).__name__.lower() or not parts:
+        if "attention" not in type(module).__name__.lower() or not parts or not self._heads:
             raise StopError(f'"{path}": {type(module).__name__} has no attention heads')
         _, last = max(parts, key=lambda one: one[0])
         size = getattr(module, "head_dim", None) or last.width // self._heads

@@ -247,6 +247,12 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(_bytes(one), _bytes(other))
 
 
+def same_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool (rows,): where two tensors (rows, width) of one dtype are equal as bytes."""
+    equal: torch.Tensor = (one.view(torch.uint8) == other.view(torch.uint8)).all(-1)
+    return equal
+
+
 def _bytes(data: torch.Tensor) -> torch.Tensor:
     """uint8 (elements, itemsize)"""
     flat = data.contiguous().reshape(-1)  # a view of one dimension at least: a scalar has no bytes

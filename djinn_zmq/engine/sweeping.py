@@ -18,7 +18,7 @@ from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.replies import Buffers, nbytes_of, outcomes_of
 from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
-from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.engine.stepping import same_rows
 from djinn_zmq.errors import EditError, LayerError, PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
@@ -231,9 +231,10 @@ class Sweeper:
         cells = [(layer, group) for layer in job.layers for group in job.positions]
         changed: list[int] = []
         same: list[int] = []
+        alike = {layer: same_rows(*hidden[layer]).tolist() for layer in job.layers}
         for number, (layer, group) in enumerate(cells):
-            clean, corrupted = hidden[layer][:, list(group)]
-            (same if same_bits(clean, corrupted) else changed).append(number)
+            unchanged = all(alike[layer][position] for position in group)
+            (same if unchanged else changed).append(number)
         job.unchanged = len(same)
         if same:
             yield from self._parts(job, Traced, same, job.base[1:].expand(len(same), -1))
