@@ -53,11 +53,11 @@ LOGITS = {
 
 def crossover(found: schema.File) -> Figure:
     """Latency over depth on a logarithmic axis; bands are 95 % intervals of the median."""
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     by_variant = _by_variant(found)
     if not found.machine.gpus:
-        where = "copy within host memory (no GPU here)"
+        where = "copy in host memory (no GPU)"
         ready = {
             key: (label.replace("manual offload", where), *style)
             for key, (label, *style) in READY.items()
@@ -85,9 +85,7 @@ def crossover(found: schema.File) -> Figure:
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
             continue
-        axes.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False
-        )
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False)
     figure.suptitle(f"Going on from layer N: {_about(found)}", fontsize=11)
     drawing.head(figure, machine_of(found))
     return figure
@@ -207,7 +205,8 @@ def decomposition(files: Iterable[schema.File]) -> Figure:
     bars = {}
     for found in files:
         where = found.settings
-        name = f"{where['model']}, {where['endpoint']}\nto the {where['to']}, {where['nbytes']:,} B"
+        to = "to the logits" if where["to"] == "logits" else "until ready"
+        name = f"{where['model']}, {where['endpoint']}\n{to}, {where['nbytes']:,} B"
         bars[name] = _decomposition(found)
         machine = machine_of(found)
     figure = drawing.stacked("Where a resume's time goes", bars)

@@ -99,7 +99,8 @@ def decompose(
         Check("the steps add up to the whole", found.adds_up, f"{found.explained:.1%} of it")
     )
     command.show("rungs", results)
-    about = f"resume of {model.name} after layer {point.layer} to the {to}, {way}"
+    end = "to the logits" if to == "logits" else "until layer N+1 could run"
+    about = f"resume of {model.name} after layer {point.layer} {end}, {way}"
     click.echo(f"\n{about}\n{found}\n")
 
     def draw() -> object:
