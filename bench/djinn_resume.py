@@ -113,8 +113,13 @@ def cases(found: Djinn, config: ResumeLatency) -> Found:
         if why is not None:
             chosen.append(NotMeasured(f"{NAME}: {variant}", why))
             continue
-        for layer, point in client.points.items():
-            chosen.append(_case(found, client, point, layer, variant, (end, edit, tier)))
+        try:
+            chosen += [
+                _case(found, client, point, layer, variant, (end, edit, tier))
+                for layer, point in client.points.items()
+            ]
+        except RequestError as exc:  # no cupy, mostly
+            chosen.append(NotMeasured(f"{NAME}: {variant}", str(exc)))
     return chosen
 
 
@@ -190,14 +195,13 @@ def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
         return view, rewrite_all
     import torch
 
-    on_device = point.writable_cuda()  # type: ignore[attr-defined,unused-ignore]
-    tensor = torch.from_dlpack(on_device)
+    tensor = point.writable_cuda()  # type: ignore[attr-defined,unused-ignore]
 
     def rewrite_row() -> None:
         tensor[0, -1] += 0
         torch.cuda.synchronize()  # the edit is complete when the client says so
 
-    return on_device, rewrite_row
+    return tensor, rewrite_row
 
 
 def _unreachable_tier(client: Client, tier: str | None) -> str | None:

@@ -18,7 +18,12 @@ FILES = {
 MERGED = "resume_latency.json"
 OFFLOAD = "hidden state, preallocated"
 # Targets on a GPU, as ratios to the manual offload (ready) and to the model's own layers (logits).
-READY_LIMITS = {("lane", "none"): 0.5, ("lane", "row"): 1.0, ("lane", "all"): 1.6}
+READY_LIMITS = {
+    ("none", "device"): 0.5,
+    ("none", "host"): 1.6,
+    ("row_in_place", "device"): 1.0,
+    ("in_place", "device"): 1.6,
+}  # by the lane: (edit, tier)
 LOGITS_LIMIT = 1.02
 
 
@@ -53,7 +58,8 @@ def _ratios(results: Results, by_variant: dict) -> list:  # type: ignore[type-ar
         for layer, one in samples.items():
             label = one.labels
             if label["end"] == "ready" and layer in offload:
-                limit = READY_LIMITS.get((label["transport"], label["edit"])) if on_gpu else None
+                targeted = on_gpu and label["transport"] == "lane"
+                limit = READY_LIMITS.get((label["edit"], label["tier"])) if targeted else None
                 name = f"{one.name} / manual offload"
                 found.append(ratio(one, offload[layer], name=name, limit=limit))
             elif label["end"] == "logits" and label["edit"] == "none" and layer in rest:
