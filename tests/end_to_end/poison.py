@@ -12,7 +12,9 @@ import os, sys, threading, time
 
 
 def arm():
-    while "djinn_zmq.engine.loop" not in sys.modules:
+    # Until it is there as a whole: two threads that import the same modules get halves of them.
+    name = "djinn_zmq.engine.loop"
+    while name not in sys.modules or sys.modules[name].__spec__._initializing:
         time.sleep(0.02)
     import torch
     from djinn_zmq.engine import devices, stepping
