@@ -126,7 +126,7 @@ class Lane:
         Raises Busy where the backlog is full, ProtocolError where the other side lies about room.
         """
         count = len(pieces)
-        lengths = [len(piece) for piece in pieces]
+        lengths = list(map(len, pieces))
         nbytes = 4 * count + sum(lengths)
         if self._backlog or nbytes > self._fragment:
             self._put_back(count, b"".join((_lengths[count].pack(*lengths), *pieces)))

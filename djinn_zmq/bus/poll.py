@@ -38,7 +38,7 @@ class Poll:
         """spin_us: how long to look at lanes again and again before sleeping, after each message."""
         self._epoll = select.epoll()
         self._ready: dict[int, Ready] = {}  # by descriptor
-        self._used: dict[int, Used] = {}
+        self._used: dict[Used, int] = {}  # with its descriptor
         self._lanes: dict[int, Lane] = {}
         self._unheard: set[int] = set()  # those that may have something, though they are silent
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
@@ -57,7 +57,7 @@ class Poll:
     def watch_used(self, source: Used, ready: Ready) -> None:
         """The same for a socket that is also sent on."""
         source.used = True
-        self._used[self._register(source.socket, ready, select.EPOLLIN)] = source
+        self._used[source] = self._register(source.socket, ready, select.EPOLLIN)
 
     def watch_lane(self, lane: Lane, ready: Ready) -> None:
         """The same for a lane: *ready* is called when its other end has rung."""
@@ -76,7 +76,8 @@ class Poll:
         fd = descriptor_of(source)
         self._epoll.unregister(fd)
         self._ready.pop(fd)
-        for table in (self._used, self._lanes, self._sockets):
+        self._used = {one: other for one, other in self._used.items() if other != fd}
+        for table in (self._lanes, self._sockets):
             table.pop(fd, None)
         self._unheard.discard(fd)
 
@@ -87,22 +88,25 @@ class Poll:
         Whoever just spoke may hand over FEW messages, because there is mostly one, and asking
         costs less than failing to receive. Whoever has more then hands over MANY.
         """
-        heard, count = self._silent_ones() if self._unheard else [], MANY
-        for fd, source in self._used.items():
+        heard = self._silent_ones() if self._unheard else []
+        for source in self._used:
             if source.used:
                 source.used = has_message(source.socket)
                 if source.used:
-                    heard.append((fd, 0))
+                    heard.append((self._used[source], 0))
+        count = FEW
         if heard:  # a busy source must not keep the others from being heard
+            count = MANY
             heard += [one for one in self._epoll.poll(0) if one[0] not in dict(heard)]
         else:
-            heard, count = self._spin(timeout_s), FEW
+            heard = self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s)
         for fd, _ in heard:
             ready = self._ready.get(fd)
             if ready is None:  # unwatched by the one before it
                 continue
             ready(count)
-            if fd in self._lanes and self._lanes[fd].unfinished():
+            lane = self._lanes.get(fd)
+            if lane is not None and lane.unfinished():
                 self._unheard.add(fd)
 
     def _silent_ones(self) -> list[tuple[int, int]]:
@@ -110,15 +114,14 @@ class Poll:
         return [(fd, 0) for fd in fds if fd in self._lanes or has_message(self._sockets[fd])]
 
     def _spin(self, timeout_s: float | None) -> list[tuple[int, int]]:
-        """Wait for somebody. Where that is wanted, stay awake for the first while of it."""
-        if self._spin_ns and timeout_s != 0:
-            limit_ns = time.perf_counter_ns() + self._spin_ns
-            while time.perf_counter_ns() < limit_ns:
-                for fd, lane in self._lanes.items():
-                    if lane.unfinished():
-                        return [(fd, 0)]
-                if found := self._epoll.poll(0):
-                    return found
+        """Wait for somebody, awake for the first while of it."""
+        limit_ns = time.perf_counter_ns() + self._spin_ns
+        while timeout_s != 0 and time.perf_counter_ns() < limit_ns:
+            for fd, lane in self._lanes.items():
+                if lane.unfinished():
+                    return [(fd, 0)]
+            if found := self._epoll.poll(0):
+                return found
         return self._epoll.poll(timeout_s)
 
     def close(self) -> None:

@@ -77,6 +77,10 @@ class Call:
     sent_ns: int = 0
     arrived_ns: int = 0
 
+    def waits_until(self) -> float | None:
+        """When its client gives up waiting (monotonic seconds); the engine has done so before."""
+        return None if self.timeout_s is None else time.monotonic() + self.timeout_s + 2 * LOOK_S
+
 
 @dataclass(slots=True, eq=False)
 class Next:
@@ -175,11 +179,13 @@ class Connection:
         return replies
 
     def _wait(self, request: int, call: Call) -> Message:
-        waiting = self._waiting
-        if waiting[request] is None:
-            self._wait_until(lambda: waiting[request] is not None, request, call)
-        reply = waiting[request]
-        assert reply is not None
+        limit = call.waits_until()
+        while (reply := self._waiting[request]) is None:
+            frames = self._hear(call.lane)
+            if frames is not None:
+                self.take(*frames)
+            else:
+                self._look(request, call, limit)
         return self._settle(request, reply)
 
     def _wait_part(self, request: int) -> Message:
@@ -187,24 +193,26 @@ class Connection:
             raise Closed("the connection is closed")
         call = self._calls.get(request)
         if call is not None:
+            limit = call.waits_until()
             try:
-                self._wait_until(lambda: self.has_news(request), request, call)
+                while not self.has_news(request):
+                    frames = self._hear(call.lane)
+                    if frames is not None:
+                        self.take(*frames)
+                    else:
+                        self._look(request, call, limit)
             except KeyboardInterrupt:
                 self.abandon(request)
                 raise
         return self.take_part(request)
 
-    def _wait_until(self, there: Callable[[], bool], request: int, call: Call) -> None:
-        limit = None if call.timeout_s is None else time.monotonic() + call.timeout_s + 2 * LOOK_S
-        while not there():
-            frames = self._hear(call.lane)
-            if frames is not None:
-                self.take(*frames)
-            elif not self.alive():
-                self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
-            elif limit is not None and time.monotonic() > limit:
-                self.give_up(request)
-                raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+    def _look(self, request: int, call: Call, limit_s: float | None) -> None:
+        """Nothing has come for a while, or news have: is there still somebody who will answer?"""
+        if not self.alive():
+            self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
+        elif limit_s is not None and time.monotonic() > limit_s:
+            self.give_up(request)
+            raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
 
     def _hear(self, lane: Lane | None) -> Frames | None:
         """The next message where an answer is to come; None after LOOK_S, or with news."""
@@ -301,25 +309,25 @@ class Connection:
         if self._garbage:
             self._release_garbage()
         request = self._last_request = self._last_request + 1
-        flags = SHARED if self.sharing.lease is not None else 0
+        session, buffers = call.session, call.buffers
         frame = codec.encode(
             call.op,
             call.meta,
-            flags=flags,
+            flags=SHARED if self.sharing.lease is not None else 0,
             request=request,
-            session=call.session,
-            buffers=len(call.buffers),
+            session=session,
+            buffers=len(buffers),
             deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
             credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
-        if call.session and call.op in ON_LANES:
-            call.lane = self._lane_of(call.session)
-        if call.lane is None:
-            self._dealer.send(frame, call.buffers)
+        lane = self._lane_of(session) if session and call.op in ON_LANES else None
+        if lane is None:
+            self._dealer.send(frame, buffers)
         else:
-            call.lane.send([frame, *call.buffers])
+            lane.send([frame, *buffers])
+            call.lane = lane
         if call.data is not None:
-            self._send_pieces(request, call.session, call.data)
+            self._send_pieces(request, session, call.data)
         call.sent_ns = time.perf_counter_ns()
         self._waiting[request] = None
         self._calls[request] = call

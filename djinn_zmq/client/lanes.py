@@ -49,8 +49,8 @@ class Lanes:
 
     def of(self, session: int) -> Lane | None:
         """The lane that *session*'s requests take; None: they take the bus."""
-        engine = self._engines.get(session)
-        if engine is None or not self._wanted:
+        engine = self._engines.get(session) if self._wanted else None
+        if engine is None:
             return None
         lane = self._lanes.get(engine)
         return self._make(session, engine) if lane is None else lane
@@ -86,7 +86,7 @@ class Lanes:
         if self._epoll is None or self._sharing.lease is None:
             return False
         lease = self._sharing.lease.socket.fileno()
-        return any(fd == lease for fd, _ in self._epoll.poll(0))
+        return lease in dict(self._epoll.poll(0))
 
     def hear(self, lane: Lane, timeout_s: float) -> list[Piece] | None:
         """The next message on *lane*; waits for it. None where nothing has come after *timeout_s*,

@@ -25,10 +25,12 @@ from djinn_zmq.errors import ProtocolError
 HEAD, TAIL, WAITING = 0, 8, 16  # indices of u64 words, a cache line apart
 CONTROL = 192  # bytes
 RECORD = struct.Struct("<II")
+HEAD_SIZE = RECORD.size
 
 # x86 shows stores to others in the order they were made, and loads what it loads in order. Elsewhere
 # the count could be seen before the bytes: there a lock's release and acquire keep them apart.
 _ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
+_unpack = RECORD.unpack_from
 _barrier = threading.Lock()
 _barrier.acquire()
 
@@ -115,16 +117,15 @@ class Reader(_End):
             return None
         if not _ORDERED:
             _keep_order()
-        place = (
-            tail % capacity + RECORD.size
-        )  # own counts are multiples of 8: it cannot lie outside
-        nbytes, kind = RECORD.unpack_from(self._data, place - RECORD.size)
-        step = RECORD.size + (nbytes + 7 & ~7)
+        place = tail % capacity  # own counts are multiples of 8: a header cannot lie outside
+        nbytes, kind = _unpack(self._data, place)
+        step = nbytes + 15 & ~7  # with the header
         if not step <= there <= capacity:
             raise ProtocolError(
                 f"a record of {nbytes} bytes where {there} are said to be there, in a ring of "
                 f"{capacity}"
             )
+        place += HEAD_SIZE
         end = place + nbytes
         if end <= capacity:
             data = bytes(self._data[place:end])

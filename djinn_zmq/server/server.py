@@ -138,7 +138,8 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
-            due_s = min(self.registry.due_s, self._knocks.due_s)
+            due_s = self.registry.due_s
+            due_s = min(due_s, self._knocks.due_s)
             if due_s == NEVER:
                 self._poll.turn(None)
                 continue
@@ -337,10 +338,10 @@ class Server:
 
     def _on_link(self, engine: Engine, count: int) -> None:
         for _ in range(count):
-            parcel = engine.link.receive() if engine.link is not None else None
-            if parcel is None:
+            pieces = engine.link.receive() if engine.link is not None else None
+            if pieces is None:
                 return
-            envelope, frame, *buffers = parcel
+            envelope, frame, *buffers = pieces
             if not envelope:
                 self.fleet.on_message(engine, frame, buffers)
                 continue
