@@ -4,34 +4,18 @@ A part that fails or runs out of its time is reported by name and the others go 
 kept, drawn, and put into one archive.
 """
 
-import signal
-import subprocess
-import sys
-import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from bench.parts import ROOT, Part, pack, run
 from djinn_zmq.probe import command
 from djinn_zmq.probe.machine import this_machine
-from djinn_zmq.probe.results import Check, NotMeasured, Results, write
+from djinn_zmq.probe.results import NotMeasured, Results, write
 
-ROOT = Path(__file__).parent.parent
 MEMORY = ROOT / "bench" / "configs" / "memory-pressure-llama-2-13b.yaml"
-END_S = 20.0  # after Ctrl-C a part writes down what it has, within this
 TO_DRAW_S = 40.0
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """most_s: seconds it may take at most, and no more than what is left of the whole."""
-
-    name: str
-    module: str
-    options: tuple[str, ...]
-    most_s: float
 
 
 def parts(
@@ -68,38 +52,6 @@ def parts(
               f"--context={positions[0]}", f"--output-dir={folder / 'memory-pressure'}")  # fmt: skip
     found.append(Part("memory pressure", "bench.memory_pressure", memory, 120))
     return found
-
-
-def run(part: Part, seconds: float, log: Path) -> Check:
-    """In a process of its own. At the end of its time it gets a Ctrl-C, so that it writes what it
-    has."""
-    begin = time.monotonic()
-    limit = min(part.most_s, seconds)
-    if limit < 5:
-        return Check(part.name, None, "no time was left for it")
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", part.module, *part.options],
-            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            status = process.wait(limit)
-            why = "" if status == 0 else _last_line(log)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            status, why = 1, f"its {limit:.0f} s were over; {_last_line(log)}"
-    took = f"{time.monotonic() - begin:.0f} s"
-    return Check(part.name, status == 0, f"{took}; {why}" if why else took)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:400] if lines else "it said nothing"
 
 
 @click.command(cls=command.Tool)
@@ -154,8 +106,7 @@ def main(
     results.settings["elapsed_s"] = round(time.monotonic() - begin, 1)
     write(results, folder / "summary.json")
     if archive is not None:
-        with tarfile.open(archive, "w:gz") as tar:
-            tar.add(folder, arcname=folder.name)
+        pack(folder, archive)
         click.echo(f"archive in {archive}")
     missed = [one.what for one in results.checks if not one.held]
     if missed:

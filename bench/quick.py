@@ -3,29 +3,19 @@
 Exit status 0 only if everything that has to be seen was seen; each finding is printed.
 """
 
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from bench import plots
+from bench.parts import Part, run
 from djinn_zmq.probe import command, schema
 from djinn_zmq.probe.results import Check
 
 HERE = Path(__file__).parent / "configs"
 DEPTHS = ("tiny", "small")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A command whose exit status has to be 0."""
-
-    name: str
-    module: str
-    options: tuple[str, ...]
+MOST_S = 150.0  # a part
 
 
 def parts(folder: Path) -> list[Part]:
@@ -34,6 +24,7 @@ def parts(folder: Path) -> list[Part]:
             f"resume latency, {name}",
             "bench.resume_latency",
             (f"--config={HERE / name}.yaml", f"--output-dir={folder / name}", "--fresh"),
+            MOST_S,
         )
         for name in DEPTHS
     ]
@@ -45,34 +36,21 @@ def parts(folder: Path) -> list[Part]:
     ):
         path = folder / "decompose" / f"{name}.json"
         found.append(
-            Part(f"decomposition, {name}", "tools.decompose", (f"--json={path}", *options))
+            Part(f"decomposition, {name}", "tools.decompose", (f"--json={path}", *options), MOST_S)
         )
     found += [
         Part(
             f"tool {name}",
             f"tools.{name}",
             ("--samples=60", f"--json={folder / 'tools'}/{name}.json"),
+            MOST_S,
         )
         for name in ("tcp", "zmq_echo", "noop", "resume")
     ]
     config = f"--config={HERE / 'memory-pressure-tiny.yaml'}"
     output = f"--output-dir={folder / 'memory-pressure'}"
-    found.append(Part("memory pressure", "bench.memory_pressure", (config, output)))
+    found.append(Part("memory pressure", "bench.memory_pressure", (config, output), MOST_S))
     return found
-
-
-def run(part: Part, log: Path) -> Check:
-    begin = time.monotonic()
-    with log.open("w") as file:
-        ended = subprocess.run(
-            [sys.executable, "-m", part.module, *part.options],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-    seconds = f"{time.monotonic() - begin:.0f} s"
-    if ended.returncode == 0:
-        return Check(part.name, True, seconds)
-    last = log.read_text().strip().splitlines()[-1:]
-    return Check(part.name, False, f"{seconds}, status {ended.returncode}: {' '.join(last)}, {log}")
 
 
 def checks(folder: Path) -> list[Check]:
@@ -128,11 +106,12 @@ def main(folder: Path) -> None:
     """The whole experiment on `tiny` and on a small random shape: every baseline, the decomposition,
     memory pressure, the latency tools, the figures and the table."""
     begin = time.monotonic()
+    folder = folder.resolve()
     for name in ("decompose", "tools", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     outcome = []
     for place, part in enumerate(parts(folder)):
-        outcome.append(run(part, folder / "logs" / f"{place:02}-{part.module}.log"))
+        outcome.append(run(part, MOST_S, folder / "logs" / f"{place:02}-{part.module}.log"))
         click.echo(str(outcome[-1]))
     for check in (*checks(folder), drawn(folder), valid(folder)):
         outcome.append(check)
