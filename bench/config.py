@@ -13,7 +13,9 @@ import yaml
 
 from djinn_zmq.errors import RequestError
 
-BASELINES = ("recompute", "manual_offload", "eager", "djinn", "nnsight", "prototype")
+BASELINES = (
+    "recompute", "manual_offload", "eager", "djinn", "saving", "nnsight", "prototype", "bare",
+)  # fmt: skip
 TRANSPORTS = ("lane", "ipc", "tcp")
 EDITS = ("none", "row", "all", "in_place", "row_in_place")
 ENDS = ("ready", "logits")
@@ -33,6 +35,8 @@ class ResumeLatency:
     layers: to stop at; empty: five, spread over the model. max_length: tokens of the prompt.
     repeat: rounds in which all cases take their turn, every second one backwards: an even number is
     fair. per_turn: timed calls in each turn.
+    idle_ms: sleep before each call, as a person at work gives. without: cases whose name contains one
+    of these are left out.
     transports, edits, ends, tiers: of Djinn's resume. Each is varied alone, the others at their
     first value; with `every_combination` all with all.
     """
@@ -46,6 +50,8 @@ class ResumeLatency:
     warmup: int = 3
     repeat: int = 6
     per_turn: int = 5
+    idle_ms: float = 0.0
+    without: tuple[str, ...] = ()
     server: str | None = None
     key: str | None = None
     baselines: tuple[str, ...] = _one_of(BASELINES, BASELINES)
@@ -60,6 +66,7 @@ class ResumeLatency:
         for name in ("threads", "max_length", "repeat", "per_turn"):
             _at_least(self, name, 1)
         _at_least(self, "warmup", 0)
+        _at_least(self, "idle_ms", 0)
         if any(layer < 0 for layer in self.layers):
             raise RequestError(f"layers {list(self.layers)}: a layer is at least 0")
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 
+from bench import bare, eager, saving
 from djinn_zmq.probe import fits, tables
 from djinn_zmq.probe.results import Check, Results, write
-from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.probe.samples import Ratio, Samples, ratio
 
 FILES = {
     "recompute": "recompute_latency.json",
@@ -25,6 +27,11 @@ READY_LIMITS = {
     ("in_place", "device"): 1.6,
 }  # by the lane: (edit, tier)
 LOGITS_LIMIT = 1.02
+SAVING_LIMITS = {saving.ONE: 1.01, saving.ALL: 1.03}
+# Over plain ipc: at most one bare round trip, and this.
+PLAIN, PLAIN_S = ("ipc", "ready", "none"), 1e-4
+EVERYWHERE = ("lane", "none", "device")
+EVEN = 0.1  # of the median of all layers: as far as the median of one may lie from it
 
 
 def add_findings(results: Results) -> None:
@@ -44,13 +51,19 @@ def add_findings(results: Results) -> None:
     results.fits = list(found.values())
     results.ratios = _ratios(results, by_variant)
     kept = [one for one in results.checks if "bits" in one.what]
-    results.checks = kept + _checks(found, by_variant)
+    results.checks = kept + _checks(found, by_variant, _on_gpu(results))
 
 
-def _ratios(results: Results, by_variant: dict) -> list:  # type: ignore[type-arg]
-    on_gpu = results.settings.get("device") != "cpu"
+def _on_gpu(results: Results) -> bool:
+    return results.settings.get("device") != "cpu"
+
+
+def _ratios(results: Results, by_variant: dict) -> list[Ratio]:  # type: ignore[type-arg]
+    on_gpu = _on_gpu(results)
     offload = by_variant.get(("manual_offload", OFFLOAD, "host"), {})
-    rest = by_variant.get(("eager", "layers N+1..L and head", "host"), {})
+    rest = by_variant.get(("eager", eager.REST, "host"), {})
+    single = {one.name: one for one in results.samples if one.labels["layer"] is None}
+    trip = single.get(f"{bare.NAME}: {bare.IPC}")
     found = []
     for (baseline, _, _), samples in by_variant.items():
         if baseline != "djinn":
@@ -66,10 +79,33 @@ def _ratios(results: Results, by_variant: dict) -> list:  # type: ignore[type-ar
                 name = f"{one.name} / the model's own layers"
                 limit = LOGITS_LIMIT if on_gpu else None
                 found.append(ratio(one, rest[layer], name=name, limit=limit))
-    return found
+            if trip and (label["transport"], label["end"], label["edit"]) == PLAIN:
+                above = Samples(trip.name, trip.seconds + PLAIN_S)
+                name = f"{one.name} / a ZMQ ipc round trip and {PLAIN_S * 1e3:g} ms"
+                found.append(ratio(one, above, name=name, limit=1.0))
+    return found + _of_saving(single, on_gpu)
 
 
-def _checks(found: dict, by_variant: dict) -> list[Check]:  # type: ignore[type-arg]
+def _of_saving(single: dict[str, Samples], on_gpu: bool) -> list[Ratio]:
+    """A run that keeps checkpoints, over one that keeps none and over the plain model's."""
+    without = {
+        "one that saves nothing": single.get(f"{saving.NAME}: {saving.NOTHING}"),
+        "the plain model's forward": single.get(f"{eager.NAME}: {eager.FORWARD}"),
+    }
+    return [
+        ratio(
+            single[f"{saving.NAME}: {kept}"],
+            other,
+            name=f"run, saving {kept} / {what}",
+            limit=limit if on_gpu else None,
+        )
+        for kept, limit in SAVING_LIMITS.items()
+        for what, other in without.items()
+        if other is not None and f"{saving.NAME}: {kept}" in single
+    ]
+
+
+def _checks(found: dict, by_variant: dict, on_gpu: bool) -> list[Check]:  # type: ignore[type-arg]
     checks = []
     rising = found.get(("recompute", "to layer N", "host"))
     if rising is not None:
@@ -84,7 +120,20 @@ def _checks(found: dict, by_variant: dict) -> list[Check]:  # type: ignore[type-
                     f"{fit}; largest over smallest median {fit.spread:.2f}",
                 )
             )
+            if on_gpu and (first["transport"], first["edit"], first["tier"]) == EVERYWHERE:
+                checks.append(_even(fit.name, by_variant[key]))
     return checks
+
+
+def _even(name: str, by_layer: dict[int, Samples]) -> Check:
+    medians = np.array([one.median_s for one in by_layer.values()])
+    off = medians / np.median(medians) - 1
+    n = sum(one.n for one in by_layer.values())
+    return Check(
+        f"{name} takes the same at every layer, within {EVEN:.0%}",
+        bool(abs(off).max() <= EVEN),
+        f"{off.min():+.1%} to {off.max():+.1%} of {np.median(medians) * 1e3:.3g} ms, n = {n}",
+    )
 
 
 def write_all(results: Results, folder: Path) -> None:

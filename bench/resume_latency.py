@@ -18,6 +18,7 @@ import torch
 
 import djinn_zmq as djinn
 from bench import (
+    bare,
     config,
     djinn_resume,
     eager,
@@ -26,6 +27,7 @@ from bench import (
     prototype_transport,
     recompute,
     report,
+    saving,
 )
 from bench.cases import Found, Timed, working
 from bench.config import ResumeLatency
@@ -45,7 +47,7 @@ SPREAD = (0.025, 0.25, 0.5, 0.75, 1.0)  # of the layers: 1, 10, 20, 30, 40 of 40
 class Experiment(command.Tool):
     """Takes `--layers 1 10 20` as well as `--layers 1 --layers 10`."""
 
-    MANY = ("--layers", "--baselines", "--transports", "--edits", "--ends", "--tiers")
+    MANY = ("--layers", "--without", "--baselines", "--transports", "--edits", "--ends", "--tiers")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -78,6 +80,8 @@ def _many(name: str, allowed: Sequence[str], about: str) -> Any:
 @click.option("--warmup", type=int, help="Untimed calls of each case.")
 @click.option("--repeat", type=int, help="Rounds in which all cases take their turn.")
 @click.option("--per-turn", type=int, help="Timed calls of a case in each of its turns.")
+@click.option("--idle-ms", type=float, help="Milliseconds of sleep before each call. [0]")
+@click.option("--without", multiple=True, help="Leave out cases whose name contains this.")
 @click.option("--output-dir", help="Where the results go.")
 @_many("baselines", config.BASELINES, "What to measure.")
 @_many("transports", config.TRANSPORTS, "Ways to the server.")
@@ -162,6 +166,7 @@ class _Bench:
         model = self.djinn.first.model
         self.layers = _layers(asked.layers, model.num_layers, model.name)
         ids = np.random.default_rng(SEED).integers(0, model.vocab_size, (1, asked.max_length))
+        self.ids = ids
         djinn_resume.save(self.djinn, ids, self.layers)
         self.plain = Plain(model.info.source, asked.dtype, asked.device, ids, asked.threads)
         self._check_exact()
@@ -227,13 +232,16 @@ class _Bench:
             "manual_offload": lambda: manual_offload.cases(plain, layers),
             "eager": lambda: eager.cases(plain, layers),
             "djinn": lambda: djinn_resume.cases(self.djinn, self.asked),
+            "saving": lambda: saving.cases(self.djinn, self.ids),
             "nnsight": lambda: nnsight_steer.cases(plain, layers),
             "prototype": self._prototype,
+            "bare": self._bare,
         }
         found: Found = []
         for name, make in makers.items():
             if name in self.asked.baselines:
                 found += make()
+        found = [one for one in found if not any(text in _name(one) for text in self.asked.without)]
         cases, missing = working(found, (Lost, ConnectionError))
         self.results.not_measured += missing
         for one in missing:
@@ -251,6 +259,12 @@ class _Bench:
         self._servers += servers
         return found
 
+    def _bare(self) -> Found:
+        folder = self._stack.enter_context(serving.sockets_folder())
+        found, servers = self._stack.enter_context(bare.cases(folder))
+        self._servers += servers
+        return found
+
     def pin(self) -> None:
         """Only on a CPU: a GPU's host has CPUs to spare, and torch's threads want them."""
         client, servers = (None, None) if self.asked.device != "cpu" else pinning.two_sides()
@@ -262,7 +276,10 @@ class _Bench:
 def _measure(bench: _Bench, cases: list[Timed], kept: KeptRounds) -> None:
     asked = bench.asked
     bench.pin()
-    plan = Plan(asked.repeat, asked.per_turn, warm_up=asked.warmup, settle=2, there_and_back=True)
+    plan = Plan(
+        asked.repeat, asked.per_turn, asked.idle_ms / 1e3, asked.warmup, settle=2,
+        there_and_back=True,
+    )  # fmt: skip
     tasks = {one.name: one.task for one in cases}
     total = plan.rounds * len(tasks)
     with progress.steps("measuring", total, done=kept.count * len(tasks)) as tell:
@@ -283,6 +300,10 @@ def _write(bench: _Bench, cases: list[Timed], kept: KeptRounds, folder: Path) ->
     results.tables |= djinn_resume.spans_table(bench.djinn, kept.count * bench.asked.per_turn)
     report.add_findings(results)
     report.write_all(results, folder)
+
+
+def _name(one: Timed | NotMeasured) -> str:
+    return one.name if isinstance(one, Timed) else one.what
 
 
 def _layers(asked: Sequence[int], count: int, model: str) -> list[int]:

@@ -48,13 +48,13 @@ def cases(served: Served, folder: Path) -> Iterator[tuple[dict[str, Call], list[
                 echoes.front_and_back(_endpoint(transport, folder, "front"), _ipc(folder, "back"))
             )
             pids += both
-            calls[FRONT.format(transport)] = stack.enter_context(_zmq_call(bound, frame))
+            calls[FRONT.format(transport)] = stack.enter_context(zmq_call(bound, frame))
 
             bound, pid = stack.enter_context(
                 echoes.running("router", _endpoint(transport, folder, "router"))
             )
             pids.append(pid)
-            calls[ROUTER.format(transport)] = stack.enter_context(_zmq_call(bound, frame))
+            calls[ROUTER.format(transport)] = stack.enter_context(zmq_call(bound, frame))
         server = stack.enter_context(djinn.connect(served.ipc, progress=None))
         calls[LANE] = server.model(MODEL).ping
         calls[DOORBELL], pid = stack.enter_context(echoes.ringing())
@@ -74,7 +74,8 @@ def _endpoint(transport: str, folder: Path, name: str) -> str:
 
 
 @contextmanager
-def _zmq_call(endpoint: str, frame: bytes) -> Iterator[Call]:
+def zmq_call(endpoint: str, frame: bytes) -> Iterator[Call]:
+    """A round trip of *frame* to what is bound to *endpoint*."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.linger = 0
