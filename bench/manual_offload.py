@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import Found, Timed, both_clocks
-from bench.plain import Plain
+from bench.plain import Plain, kv_shape
 from djinn_zmq.probe.results import NotMeasured
 
 NAME = "manual_offload"
@@ -85,12 +85,10 @@ def _allocate_and_copy(pairs: Pairs, plain: Plain) -> None:
 
 
 def _kv_entry(plain: Plain) -> torch.Tensor:
-    """A tensor like one layer's keys: (1, kv_heads, positions, head_dim), without values."""
-    config = plain.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """A tensor like one layer's keys, without values."""
     like = plain.hidden[0]
-    return torch.empty((1, heads, like.shape[1], width), dtype=like.dtype, device=like.device)
+    shape = kv_shape(plain.model.config.get_text_config(), like.shape[1])
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import djinn_zmq as djinn
 from bench import config, pressure_report
-from bench.plain import Plain, bits
+from bench.plain import Plain, bits, config_of, kv_nbytes
 from bench.pressure_config import MemoryPressure
 from djinn_zmq.client.server import Server
 from djinn_zmq.engine import shapes
@@ -24,6 +25,7 @@ from djinn_zmq.probe import command, features, progress, serving
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
 from djinn_zmq.probe.samples import Samples
+from djinn_zmq.settings import MIB
 
 FILE = "memory_pressure.json"
 
@@ -49,7 +51,7 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Came:
-    """What a resume came to. logits: bits of the last position's; b"": none were asked for."""
+    """What a resume came to. logits: bits of the last position's, which give the first token."""
 
     number: int
     seconds: float
@@ -65,19 +67,17 @@ class Pressure:
         self.missing: list[NotMeasured] = []
         self.wrong_answers: list[str] = []
         self.others = 0
+        self.away: Counter[int] = Counter()  # bytes of keys and values in host memory, by session
+        self._seen = 0  # the number of the last event that was looked at
         self._stack = stack
         self._begin = time.monotonic()
+        self.config = config_of(asked.model)
+        self.layer = self._layer()
         self.served = self._serve()
         # The server's own owner may hold all sessions: a connection for each would measure sockets.
         self.server: Server = self._connect()
         self.model = self.server.model(self.served.model)
         self.other = self._connect().model(self.served.model)
-        if asked.stop_at is not None and asked.stop_at > self.model.num_layers:
-            raise LayerError(
-                f'layer {asked.stop_at} does not exist: "{self.model.name}" has '
-                f"{self.model.num_layers} layers (0-{self.model.num_layers})"
-            )
-        self.layer = self.model.num_layers // 2 if asked.stop_at is None else asked.stop_at
         self.rng = np.random.default_rng(asked.seed)
         self.prompts = self.rng.integers(
             0, self.model.vocab_size, (asked.sessions + 1, 1, asked.context)
@@ -91,11 +91,27 @@ class Pressure:
             why = "this version has no model.session: each session is one run without a KV cache"
             self.missing.append(NotMeasured("sessions with keys and values", why))
 
+    def _layer(self) -> int:
+        asked, count = self.asked, self.config.num_hidden_layers
+        if asked.stop_at is not None and asked.stop_at > count:
+            raise LayerError(
+                f'layer {asked.stop_at} does not exist: "{asked.model}" has {count} layers (0-{count})'
+            )
+        return count // 2 if asked.stop_at is None else asked.stop_at
+
+    def _gpu_memory(self) -> int | None:
+        """MiB."""
+        asked = self.asked
+        if asked.gpu_share is None:
+            return asked.gpu_memory
+        need = asked.sessions * kv_nbytes(self.config, asked.context, self.layer)
+        return max(1, int(asked.gpu_share * need) // MIB)
+
     def _serve(self) -> serving.Served:
         asked = self.asked
         more = [f"--threads={asked.threads}"]
         folder = self._stack.enter_context(serving.sockets_folder())
-        budgets = {"gpu-memory": asked.gpu_memory, "disk": asked.disk}
+        budgets = {"gpu-memory": self._gpu_memory(), "disk": asked.disk}
         if features.TIERS:
             more += [f"--{name}={value}" for name, value in budgets.items() if value is not None]
             if asked.disk is not None:
@@ -131,7 +147,7 @@ class Pressure:
             return Stopped(number, ids, self.model.run(ids, stop_at=self.layer).checkpoint)
         session = self.model.session()
         going = session.generate(
-            ids[0], self.asked.new_tokens, stop_at=self.layer, steps=0, ends=()
+            ids[0], self.asked.new_tokens, stop_at=self.layer, steps=0, ends=(), logits="last"
         )
         for _ in going:
             pass
@@ -139,7 +155,7 @@ class Pressure:
 
     def resume(self, one: Stopped) -> Came:
         edits = self._edits(one.number)
-        tier = one.point.tier
+        tier = self._tier(one)
         begin = time.perf_counter()
         if one.going is None:
             logits = one.point.resume(edits).logits
@@ -150,7 +166,21 @@ class Pressure:
         first = next(iter(going))  # the latency is to the first token
         elapsed_s = time.perf_counter() - begin
         rest = [token.id for token in going]
-        return Came(one.number, elapsed_s, tier, (first.id, *rest), b"")
+        return Came(one.number, elapsed_s, tier, (first.id, *rest), first.logits.tobytes())
+
+    def _tier(self, one: Stopped) -> str:
+        """The slowest that any of it comes from."""
+        self._look_at_events()
+        away = one.session is not None and self.away[one.session.id] > 0
+        tier: str = one.point.tier
+        return "host" if away and tier == "device" else tier
+
+    def _look_at_events(self) -> None:
+        """Which keys and values have moved since the last look?"""
+        for event in self.server.events(self._seen):
+            self._seen = event.number
+            if "keys and values" in event.text:
+                self.away[event.session] += event.nbytes * (1 if event.kind == "evict" else -1)
 
     def _edits(self, number: int) -> list[Any]:
         return [djinn.Add(self.vector, at=(0, -1))] if number == self.asked.steer else []
@@ -188,8 +218,11 @@ class Pressure:
                     do_sample=False,
                     eos_token_id=None,
                     pad_token_id=0,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
-                return tuple(out[0, ids.shape[1] :].tolist()), b""
+                tokens = out.sequences[0, ids.shape[1] :].tolist()
+                return tuple(tokens), bits(out.logits[0])
             logits = self.plain.model(ids, use_cache=False).logits[:, -1]
         return (int(logits[0].float().argmax()),), bits(logits)
 
@@ -220,6 +253,7 @@ class Pressure:
 
     def sample(self, phase: str, sessions: int) -> None:
         """A row of the timeline. Bytes; None where it cannot be known here."""
+        self._look_at_events()
         status = self.server.status()
         memory = status.memory
         row: dict[str, Any] = {
@@ -231,6 +265,7 @@ class Pressure:
             "host_limit": memory.limit,
             "engine_resident": sum(engine.resident for engine in status.engines),
             "kv": sum(getattr(session, "kv", 0) for session in status.sessions),
+            "kv_host": sum(self.away[session.id] for session in status.sessions),
             "gpu": self._gpu_used(),
             "n": 1,
         }
@@ -325,6 +360,8 @@ def _by_tier(came: list[Came]) -> list[Samples]:
 @click.option("--device", help='"cpu" or "cuda:N".')
 @click.option("--sessions", type=int, help="How many are stopped at once.")
 @click.option("--context", type=int, help="Tokens of each.")
+@click.option("--stop-at", type=int, help="Layers before the stop.")
+@click.option("--gpu-share", type=float, help="Of what the sessions need: the GPU's part of it.")
 @click.option("--output-dir", help="Where the results go.")
 def main(path: Path | None, **given: Any) -> None:
     """Stop many sessions, keep them all, resume them in another order: is every token right, and

@@ -1,5 +1,6 @@
 """The same model in this process, without Djinn: what all baselines are measured on."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers
 
 from djinn_zmq.engine import shapes
 from djinn_zmq.probe.device_time import waits
+from djinn_zmq.server.catalog import Catalog
 
 
 class Plain:
@@ -89,6 +91,26 @@ class Plain:
     def last_logits(self) -> bytes:
         """The bits of the last position's logits."""
         return bits(self.forward()[:, -1])
+
+
+def config_of(model: str) -> Any:
+    """The transformers configuration of a shape, a served name, a directory or a hub id."""
+    if model in shapes.names():
+        return shapes.config_of(model)
+    source = Catalog((model,)).resolve(model, trusted=True)[1]
+    return transformers.AutoConfig.from_pretrained(source).get_text_config()
+
+
+def kv_shape(config: Any, positions: int) -> tuple[int, int, int, int]:
+    """Of one layer's keys, or values: (1, kv_heads, positions, head_dim)."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 1, heads, positions, width
+
+
+def kv_nbytes(config: Any, positions: int, layers: int) -> int:
+    """Of the keys and values of *layers* layers, in the dtype of the configuration."""
+    return 2 * layers * math.prod(kv_shape(config, positions)) * config.dtype.itemsize
 
 
 def bits(data: torch.Tensor) -> bytes:

@@ -147,6 +147,7 @@ def virtualization(found: schema.File) -> Figure:
         ("host", "host tier", "#d98d4f", "-."),
         ("disk", "disk tier", "#6a8f5a", ":"),
         ("kv", "keys and values", "#8a8a8a", (0, (5, 1))),
+        ("kv_host", "keys and values in host memory", "#b09ac0", (0, (3, 1, 1, 1, 1, 1))),
     )
     for name, label, shade, dash in drawn:
         values = [row.get(name) for row in rows]

@@ -35,6 +35,7 @@ class MemoryPressure:
     each is one run that goes on to its logits. steer: the session whose resume adds a vector.
     others_every: after so many sessions a second client asks something in between.
     gpu_memory, host_memory, disk: budgets of the server's tiers in MiB; None: its own defaults.
+    gpu_share: in place of gpu_memory, the part of what the stopped sessions' keys and values need.
     """
 
     model: str = "tiny"
@@ -50,6 +51,7 @@ class MemoryPressure:
     others_every: int = 10
     seed: int = 11
     gpu_memory: int | None = None
+    gpu_share: float | None = None
     host_memory: int | None = None
     disk: int | None = None
     output_dir: str = "memory-pressure"
@@ -59,5 +61,7 @@ class MemoryPressure:
         for name in ("sessions", "context", "new_tokens", "others_every", "threads"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.gpu_share is not None and not 0 < self.gpu_share <= 1:
+            raise RequestError(f"gpu_share is {self.gpu_share}: more than 0, and at most 1")
         if not 0 <= self.steer < self.sessions:
             raise RequestError(f"steer is {self.steer}: the sessions are 0 to {self.sessions - 1}")
