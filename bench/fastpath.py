@@ -1,0 +1,388 @@
+"""The fast path's budgets, each measured in one run with what it is held against.
+
+`python -m bench.fastpath --shape llama-2-13b --device cuda:0 --out DIR --archive DIR.tar.gz`
+
+Nothing is measured here: each part is one of the other benchmarks in a process of its own. What a part
+found is put into the table, and into fastpath.json, as soon as the part has ended.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.parts import ROOT, Part, pack, run
+from bench.plain import config_of
+from djinn_zmq.probe import command, schema, tables
+from djinn_zmq.probe.machine import this_machine
+from djinn_zmq.probe.results import Check, NotMeasured, Results, write
+
+FILE = "fastpath.json"
+MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
+NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import")
+IDLE_MS = (0, 2, 50)
+SESSIONS, SHARE = 64, 1 / 3  # stopped at once; of the memory they need that the GPU has for them
+SPREAD = (0.025, 0.25, 0.5, 0.75, 1.0)  # of the layers, as bench.resume_latency has it
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A line of the table. part: whose results tell it. pattern: matches the names of its ratios, or
+    what its checks say; what differs between those (the layer) is a column. on_gpu: it is a figure of
+    a GPU's, and without one there is no target."""
+
+    name: str
+    part: str
+    pattern: str
+    on_gpu: bool = True
+
+
+def budgets(idle_ms: int) -> Iterator[Budget]:
+    """Those of a resume, after so much idling."""
+    part = f"resume-{idle_ms}"
+    offload = " / manual offload$"
+    ready = "djinn: lane, to ready, edited"
+    yield Budget("ready, unedited, on the GPU", part, f"{ready} none, from device, .*{offload}")
+    yield Budget("… the same at every layer", part, f"{ready} none, from device takes the same")
+    yield Budget("ready, a row edited in place", part, f"{ready} row_in_place, layer .*{offload}")
+    yield Budget("ready, all rewritten in place", part, f"{ready} in_place, layer .*{offload}")
+    yield Budget("ready, evicted to host memory", part, f"{ready} none, from host, .*{offload}")
+    yield Budget("ready, plain ipc", part, "djinn: ipc, to ready, edited none, .*round trip and",
+                 on_gpu=False)  # fmt: skip
+    if idle_ms == 0:
+        logits = "djinn: lane, to logits, edited none, layer .* / the model's own layers"
+        yield Budget("to the logits", part, logits)
+        for kept in ("one", "every"):
+            for other in ("one that saves nothing", "the plain model's forward"):
+                yield Budget(
+                    f"run that saves after {kept} layer, over {other}",
+                    part,
+                    f"run, saving after {kept} layer / {other}",
+                )
+
+
+def rest() -> Iterator[Budget]:
+    for gap in ("back to back", "2 ms idle", "50 ms idle"):
+        yield Budget(f"no-op by lane, {gap}", "noop", f"lane, {gap}: djinn", on_gpu=False)
+        yield Budget(f"no-op over ipc, {gap}", "noop", f"ipc, {gap}: djinn", on_gpu=False)
+        yield Budget(f"no-op over tcp, {gap}", "noop", f"tcp, {gap}: djinn / bare ROUTER$", False)
+    for way in ("ipc", "tcp"):
+        yield Budget(
+            f"requests a second, 64 clients, {way}", "noop", f"64 clients, {way}: djinn", False
+        )
+    yield Budget("activation over tcp", "upload", "tcp: frames / ", on_gpu=False)
+    yield Budget("client import", "import", "importing the client takes at most", on_gpu=False)
+    yield Budget("client import, no torch", "import", "imports no torch", on_gpu=False)
+    for way in ("out", "in", "both at once"):
+        yield Budget(f"swap rate, {way}", "swap", f"swap {way} /")
+    for name, pattern in (
+        ("resumed", "sessions resumed$"),
+        ("tokens", "token accuracy"),
+        ("logits", "logits equal"),
+        ("others served", "second client"),
+        ("evicted", "from a slower tier"),
+        ("freed", "nothing is kept"),
+    ):
+        yield Budget(f"{SESSIONS} stopped sessions: {name}", "memory", pattern, on_gpu=False)
+    yield Budget(f"{SESSIONS} stopped sessions: plateau", "memory", "GPU memory at most")
+
+
+@dataclass(slots=True)
+class Line:
+    """A budget as it stands. verdict: None: not measured here."""
+
+    budget: Budget
+    target: str = ""
+    ratios: list[schema.Ratio] = field(default_factory=list)
+    check: schema.Check | None = None
+    why: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.check is not None:
+            held = self.check.held
+            return "not measured" if held is None else "held" if held else "missed"
+        verdicts = [one.held for one in self.ratios]
+        if not verdicts:
+            return "not measured"
+        if any(one is None for one in verdicts):
+            return "no target here"
+        return "held" if all(verdicts) else "missed"
+
+    @property
+    def cells(self) -> list[str]:
+        if self.check is not None:
+            return [self.budget.name, self.target, "", "", self.verdict]
+        counts = sorted({n for one in self.ratios for n in one.n})
+        n = "/".join(map(str, counts))
+        values = " ".join(f"{one.value:.3g}" for one in self.ratios)
+        return [self.budget.name, self.target, values, n, self.verdict]
+
+
+def line_of(budget: Budget, found: schema.File | None, why: str) -> Line:
+    if found is None:
+        return Line(budget, why=why)
+    ratios = [one for one in found.ratios if re.search(budget.pattern, one.name)]
+    limits = {(one.limit, one.at_least) for one in ratios if one.limit is not None}
+    target = ", ".join(
+        f"{'>=' if at_least else '<='} {limit:g}" for limit, at_least in sorted(limits)
+    )
+    if ratios:
+        return Line(budget, target, ratios)
+    for check in found.checks:
+        if re.search(budget.pattern, check.what):
+            return Line(budget, check=check, why=check.found)
+    if budget.on_gpu and not found.machine.gpus:
+        return Line(budget, why="there is no GPU")
+    words = budget.pattern.replace(".*", "").split(" / ")[0].split(", layer")[0]
+    reasons = [one.why for one in found.not_measured if words.rstrip(", ") in one.what]
+    return Line(budget, why=reasons[0] if reasons else f"{budget.part} does not have it")
+
+
+# ---- the parts
+
+
+def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
+    """By name."""
+    shape, device, tokens = asked.shape, asked.device, asked.positions
+    found = {}
+    for idle_ms in IDLE_MS:
+        more = ("--without", "KV", "each call", "device time", "keeps every",
+                "--transports", "lane", "ipc", "--tiers", "device", "host",
+                "--edits", "none", "in_place", "row_in_place",
+                "--layers", *map(str, asked.layers))  # fmt: skip
+        few = ("--warmup=2", f"--repeat={asked.rounds}", "--per-turn=5") if idle_ms == 0 else (
+            "--warmup=1", "--repeat=4", "--per-turn=4", "--ends", "ready")  # fmt: skip
+        baselines = (
+            "manual_offload",
+            "djinn",
+            "bare",
+            *(("eager", "saving") if idle_ms == 0 else ()),
+        )
+        options = (f"--model={shape}", f"--device={device}", f"--max-length={tokens}",
+                   f"--idle-ms={idle_ms}", f"--output-dir={folder / f'resume-{idle_ms}'}", "--fresh",
+                   "--baselines", *baselines, *more, *few)  # fmt: skip
+        found[f"resume-{idle_ms}"] = Part(
+            f"resume, {idle_ms} ms idle", "bench.resume_latency", options, 180
+        )
+    pin = "--pin" if device == "cpu" else "--no-pin"
+    load = ("--clients=64",) if find_spec("grpc") else ("--no-load",)
+    found["noop"] = Part(
+        "no-op", "bench.noop",
+        (f"--samples={asked.samples}", *load, pin, f"--json={folder / 'noop.json'}"), 120,
+    )  # fmt: skip
+    found["upload"] = Part(
+        "upload", "bench.upload", ("--samples=100", pin, f"--json={folder / 'upload.json'}"), 60
+    )
+    found["import"] = Part("import", "bench.import_time", (f"--json={folder / 'import.json'}",), 60)
+    found["swap"] = Part(
+        "swap", "bench.swap",
+        (f"--shape={shape}", f"--device={device}", f"--positions={tokens}",
+         f"--json={folder / 'swap.json'}"), 120,
+    )  # fmt: skip
+    layers = config_of(shape).num_hidden_layers
+    found["memory"] = Part(
+        f"{SESSIONS} stopped sessions", "bench.memory_pressure",
+        (f"--config={MEMORY}",
+         f"--model={shape}", f"--device={device}", f"--context={tokens}", f"--stop-at={layers}",
+         f"--sessions={SESSIONS}", f"--gpu-share={SHARE}", f"--output-dir={folder / 'memory'}"), 200,
+    )  # fmt: skip
+    return found
+
+
+def path_of(part: str) -> str:
+    """Where its results are."""
+    if part.startswith("resume-"):
+        return f"{part}/resume_latency.json"
+    return "memory/memory_pressure.json" if part == "memory" else f"{part}.json"
+
+
+def results_of(part: str, folder: Path) -> schema.File | None:
+    path = folder / path_of(part)
+    return schema.read(path) if path.exists() else None
+
+
+# ---- the table
+
+
+def lines_of(folder: Path, outcome: dict[str, Check]) -> list[Line]:
+    found, why = {}, {}
+    for part in NAMES:
+        check = outcome.get(part)
+        why[part] = "its part was not run" if check is None else check.found
+        try:
+            found[part] = results_of(part, folder) if check is not None else None
+        except ValueError as exc:
+            found[part], why[part] = None, str(exc)
+    wanted = [one for idle in IDLE_MS for one in budgets(idle)] + list(rest())
+    return [line_of(one, found[one.part], why[one.part]) for one in wanted]
+
+
+def into(results: Results, lines: list[Line]) -> None:
+    """*lines*, as rows of results; what has no figure goes to what was not measured."""
+    rows, results.not_measured = [], []
+    for line in lines:
+        where = f"{line.budget.part}: {line.budget.name}"
+        if line.verdict == "not measured":
+            results.not_measured.append(NotMeasured(where, line.why))
+        for one in line.ratios:
+            layer = re.search(r", layer (\d+)", one.name)
+            rows.append({
+                "budget": line.budget.name, "part": line.budget.part, "ratio_of": one.name,
+                "layer": int(layer[1]) if layer else None, "target": line.target,
+                "ratio": one.value, "low": one.low, "high": one.high, "n": list(one.n),
+                "held": one.held,
+            })  # fmt: skip
+    results.tables["budgets"] = rows
+    results.checks = [
+        Check(f"{one.budget.part}: {one.budget.name}", _held(one), one.why or one.cells[2])
+        for one in lines
+        if one.verdict in ("held", "missed")
+    ]
+
+
+def _held(line: Line) -> bool:
+    return line.verdict == "held"
+
+
+def table_of(lines: list[Line], layers: tuple[int, ...]) -> str:
+    shown: list[list[str]] = []
+    for line in lines:
+        part = line.budget.part
+        idle = part.removeprefix("resume-") + " ms" if part.startswith("resume-") else ""
+        name, *cells = line.cells
+        found = cells[1] or line.why
+        shown.append([f"{name}{', idle ' + idle if idle and idle != '0 ms' else ''}", cells[0],
+                      cells[2], cells[3], found])  # fmt: skip
+    at = ", ".join(map(str, layers))
+    columns = ["budget", "target", "n", "verdict", f"ratio (at layers {at}), or what was found"]
+    wide = tables.aligned(columns[:4], [row[:4] for row in shown]).splitlines()
+    last = [columns[4], *(row[4] for row in shown)]
+    return "\n".join(f"{one}   {two}".rstrip() for one, two in zip(wide, last, strict=True))
+
+
+def times_of(folder: Path, outcome: dict[str, Check]) -> Iterator[dict[str, object]]:
+    """Every case of every part that is there, as a row."""
+    for part in outcome:
+        found = results_of(part, folder)
+        for one in found.samples if found is not None else ():
+            yield {
+                "part": part,
+                "case": one.name,
+                "median_s": one.median,
+                "p90_s": one.p90,
+                "n": one.n,
+            }
+
+
+def shown_times(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [row["part"], row["case"], *(tables.number(row[key] * 1e3) for key in ("median_s", "p90_s")),
+         str(row["n"])]
+        for row in rows if row["part"].startswith("resume-")
+    ]  # fmt: skip
+    lines = [[f"{part}: {case}", *more] for part, case, *more in cells]
+    return tables.aligned(["ms", "p50", "p90", "n"], lines)
+
+
+# ---- the command
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    shape: str
+    device: str
+    positions: int
+    layers: tuple[int, ...]
+    rounds: int
+    samples: int
+
+
+def _chosen(text: str) -> tuple[str, ...]:
+    asked = [name for name in text.split(",") if name] or NAMES
+    for name in asked:
+        if name not in NAMES:
+            raise click.BadParameter(f'"{name}": the parts are {", ".join(NAMES)}')
+    return tuple(name for name in NAMES if name in asked)
+
+
+@click.command(cls=command.Tool)
+@click.option("--shape", default="llama-2-13b", show_default=True, help="Random weights of it.")
+@click.option("--device", default="cuda:0", show_default=True, help='"cuda:N" or "cpu".')
+@click.option("--positions", type=click.IntRange(1), default=1031, show_default=True,
+              help="Tokens of the prompt.")  # fmt: skip
+@click.option("--layers", type=int, multiple=True, help="To stop at; repeatable. [default: five]")
+@click.option("--rounds", type=click.IntRange(2), default=6, show_default=True,
+              help="Of the resume's cases, back to back; an even number is fair.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(40), default=1000, show_default=True,
+              help="No-ops of each case, back to back.")  # fmt: skip
+@click.option("--parts", "names", default="", help=f"Only these, of {','.join(NAMES)}.")
+@click.option("--minutes", type=click.FloatRange(0.2), default=9.0, show_default=True,
+              help="All of it takes at most this long; what no time is left for is named.")  # fmt: skip
+@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
+              default=Path("results-fastpath"), show_default=True, help="Where it all goes.")  # fmt: skip
+@click.option("--archive", "packed", type=click.Path(path_type=Path, dir_okay=False),
+              help="All of it once more, as one .tar.gz.")  # fmt: skip
+def main(
+    shape: str,
+    device: str,
+    positions: int,
+    layers: tuple[int, ...],
+    rounds: int,
+    samples: int,
+    names: str,
+    minutes: float,
+    folder: Path,
+    packed: Path | None,
+) -> None:
+    """Every budget of the fast path, as a ratio to manual offload, the bare doorbell, bare ZMQ or raw
+    TCP in the same run; also after 2 and 50 ms of idling.
+
+    \b
+      python -m bench.fastpath --out DIR --archive DIR.tar.gz
+      python -m bench.fastpath --shape small --device cpu --positions 64 --parts resume-0,noop,swap
+
+    What time is left goes to the parts in this order. Exit status 0 where every part left results:
+    what was missed is told by the table.
+    """
+    begin = time.monotonic()
+    chosen = _chosen(names)
+    count = config_of(shape).num_hidden_layers
+    layers = layers or tuple(sorted({max(1, round(part * count)) for part in SPREAD}))
+    folder = folder.resolve()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    asked = Asked(shape, device, positions, layers, rounds, samples)
+    settings = {"shape": shape, "device": device, "positions": positions, "layers": list(layers),
+                "parts": list(chosen), "minutes": minutes}  # fmt: skip
+    results = Results("fastpath", this_machine(), settings)
+    click.echo(f"{results.machine}\n")
+    outcome: dict[str, Check] = {}
+    made = parts(asked, folder)
+    for name in chosen:
+        (folder / path_of(name)).unlink(missing_ok=True)  # of a run before
+    for name in chosen:
+        left_s = 60 * minutes - (time.monotonic() - begin)
+        outcome[name] = run(made[name], left_s, folder / "logs" / f"{name}.log")
+        click.echo(f"{time.monotonic() - begin:4.0f} s  {outcome[name]}")
+        into(results, lines_of(folder, outcome))
+        results.tables["times"] = list(times_of(folder, outcome))
+        results.settings["elapsed_s"] = round(time.monotonic() - begin, 1)
+        write(results, folder / FILE)
+    table = table_of(lines_of(folder, outcome), layers)
+    click.echo(f"\n{shown_times(results.tables['times'])}\n\n{table}")
+    (folder / "table.txt").write_text(f"{results.machine}\n\n{table}\n")
+    if packed is not None:
+        pack(folder, packed)
+        click.echo(f"archive in {packed}")
+    failed = [one.what for name, one in outcome.items() if results_of(name, folder) is None]
+    if failed:
+        raise click.ClickException(f"not all there: {', '.join(failed)}; logs in {folder}/logs")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.fastpath")

@@ -1,0 +1,82 @@
+"""The fast path's table is put together from its parts, and says of every budget how it stands."""
+
+import pytest
+from click.testing import CliRunner
+
+from bench import fastpath
+from bench.fastpath import Budget, line_of
+from bench.parts import Part
+from djinn_zmq.probe import schema
+from djinn_zmq.probe.machine import this_machine
+from djinn_zmq.probe.results import Check, NotMeasured, Results, write
+from djinn_zmq.probe.samples import Samples, ratio
+
+
+def file_with(path, ratios=(), checks=(), not_measured=()):
+    results = Results("test", this_machine(), {})
+    results.ratios, results.checks = list(ratios), list(checks)
+    results.not_measured = list(not_measured)
+    write(results, path)
+    return schema.read(path)
+
+
+def measured(name, above, below, limit=None):
+    return ratio(Samples.of("a", above), Samples.of("b", below), name=name, limit=limit)
+
+
+def test_a_budget_is_held_only_where_it_is_at_every_layer(tmp_path):
+    found = file_with(
+        tmp_path / "one.json",
+        [measured(f"ready, layer {n} / x", [0.1 * n] * 4, [1.0] * 4, limit=0.5) for n in (1, 2, 9)],
+    )
+    budget = Budget("ready", "resume-0", "^ready, layer")
+    line = line_of(budget, found, "")
+    assert (line.verdict, line.target) == ("missed", "<= 0.5")
+    assert line.cells == ["ready", "<= 0.5", "0.1 0.2 0.9", "4", "missed"]
+    assert line_of(Budget("ready", "resume-0", "layer [12] "), found, "").verdict == "held"
+
+
+def test_what_has_no_figure_is_not_measured_and_says_why(tmp_path):
+    found = file_with(
+        tmp_path / "one.json",
+        [measured("swap in / x", [1.0] * 2, [1.0] * 2)],
+        [Check("tokens right", True, "9 of 9")],
+        [NotMeasured("ready, by lane, layer 3", "the lane broke")],
+    )
+    no_file = line_of(Budget("a", "swap", "swap out"), None, "its 3 s were over")
+    assert (no_file.verdict, no_file.why) == ("not measured", "its 3 s were over")
+    broken = line_of(Budget("a", "resume-0", "ready, by lane, layer .*", False), found, "")
+    assert (broken.verdict, broken.why) == ("not measured", "the lane broke")
+    assert line_of(Budget("a", "swap", "swap in /"), found, "").verdict == "no target here"
+    assert line_of(Budget("a", "memory", "tokens right"), found, "").verdict == "held"
+
+
+def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkeypatch):
+    options = ("--samples=4", f"--json={tmp_path / 'import.json'}")
+    made = {
+        "noop": Part("no-op", "bench.there_is_none", (), 20),
+        "import": Part("import", "bench.import_time", options, 60),
+    }
+    monkeypatch.setattr(fastpath, "parts", lambda asked, folder: made)
+    ended = CliRunner().invoke(
+        fastpath.main, ["--shape=tiny", "--parts=import,noop", f"--out={tmp_path}"]
+    )
+    assert ended.exit_code == 1
+    assert "not all there: no-op" in ended.stderr and "there_is_none" in ended.stdout
+    found = schema.read(tmp_path / "fastpath.json")
+    judged = {one.what: one.held for one in found.checks}
+    assert judged["import: client import, no torch"] is True
+    missing = {one.what: one.why for one in found.not_measured}
+    assert "there_is_none" in missing["noop: no-op by lane, back to back"]
+    assert missing["swap: swap rate, in"] == "its part was not run"
+    assert {row["part"] for row in found.tables["times"]} == {"import"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--parts=nop"], '"nop": the parts are resume-0, noop'), (["--shape=huge"], '"huge"')],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, options, words):
+    ended = CliRunner().invoke(fastpath.main, [*options, f"--out={tmp_path}"])
+    assert ended.exit_code != 0 and words in ended.stderr
+    assert not (tmp_path / "fastpath.json").exists()
