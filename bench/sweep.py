@@ -41,9 +41,7 @@ AGREES = 2.0**-5
 Cpus = tuple[int, ...] | None
 
 
-def measure(
-    name: str, rounds: int, results: Results, client_cpus: Cpus, server_cpus: Cpus
-) -> None:
+def measure(name: str, rounds: int, results: Results, client_cpus: Cpus, server_cpus: Cpus) -> None:
     path = _path_of(name)
     grid = Grid(path, *PROMPTS[name])
     with (
@@ -177,9 +175,7 @@ def _report(name: str, grid: Grid, each: dict[str, Samples], results: Results) -
     "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
 )
 @click.option("--quick", is_flag=True, help="tiny only, three rounds; intervals get wide.")
-def main(
-    names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quick: bool
-) -> None:
+def main(names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quick: bool) -> None:
     """The causal-tracing grid (every layer × every position), in cells a second.
 
     \b
