@@ -2,11 +2,15 @@
 
 import logging
 import os
+import socket
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import msgspec
 import numpy as np
 import torch
@@ -100,7 +104,8 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
     report(f"{asked.name}: reading weights{known}", 0, STAGES)
     # A directory is all there is; only a hub id may look further. Code that comes with a model is
     # not run, and nobody is asked at a prompt whether it should be.
-    local = {"local_files_only": Path(asked.source).is_dir(), "trust_remote_code": False}
+    near = Path(asked.source).is_dir() or not _hub_has_an_address()
+    local = {"local_files_only": near, "trust_remote_code": False}
     if asked.source.startswith(shapes.PREFIX):
         shape = asked.source.removeprefix(shapes.PREFIX)
         model = shapes.make(shape, _dtype(asked.dtype), device)
@@ -200,6 +205,18 @@ def _tokenizer(source: str, local: dict[str, bool]) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source, **local)
     except Exception as exc:  # a tokenizer's reader may raise anything, bare Exceptions included
         raise ModelRefused(f"its tokenizer cannot be read: {_sentence(exc)}") from exc
+
+
+def _hub_has_an_address() -> bool:
+    """Where its name leads nowhere (no network, say), a hub id is looked for in the cache alone:
+    huggingface_hub would try again for 20 seconds for each file, and nobody has a turn meanwhile."""
+    if urllib.request.getproxies():  # who resolves names then is the proxy
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _weights_size(source: str) -> int:

@@ -344,3 +344,27 @@ def test_a_model_whose_own_code_fails_is_refused_with_what_it_says(
     kind = transformers.models.llama.modeling_llama.LlamaMLP
     monkeypatch.setattr(kind, "forward", fails)
     assert sentence_of(ModelRefused, written) == "it cannot be run: no kernel for this"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_the_hub_has_no_address_its_ids_are_looked_for_in_the_cache_alone(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Else each file is asked for again and again, and the engine does nothing else meanwhile."""
+    asked = []
+
+    def resolve(*_: Any) -> list:
+        if not there:
+            raise OSError("Name or service not known")
+        return []
+
+    def read(*_: Any, local_files_only: bool, **__: Any) -> None:
+        asked.append(local_files_only)
+        raise OSError("not there")
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
+    with pytest.raises(UnknownModel, match="not there"):
+        models.load(Load("it", "some/model", "auto"), torch.device("cpu"), lambda *_: None)
+    assert asked == [not there]
