@@ -87,7 +87,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
 
     def __init__(self, session: Any, prompt: Any, wish: Wish, begin: Any = None) -> None:
         """session: a `talk.Session`. begin: where it goes on from, if not from where that stands."""
-        super().__init__(session, self._asking(prompt), self._token, self._outcome)
+        super().__init__(session, self._asking(prompt))
         self.session = session
         self.tokens: list[GeneratedToken] = []
         self.reason = ""
@@ -188,7 +188,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             self._parcel.settle()
             self._parcel = None
 
-    def _token(self, message: Message) -> Operation[GeneratedToken]:
+    def _take(self, message: Message) -> Operation[GeneratedToken]:
         self._on_answer()
         part: talks.Token = message.meta
         said = self._said
@@ -244,7 +244,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             for piece, number, value in zip(pieces, ids, values, strict=True)
         ]
 
-    def _outcome(self, message: Message) -> Operation[talks.Generated]:
+    def _end(self, message: Message) -> Operation[talks.Generated]:
         self._on_answer()
         reply: talks.Generated = message.meta
         self.reason, self.step, self.layer = reply.reason, reply.step, reply.layer

@@ -8,10 +8,11 @@ refers to the iterator any more.
 """
 
 import weakref
-from collections.abc import Callable
+from collections import deque
 from typing import Any, Generic, Self, TypeVar
 
 from djinn_zmq.client.connection import Call, Next, Operation
+from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
@@ -77,21 +78,30 @@ class Stream(Generic[T, R]):
 
 
 class Parts(Stream[T, R]):
-    """What one request is answered with, part by part. result: what the reply came to."""
+    """What one request is answered with, part by part. result: what the reply came to.
 
-    def __init__(
-        self,
-        session: Session,
-        ask: Operation[Call],
-        take: Callable[[Message], Operation[T]],
-        end: Callable[[Message], Operation[R]],
-    ) -> None:
-        """ask: makes the call, with `parts` set. take, end: what a part, and the reply, come to."""
+    Its own hooks say what a part and the reply come to: nothing in it refers to itself, so that it
+    is cancelled at once when nobody refers to it any more.
+    """
+
+    def __init__(self, session: Session, ask: Operation[Call]) -> None:
+        """ask: makes the call, with `parts` set."""
         super().__init__(session)
         self._ask = ask
-        self._take = take
-        self._end = end
         self._request: int | None = None
+
+    def _take(self, message: Message) -> Operation[Any]:
+        """What a part comes to."""
+        return message
+        yield
+
+    def _end(self, message: Message) -> Operation[Any]:
+        """What the reply comes to."""
+        return message
+        yield
+
+    def _on_sent(self, request: int) -> None:
+        """The request is on its way."""
 
     def _close(self) -> Operation[None]:
         self._over = True
@@ -99,9 +109,6 @@ class Parts(Stream[T, R]):
             self._session.connection.abandon(self._request)
         return
         yield
-
-    def _on_sent(self, request: int) -> None:
-        """The request is on its way."""
 
     def _step(self) -> Operation[Any]:
         if self._over:
@@ -123,3 +130,61 @@ class Parts(Stream[T, R]):
             raise
         self._over = True
         return OVER
+
+
+class Bundles(Stream[T, R]):
+    """What requests, one behind the other, are answered with in parts of several items each."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._parcel: Parcel | None = None  # what travels with the request under way
+        self._parts: Parts[Message, Message] | None = None
+        self._ready: deque[T] = deque()
+
+    def _more(self) -> Operation[Call] | None:
+        """Makes the next call, and `_parcel`; None where all have been made."""
+        raise NotImplementedError
+
+    def _items(self, message: Message) -> list[T]:
+        """Those of a part."""
+        raise NotImplementedError
+
+    def _end(self, message: Message) -> Operation[None]:
+        """The reply of one request has come."""
+        raise NotImplementedError
+
+    def _step(self) -> Operation[Any]:
+        while not self._ready:
+            if self._parts is None and not self._over:
+                ask = self._more()
+                self._over = ask is None
+                self._parts = None if ask is None else Parts(self._session, ask)
+            if self._over or self._parts is None:
+                return OVER
+            try:
+                part = yield from self._parts._step()
+                if part is OVER:
+                    assert self._parts.result is not None
+                    yield from self._end(self._parts.result)
+            except BaseException:
+                self._over = True
+                self._settle()
+                raise
+            if part is OVER:
+                self._parts = None
+                self._settle()
+            else:
+                self._ready.extend(self._items(part))
+        return self._ready.popleft()
+
+    def _close(self) -> Operation[None]:
+        self._over = True
+        self._ready.clear()
+        if self._parts is not None:
+            yield from self._parts._close()
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._parcel is not None:
+            self._parcel.settle()
+            self._parcel = None

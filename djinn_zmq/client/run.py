@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -112,7 +112,7 @@ class Checkpoint(Looks, Tiered):
 
     def sweep(
         self,
-        branches: Sequence[Sequence[Edit] | Edit],
+        branches: Iterable[Sequence[Edit] | Edit],
         *,
         logits: Any = "last",
         tokens: Any = None,

@@ -5,7 +5,7 @@ for done in point.sweep([[Zero(at=(0, -1, head))] for head in range(4)], logits=
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.parts import OVER, WINDOW, Parts, Stream
+from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import RequestError
 from djinn_zmq.settings import KIB
@@ -130,7 +130,7 @@ class Outcome:
         return f"<outcome of branch {self.number}>"
 
 
-class Sweep(Stream[Outcome, Cost]):
+class Sweep(Bundles[Outcome, Cost]):
     """The branches of a sweep, an `Outcome` each, in their order.
 
     total: how many. done: how many the engine has worked on so far. result: its `Cost`, when it is
@@ -141,7 +141,7 @@ class Sweep(Stream[Outcome, Cost]):
         self,
         session: Session,
         checkpoint: Any,
-        branches: Sequence[Sequence[Edit] | Edit],
+        branches: Iterable[Sequence[Edit] | Edit],
         logits: Logits,
         tokens: Any,
         memory: int,
@@ -154,12 +154,9 @@ class Sweep(Stream[Outcome, Cost]):
         self._memory = memory
         self._timeout_s = timeout_s
         self._left = deque(_requests(branches))
-        self._parts: Parts[list[Outcome], Cost] | None = None
-        self._parcel: Parcel | None = None
-        self._ready: deque[Outcome] = deque()
-        self._first = self._finished = 0
+        self._finished = 0
         self._cost = Cost()
-        self.total = len(branches)
+        self.total = sum(map(len, self._left))
         self.done = 0
 
     def all(self) -> Any:
@@ -172,27 +169,11 @@ class Sweep(Stream[Outcome, Cost]):
             found.append(outcome)
         return found
 
-    def _step(self) -> Operation[Any]:
-        while not self._ready:
-            if self._over or (self._parts is None and not self._left):
-                self._over = True
-                self.result = self._cost
-                return OVER
-            if self._parts is None:
-                asked = self._left.popleft()
-                self._parts = Parts(self._session, self._ask(asked), self._take, self._end)
-            try:
-                part = yield from self._parts._step()
-            except BaseException:
-                self._over = True
-                self._settle()
-                raise
-            if part is OVER:
-                self._settle()
-                self._parts = None
-            else:
-                self._ready.extend(part)
-        return self._ready.popleft()
+    def _more(self) -> Operation[Call] | None:
+        if self._left:
+            return self._ask(self._left.popleft())
+        self.result = self._cost
+        return None
 
     def _ask(self, branches: Sequence[Sequence[Edit] | Edit]) -> Operation[Call]:
         if self._tokens is not None:
@@ -214,43 +195,29 @@ class Sweep(Stream[Outcome, Cost]):
             parts=WINDOW,
         )
 
-    def _take(self, message: Message) -> Operation[list[Outcome]]:
+    def _items(self, message: Message) -> list[Outcome]:
         part: wire.Swept = message.meta
         self.done = self._finished + part.done
-        numbers = [self._first + number for number in part.branches]
+        numbers = [self._finished + number for number in part.branches]
         return outcomes_of(self._session, numbers, part.outcomes, message)
-        yield
 
-    def _end(self, message: Message) -> Operation[Cost]:
+    def _end(self, message: Message) -> Operation[None]:
         cost = cost_of(message.meta.cost)
         self._cost += cost
-        self._first += cost.branches
         self._finished += cost.branches
-        return cost
+        return
         yield
-
-    def _settle(self) -> None:
-        if self._parcel is not None:
-            self._parcel.settle()
-            self._parcel = None
-
-    def _close(self) -> Operation[None]:
-        self._over = True
-        self._ready.clear()
-        if self._parts is not None:
-            yield from self._parts._close()
-        self._settle()
 
     def __repr__(self) -> str:
         return f"<sweep of {self.total} branches, {self.done} done>"
 
 
 def _requests(
-    branches: Sequence[Sequence[Edit] | Edit],
+    branches: Iterable[Sequence[Edit] | Edit],
 ) -> list[Sequence[Sequence[Edit] | Edit]]:
-    """*branches* in as many requests as their values need. Raises RequestError for no branches."""
-    if not len(branches):
-        raise RequestError("a sweep of no branches")
+    """*branches* in as many requests as their values need. Raises RequestError for none."""
+    if not isinstance(branches, Iterable):
+        raise RequestError(f"{branches!r}: a sweep takes a list of branches, each its edits")
     found: list[list[Sequence[Edit] | Edit]] = [[]]
     nbytes = buffers = 0
     for edits in branches:
@@ -266,6 +233,8 @@ def _requests(
             nbytes = buffers = 0
         found[-1].append(edits)
         nbytes, buffers = nbytes + more, buffers + apart
+    if not found[0]:
+        raise RequestError("a sweep of no branches")
     return list(found)
 
 

@@ -4,7 +4,6 @@ Meng et al., "Locating and Editing Factual Associations in GPT", 2022, section 2
 grid is the corrupted prompt's run with one layer's hidden state, at some positions, from the clean.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.parts import OVER, WINDOW, Parts, Stream
+from djinn_zmq.client.parts import WINDOW, Bundles
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.sweep import Cost, Outcome, cost_of, outcomes_of, results_of, token_ids
@@ -99,7 +98,7 @@ class Grid:
         return f"<grid of {len(self.layers)} layers × {len(self.positions)} positions>"
 
 
-class Trace(Stream[Cell, Grid]):
+class Trace(Bundles[Cell, Grid]):
     """The cells of a trace as they are done, not in order. `finish()` gives the whole `Grid`."""
 
     def __init__(
@@ -121,28 +120,14 @@ class Trace(Stream[Cell, Grid]):
         self._logits = logits
         self._memory = memory
         self._timeout_s = timeout_s
-        self._parcel = Parcel(session.connection, session.id)
-        self._parts: Parts[list[Cell], Grid] = Parts(session, self._ask(), self._take, self._end)
+        self._asked = False
         self._cells: dict[int, Outcome] = {}
-        self._ready: deque[Cell] = deque()
 
-    def _step(self) -> Operation[Any]:
-        while not self._ready:
-            if self._over:
-                return OVER
-            try:
-                part = yield from self._parts._step()
-            except BaseException:
-                self._over = True
-                self._parcel.settle()
-                raise
-            if part is OVER:
-                self._over = True
-                self._parcel.settle()
-                self.result = self._parts.result
-            else:
-                self._ready.extend(part)
-        return self._ready.popleft()
+    def _more(self) -> Operation[Call] | None:
+        if self._asked:
+            return None
+        self._asked = True
+        return self._ask()
 
     def _ask(self) -> Operation[Call]:
         clean, corrupted = self._prompts
@@ -151,9 +136,10 @@ class Trace(Stream[Cell, Grid]):
             tokens = yield from token_ids(self._session, self._tokens)
             if not tokens:
                 raise RequestError("tokens=[]: at least one, or None for the likeliest")
+        self._parcel = parcel = Parcel(self._session.connection, self._session.id)
         meta = wire.Trace(
-            (yield from self._placed(clean)),
-            (yield from self._placed(corrupted)),
+            (yield from _placed(clean, parcel)),
+            (yield from _placed(corrupted, parcel)),
             self._layers,
             self._positions,
             results_of(self._logits, tokens),
@@ -163,41 +149,35 @@ class Trace(Stream[Cell, Grid]):
             Op.TRACE,
             meta,
             session=self._session.id,
-            buffers=self._parcel.buffers,
+            buffers=parcel.buffers,
             timeout_s=self._timeout_s,
             progress=self._session.progress,
             parts=WINDOW,
         )
 
-    def _placed(self, prompt: Prompt) -> Operation[str | Tensor]:
-        texts = texts_of(prompt)
-        if len(texts) > 1:
-            raise PromptError(f"{len(texts)} prompts: a trace takes one clean and one corrupted")
-        if texts:
-            return texts[0]
-        return (yield from self._parcel.place(ids_of(prompt)))
-
-    def _take(self, message: Message) -> Operation[list[Cell]]:
+    def _items(self, message: Message) -> list[Cell]:
         part: wire.Traced = message.meta
         outcomes = outcomes_of(self._session, part.branches, part.outcomes, message)
         self._cells.update(zip(part.branches, outcomes, strict=True))
         return [Cell(one.number, one, part.done, part.total) for one in outcomes]
-        yield
 
-    def _end(self, message: Message) -> Operation[Grid]:
+    def _end(self, message: Message) -> Operation[None]:
         reply: wire.TraceReply = message.meta
         base = outcomes_of(self._session, range(2), reply.base, message)
         ids = np.array(view(reply.ids, message.buffers))
         texts = yield from self._session.pieces_of(np.array(reply.tokens))
         prompt = yield from self._session.pieces_of(ids[1])
         outcomes = [self._cells[number] for number in sorted(self._cells)]
-        return Grid(reply, outcomes, base, texts, prompt)
+        self.result = Grid(reply, outcomes, base, texts, prompt)
 
-    def _close(self) -> Operation[None]:
-        self._over = True
-        self._ready.clear()
-        yield from self._parts._close()
-        self._parcel.settle()
+
+def _placed(prompt: Prompt, parcel: Parcel) -> Operation[str | Tensor]:
+    texts = texts_of(prompt)
+    if len(texts) > 1:
+        raise PromptError(f"{len(texts)} prompts: a trace takes one clean and one corrupted")
+    if texts:
+        return texts[0]
+    return (yield from parcel.place(ids_of(prompt)))
 
 
 def _logits(outcome: Outcome) -> np.ndarray:

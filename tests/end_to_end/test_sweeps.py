@@ -14,6 +14,7 @@ from djinn_zmq.errors import (
     SweepTooLarge,
     UnknownCheckpoint,
 )
+from tests.end_to_end.conftest import until
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 
@@ -36,7 +37,7 @@ def close(one, other):
 
 def test_a_sweep_streams_an_outcome_a_branch_and_says_what_it_skipped(model, point):
     branches = [[Scale(part / 4)] for part in range(8)] + [Zero(at=(0, part)) for part in range(5)]
-    sweep = point.sweep(branches)
+    sweep = point.sweep(branch for branch in branches)
     seen = []
     for outcome in sweep:
         seen.append(outcome.number)
@@ -78,6 +79,14 @@ def test_a_sweep_left_in_the_middle_is_cancelled_and_the_session_goes_on(model, 
     with pytest.raises(StopIteration):
         next(sweep)
     assert point.resume().top(1)[0].token == "paris"
+    for dropped in (
+        point.sweep([[Scale(1.0 + part / 1000)] for part in range(400)], memory=500_000),
+        model.trace(FRANCE, GERMANY, memory=500_000),
+    ):
+        next(dropped)
+    del dropped, sweep
+    assert point.resume().top(1)[0].token == "paris"  # which takes the word along
+    until(lambda: model.ping() == "idle", "nothing of what was dropped goes on")
 
 
 def test_the_grid_shows_where_the_answer_comes_from(model):
@@ -114,6 +123,7 @@ def test_what_cannot_be_swept_is_refused_and_the_session_goes_on(model, point):
     gone.release()
     for call, kind, words in (
         (lambda: point.sweep([]), RequestError, "no branches"),
+        (lambda: point.sweep(Zero()), RequestError, "a sweep takes a list of branches"),
         (lambda: point.sweep([Zero()], logits="all"), RequestError, "logits='all' of a sweep"),
         (lambda: point.sweep([Zero()], memory=-1), RequestError, "a positive number of bytes"),
         (lambda: point.sweep([Zero(), 3]).all(), RequestError, "3 is no edit"),
