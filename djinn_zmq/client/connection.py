@@ -321,6 +321,7 @@ class Connection:
             credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
         lane = self._lane_of(session) if session and call.op in ON_LANES else None
+        call.sent_ns = time.perf_counter_ns()  # now: the answer may be there before send is back
         if lane is None:
             self._dealer.send(frame, buffers)
         else:
@@ -328,7 +329,6 @@ class Connection:
             call.lane = lane
         if call.data is not None:
             self._send_pieces(request, session, call.data)
-        call.sent_ns = time.perf_counter_ns()
         self._waiting[request] = None
         self._calls[request] = call
         if call.parts:
@@ -522,6 +522,8 @@ class Connection:
         while by_session:
             session, numbers = by_session.popitem()
             ended = 0 in numbers  # the session itself is forgotten, and all of it
+            if ended:
+                self.lanes.forget(session)
             frame = codec.encode(
                 Op.CLOSE if ended else Op.RELEASE,
                 messages.Close() if ended else messages.Release(tuple(numbers)),

@@ -47,6 +47,10 @@ class Lanes:
         """*session* is served by the engine of that index."""
         self._engines[session] = engine
 
+    def forget(self, session: int) -> None:
+        """*session* ends: what is still asked of it goes to the server, which knows that first."""
+        self._engines.pop(session, None)
+
     def of(self, session: int) -> Lane | None:
         """The lane that *session*'s requests take; None: they take the bus."""
         engine = self._engines.get(session) if self._wanted else None

@@ -244,6 +244,7 @@ class Model:
 
     def _close(self) -> Operation[None]:
         self._on_close(self)
+        self.connection.lanes.forget(self.session_id)
         yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
 
     def __repr__(self) -> str:

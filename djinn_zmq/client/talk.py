@@ -316,6 +316,7 @@ class Session(Channel):
     def end(self) -> Operation[None]:
         if self._closed.detach() is not None and not self.connection.closed:
             self.leave()
+            self.connection.lanes.forget(self.id)
             yield Call(Op.CLOSE, messages.Close(), session=self.id, timeout_s=CLOSE_S)
 
     def _check_open(self) -> None:
