@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ import djinn_zmq as djinn
 from djinn_zmq.errors import Unreachable
 
 ANSWER_S = 20.0
+WAIT_S = 30.0
 
 
 @dataclass
@@ -78,6 +80,14 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Until *condition* holds, which asks a server: each look at it is an exchange."""
+    limit = time.monotonic() + WAIT_S
+    while not (found := condition()):
+        assert time.monotonic() < limit, f"not within {WAIT_S:g} s: {what}"
+    return found
+
+
 @contextmanager
 def running(folder: Path, *options: str, port: int | str = 0) -> Iterator[Running]:
     """A server in *folder*; at the end it must go by itself and leave nothing there."""
@@ -117,10 +127,18 @@ def short_path() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory) -> Iterator[Running]:
-    """One server with tiny for a module's tests, over ipc and over tcp on the loopback."""
+    """One server with tiny, over ipc and over tcp on the loopback, for all that leave it as able as
+    it was: an engine takes seconds to start."""
     with running(tmp_path_factory.mktemp("served") / "s", "--model=tiny", port=free_port()) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory) -> Iterator[Running]:
+    """One server for those of a module's tests that kill its engine: six times in a minute ends it."""
+    with running(tmp_path_factory.mktemp("mortal") / "s", "--model=tiny") as one:
         yield one
 
 

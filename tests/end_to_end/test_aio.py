@@ -29,6 +29,7 @@ from djinn_zmq.errors import (
     UnknownSession,
     Unreachable,
 )
+from tests.end_to_end.conftest import free_port
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
@@ -111,7 +112,7 @@ def test_everything_of_the_public_face_can_be_awaited_and_gives_what_its_sync_fo
             mine = [one for one in await server.sessions() if one.id == model.session_id]
             assert [one.yours for one in mine] == [True]
             status = await server.status()
-            assert [one.name for one in status.models] == ["tiny"]
+            assert "tiny" in [one.name for one in status.models]
 
             run = await model.run(FRANCE, stop_at=2)
             same = tiny.run(FRANCE, stop_at=2)
@@ -374,30 +375,27 @@ def test_a_connection_closed_while_tasks_wait_tells_them_so(endpoint):
 # ---- losses and timeouts
 
 
-@pytest.mark.parametrize("way", ["ipc", "tcp"])
-def test_a_killed_server_is_told_to_every_task_that_waits(serve, way):
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with serve("--model=tiny", port=port) as running:
-        endpoint = running.endpoint if way == "ipc" else running.tcp
+def test_a_killed_server_is_told_to_every_task_that_waits(serve):
+    with serve("--model=tiny", port=free_port()) as running:
+        endpoints = running.endpoint, running.tcp
 
         async def main() -> None:
-            async with aio.connect(endpoint) as server:
-                model = await server.model("tiny")
-                waiting = [asyncio.create_task(model.run(LONG, logits="none")) for _ in range(3)]
+            async with aio.connect(endpoints[0]) as here, aio.connect(endpoints[1]) as there:
+                tiny = [await server.model("tiny") for server in (here, there)]
+                waiting = [
+                    asyncio.create_task(model.run(LONG, logits="none")) for model in tiny * 3
+                ]
 
                 async def begun() -> bool:
-                    return await model.ping() == "running"
+                    return await tiny[0].ping() == "running"
 
                 await until(begun, "the runs are on their way")
                 running.process.kill()
-                for answer in await asyncio.gather(*waiting, return_exceptions=True):
+                answers = await asyncio.gather(*waiting, return_exceptions=True)
+                for answer, endpoint in zip(answers, endpoints * 3, strict=True):
                     assert isinstance(answer, Lost), answer
                     assert f"the server at {endpoint} is gone" in str(answer)
-                for _ in range(2):  # and to whoever asks afterwards
+                for server in (here, there) * 2:  # and to whoever asks afterwards
                     with pytest.raises(Lost, match="is gone"):
                         await server.ping()
 

@@ -9,6 +9,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.errors import EditError, PromptError, RequestError
+from tests.end_to_end.conftest import until
 from tests.engine.architectures import tiny_model
 
 PROMPTS = ["the capital of france is", "the", "the capital of germany", "mary and john went out ."]
@@ -82,8 +83,8 @@ def test_one_that_is_refused_is_named_and_the_others_leave_nothing(server, tiny)
     assert batch.resume().top(1)[0][0].token == "paris"
     del batch, refused
     gc.collect()  # tracebacks hold what was refused, in circles
-    server.ping()
-    assert server.status().memory.checkpoints == before
+    tiny.ping()  # takes along what is released, past the server
+    until(lambda: server.status().memory.checkpoints == before, "nothing is left")
 
 
 def test_the_same_in_asyncio_code(served):

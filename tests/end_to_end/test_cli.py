@@ -7,7 +7,6 @@ import pty
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from click.testing import CliRunner
 import djinn_zmq as djinn
 from djinn_zmq.cli.main import COMMANDS, main
 from djinn_zmq.errors import DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
+from tests.end_to_end.conftest import free_port
 
 FRANCE = "the capital of france is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
@@ -146,12 +146,6 @@ def refused(run):
 @pytest.fixture
 def refused_server(refused):
     return lambda *options, **more: refused(*options, module="djinn_zmq.server", **more)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def wait_gone(pid: int) -> None:

@@ -21,7 +21,8 @@ from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
-from tests.end_to_end.test_failure import holdings, until
+from tests.end_to_end.conftest import until
+from tests.end_to_end.test_failure import holdings
 
 FRANCE = "the capital of france is"
 LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
@@ -169,12 +170,12 @@ def test_a_run_on_a_lane_is_cancelled_at_its_deadline_and_by_its_task(served):
     asyncio.run(main())
 
 
-def test_a_killed_engine_costs_a_waiting_request_and_the_next_lane_is_made_by_itself(fresh):
-    with fresh.connect() as server:
+def test_a_killed_engine_costs_a_waiting_request_and_the_next_lane_is_made_by_itself(mortal):
+    with mortal.connect() as server:
         tiny = server.model("tiny")
         point = tiny.run(FRANCE, stop_at=2).checkpoint
         (first,) = lanes_of(server)
-        pid = fresh.engine_pid()
+        pid = mortal.engine_pid()
         killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"):
@@ -187,19 +188,19 @@ def test_a_killed_engine_costs_a_waiting_request_and_the_next_lane_is_made_by_it
         assert point.resume().top(1)[0].token == "paris"
 
 
-def test_an_engine_killed_while_nobody_waits_costs_nothing(fresh):
-    with fresh.connect() as server:
+def test_an_engine_killed_while_nobody_waits_costs_nothing(mortal):
+    with mortal.connect() as server:
         tiny = server.model("tiny")
         tiny.ping()
-        pid = fresh.engine_pid()
+        pid = mortal.engine_pid()
         os.kill(pid, signal.SIGKILL)
-        until(lambda: fresh.engine_pid() not in (0, pid), "the death is noticed")
+        until(lambda: mortal.engine_pid() not in (0, pid), "the death is noticed")
         assert tiny.run(FRANCE).top(1)[0].token == "paris"
 
 
-def test_in_asyncio_code_a_killed_engine_costs_those_who_wait_and_no_more(fresh):
+def test_in_asyncio_code_a_killed_engine_costs_those_who_wait_and_no_more(mortal):
     async def main():
-        async with aio.connect(fresh.endpoint) as server:
+        async with aio.connect(mortal.endpoint) as server:
             tiny = await server.model("tiny")
             runs = [asyncio.ensure_future(tiny.run(LONG)) for _ in range(3)]
             while await tiny.ping() != "running":

@@ -28,6 +28,7 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
+from tests.end_to_end.conftest import until
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
@@ -37,13 +38,6 @@ BATCH, POSITIONS = 200, 200  # × 64 × 2 bytes: a hidden state of 5.1 MB, five 
 
 def bits(array) -> bytes:
     return np.asarray(array).tobytes()
-
-
-def until(condition, what: str):
-    limit = time.monotonic() + WAIT_S
-    while not (found := condition()):
-        assert time.monotonic() < limit, f"not within {WAIT_S:g} s: {what}"
-    return found
 
 
 class Raw:

@@ -306,15 +306,15 @@ def test_branches_of_a_closed_session_are_gone_by_name(tiny):
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
 
 
-def test_after_an_engines_death_what_needs_its_past_is_lost_by_name(fresh):
-    with fresh.connect() as server:
+def test_after_an_engines_death_what_needs_its_past_is_lost_by_name(served):
+    with served.connect() as server:
         tiny = server.model("tiny")
         plain = tiny.run(FRANCE, stop_at=2).checkpoint
         session = tiny.session()
         point = session.run(FRANCE, stop_at=2).checkpoint
         hidden = bits(point.hidden.fetch())
         session.generate(max_new_tokens=3, ends=()).finish()
-        pid = fresh.engine_pid()
+        pid = served.engine_pid()
         os.kill(pid, signal.SIGKILL)
         limit = time.monotonic() + WAIT_S
         while server.status().engines[0].pid == pid:

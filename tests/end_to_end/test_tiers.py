@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from djinn_zmq.errors import (
     UnknownCheckpoint,
 )
 from djinn_zmq.settings import MIB
+from tests.end_to_end.conftest import until
 
 FRANCE = "the capital of france is"
 BIG = np.ones((16, 256), int)  # half a MiB of hidden state
@@ -44,12 +44,6 @@ def numbered(n: int) -> np.ndarray:
     prompt = BIG.copy()
     prompt[:, 0] = n
     return prompt
-
-
-def until(condition, what: str) -> None:
-    limit = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit, what
 
 
 def used(server, tier: str) -> int:

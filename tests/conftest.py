@@ -1,0 +1,19 @@
+"""How the suite is spread over workers."""
+
+import os
+
+import pytest
+
+FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a worker often waits, for an engine to start or a time to pass."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that the workers end together."""
+    rooms = [item.path.parent.name for item in items]
+    rank = {room: FIRST.index(room) if room in FIRST else len(FIRST) for room in rooms}
+    items.sort(key=lambda item: rank[item.path.parent.name])  # stable: files stay together
