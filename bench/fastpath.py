@@ -21,6 +21,7 @@ from bench.plain import config_of
 from djinn_zmq.probe import command, schema, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, NotMeasured, Results, write
+from djinn_zmq.probe.targets import Target
 
 FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
@@ -326,7 +327,7 @@ def _chosen(text: str) -> tuple[str, ...]:
               help="All of it takes at most this long; what no time is left for is named.")  # fmt: skip
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
               default=Path("results-fastpath"), show_default=True, help="Where it all goes.")  # fmt: skip
-@click.option("--archive", "packed", type=click.Path(path_type=Path, dir_okay=False),
+@click.option("--archive", "packed", type=Target(),
               help="All of it once more, as one .tar.gz.")  # fmt: skip
 def main(
     shape: str,

@@ -13,6 +13,7 @@ from bench.parts import ROOT, Part, pack, run
 from djinn_zmq.probe import command
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
+from djinn_zmq.probe.targets import Target
 
 MEMORY = ROOT / "bench" / "configs" / "memory-pressure-llama-2-13b.yaml"
 TO_DRAW_S = 40.0
@@ -64,7 +65,7 @@ def parts(
               help="The whole takes at most this long; what no time is left for is named.")  # fmt: skip
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
               default=Path("results-gpu"), show_default=True, help="Where everything goes.")  # fmt: skip
-@click.option("--archive", type=click.Path(path_type=Path, dir_okay=False),
+@click.option("--archive", type=Target(),
               help="All of it once more, as one .tar.gz.")  # fmt: skip
 def main(
     shape: str,

@@ -11,6 +11,7 @@ from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.probe.targets import Target
 
 MOST_S = 0.150
 CLIENT, DEPENDENCIES, NOTHING = "import djinn_zmq", "import numpy, zmq, msgspec", "pass"
@@ -38,9 +39,7 @@ def importing(statement: str) -> None:
 
 @click.command()
 @click.option("--samples", default=40, show_default=True, help="Processes started for each case.")
-@click.option(
-    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
-)
+@click.option("--json", "path", type=Target(), help="Write results here.")
 def main(samples: int, path: Path | None) -> None:
     """Start python and import the client, or only what it depends on, or nothing.
 

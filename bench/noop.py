@@ -18,6 +18,7 @@ from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import Samples, ratio
 from djinn_zmq.probe.serving import Served, own_server, sockets_folder
+from djinn_zmq.probe.targets import Target
 
 NOOP_LIMIT = 1.3  # times the bare front and PAIR
 ROUTER_LIMIT = 1.4  # over tcp, times a bare single ROUTER
@@ -195,9 +196,7 @@ def _printed(row: dict[str, object]) -> list[str]:
     "--load/--no-load", "with_load", default=True, help="Also measure many clients. [default: yes]"
 )
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
-@click.option(
-    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
-)
+@click.option("--json", "path", type=Target(), help="Write results here.")
 @click.option("--quick", is_flag=True, help="Well under a minute; intervals get wide.")
 def main(
     samples: int | None,

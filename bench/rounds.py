@@ -15,6 +15,7 @@ import djinn_zmq as djinn
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.serving import own_server, sockets_folder
+from djinn_zmq.probe.targets import Picture, Target
 from djinn_zmq.settings import MIB, format_bytes
 
 ROWS_LIMIT = 500  # of the results; the checks look at every round
@@ -30,12 +31,10 @@ SLACK = 1 * MIB  # the allocator's, and the pages of code that comes late
 @click.option("--positions", default=200, show_default=True, help="Tokens of the past.")
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Picture(),
     help="Draw resident sizes here (PNG).",
 )
-@click.option(
-    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
-)
+@click.option("--json", "path", type=Target(), help="Write results here.")
 def main(
     model: str, rounds: int, warm_up: int, positions: int, plot: Path | None, path: Path | None
 ) -> None:

@@ -22,6 +22,7 @@ from djinn_zmq.probe.device_time import waits
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
 from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.probe.targets import Target
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire.tiers import Event
 
@@ -198,7 +199,7 @@ def kv_nbytes(shape: str, device: str, tokens: int, threads: int) -> int:
               help="Tokens of each conversation.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(2), default=8, show_default=True,
               help="In each all ways take their turn once.")  # fmt: skip
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False),
+@click.option("--json", "path", type=Target(),
               help="Write results here.")  # fmt: skip
 def main(shape: str, device: str, positions: int, rounds: int, path: Path | None) -> None:
     """The rate at which stopped conversations are swapped, against bare copies of as many bytes.

@@ -17,6 +17,7 @@ from djinn_zmq.probe.results import Check, NotMeasured, Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import Samples, ratio
 from djinn_zmq.probe.serving import own_server, sockets_folder
+from djinn_zmq.probe.targets import Target
 from djinn_zmq.settings import models_dir
 
 PROMPTS = {  # clean, corrupted: other from the first token on, so that no cell is unchanged
@@ -171,9 +172,7 @@ def _report(name: str, grid: Grid, each: dict[str, Samples], results: Results) -
 )
 @click.option("--rounds", default=10, show_default=True, help="Turns the cases take.")
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
-@click.option(
-    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
-)
+@click.option("--json", "path", type=Target(), help="Write results here.")
 @click.option("--quick", is_flag=True, help="tiny only, three rounds; intervals get wide.")
 def main(names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quick: bool) -> None:
     """The causal-tracing grid (every layer × every position), in cells a second.

@@ -20,6 +20,7 @@ from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
 from djinn_zmq.probe.samples import ratio
 from djinn_zmq.probe.serving import MODEL, Served, own_server, sockets_folder
+from djinn_zmq.probe.targets import Target
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot
@@ -94,9 +95,7 @@ def _raw(address: str, array: np.ndarray) -> Iterator[Callable[[], object]]:
     help=f"Uploads of each case. [default: {FULL}; quick: {QUICK}]",
 )
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
-@click.option(
-    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here."
-)
+@click.option("--json", "path", type=Target(), help="Write results here.")
 @click.option("--quick", is_flag=True, help="A few seconds; intervals get wide.")
 def main(samples: int | None, pin: bool, path: Path | None, quick: bool) -> None:
     """How long until the server has an activation of 10.56 MB (1031 x 5120 x 2 bytes)?

@@ -21,6 +21,7 @@ from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Case, Plan, Task, interleaved
 from djinn_zmq.probe.samples import Samples
+from djinn_zmq.probe.targets import Picture, Target
 
 ROUNDS = 20
 SEED = 7  # of the prompt's ids
@@ -93,12 +94,12 @@ def measuring(samples: int = 200) -> Callable[[Step], Step]:
         )
         @click.option(
             "--json",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=Target(),
             help="Write the results, with machine, versions and all samples, to this file.",
         )
         @click.option(
             "--plot",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=Picture(),
             help="Draw them into this file (.png, .pdf, .svg). Needs matplotlib.",
         )
         @functools.wraps(command)

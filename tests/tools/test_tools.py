@@ -3,12 +3,15 @@ machine."""
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.serving import own_server, sockets_folder
+from tools import resume
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--samples=8", "--warmup=2")
@@ -107,16 +110,16 @@ def test_decompose_carries_an_activation_and_is_installed_as_a_command(tmp_path,
     ],
 )
 def test_what_goes_wrong_is_said_in_one_sentence(served, options, words):
-    ended = tool("resume", *FEW, f"--server={served.tcp}", *options)
-    assert ended.returncode == 1
+    ended = CliRunner().invoke(resume.resume, [*FEW, f"--server={served.tcp}", *options])
+    assert ended.exit_code == 1 and isinstance(ended.exception, SystemExit)
     assert ended.stderr.startswith("Error: ") and words in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["tcp", "zmq_echo", "noop", "resume", "decompose"])
 def test_every_tool_has_a_help_that_shows_how_it_is_used(name):
-    ended = tool(name, "--help")
-    assert ended.returncode == 0
+    ended = CliRunner().invoke(getattr(import_module(f"tools.{name}"), name), ["--help"])
+    assert ended.exit_code == 0
     for option in ("--json", "--samples", "--warmup", "--idle-ms", "--plot"):
         assert option in ended.stdout
     assert f"python -m tools.{name}" in ended.stdout
