@@ -21,7 +21,7 @@ from bench.pressure_config import MemoryPressure
 from djinn_zmq.client.server import Server
 from djinn_zmq.engine import shapes
 from djinn_zmq.errors import DjinnError, LayerError
-from djinn_zmq.probe import command, features, progress, serving
+from djinn_zmq.probe import command, features, interrupted, progress, serving
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
 from djinn_zmq.probe.samples import Samples
@@ -222,7 +222,8 @@ class Pressure:
                     output_logits=True,
                 )
                 tokens = out.sequences[0, ids.shape[1] :].tolist()
-                return tuple(tokens), bits(out.logits[0])
+                # `generate` hands out float32 copies, whatever the model computes in.
+                return tuple(tokens), bits(out.logits[0].to(self.plain.model.dtype))
             logits = self.plain.model(ids, use_cache=False).logits[:, -1]
         return (int(logits[0].float().argmax()),), bits(logits)
 
@@ -292,22 +293,20 @@ def run(asked: MemoryPressure) -> Results:
     settings["validation"] = {k: v for k, v in asdict(asked.validation).items() if v is not None}
     results = Results("memory_pressure", this_machine(), settings)
     click.echo(f"{results.machine}\n")
-    with ExitStack() as stack, torch.inference_mode():
+    came: list[Came] = []
+    stops_s: list[float] = []
+    with (
+        interrupted.written(results, folder / FILE),
+        ExitStack() as stack,
+        torch.inference_mode(),
+    ):
         pressure = Pressure(asked, stack)
         pressure.expect()
         pressure.plain.give_back()  # a GPU may not have room for two models and the sessions
-        came, stops_s = _work(pressure)
-        results.settings |= {
-            "layer": pressure.layer,
-            "kv_sessions": pressure.kv,
-            "activation_nbytes": pressure.plain.activation_nbytes,
-        }
-    results.not_measured += pressure.missing
-    results.samples = [Samples.of("stop", stops_s, {"what": "stop"}), *_by_tier(came)]
-    results.tables["timeline"] = pressure.timeline
-    results.tables["resumes"] = [
-        {"session": one.number, "seconds": one.seconds, "tier": one.tier, "n": 1} for one in came
-    ]
+        try:
+            _work(pressure, came, stops_s)
+        finally:
+            _tell(results, pressure, came, stops_s)
     results.checks = pressure_report.checks(pressure, came)
     write(results, folder / FILE)
     pressure_report.show(results)
@@ -315,11 +314,26 @@ def run(asked: MemoryPressure) -> Results:
     return results
 
 
-def _work(pressure: Pressure) -> tuple[list[Came], list[float]]:
+def _tell(results: Results, pressure: Pressure, came: list[Came], stops_s: list[float]) -> None:
+    """What has been measured so far."""
+    results.settings |= {
+        "layer": pressure.layer,
+        "kv_sessions": pressure.kv,
+        "activation_nbytes": pressure.plain.activation_nbytes,
+    }
+    results.not_measured += pressure.missing
+    stops = [Samples.of("stop", stops_s, {"what": "stop"})] if stops_s else []
+    results.samples = [*stops, *_by_tier(came)]
+    results.tables["timeline"] = pressure.timeline
+    results.tables["resumes"] = [
+        {"session": one.number, "seconds": one.seconds, "tier": one.tier, "n": 1} for one in came
+    ]
+
+
+def _work(pressure: Pressure, came: list[Came], stops_s: list[float]) -> None:
+    """Fills *came* and *stops_s* as it goes."""
     asked = pressure.asked
     waiting: list[Stopped] = []
-    stops_s: list[float] = []
-    came: list[Came] = []
     pressure.sample("begin", 0)
     with progress.steps("sessions", 2 * asked.sessions) as tell:
         for number in range(asked.sessions):
@@ -339,7 +353,6 @@ def _work(pressure: Pressure) -> tuple[list[Came], list[float]]:
             tell(f"resumed {chosen}")
     pressure.model.ping()  # what is to be released has gone ahead of it
     pressure.sample("released", 0)
-    return came, stops_s
 
 
 def _by_tier(came: list[Came]) -> list[Samples]:

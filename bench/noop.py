@@ -12,7 +12,7 @@ import numpy as np
 
 from bench import grpc_echo, load, roundtrips
 from bench.roundtrips import DJINN, DOORBELL, FRONT, LANE, ROUTER, TRANSPORTS
-from djinn_zmq.probe import echoes, pinning, tables
+from djinn_zmq.probe import command, echoes, interrupted, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
@@ -176,7 +176,7 @@ def _printed(row: dict[str, object]) -> list[str]:
 # ---- the command
 
 
-@click.command()
+@click.command(cls=command.Tool)
 @click.option(
     "--samples",
     type=click.IntRange(20),
@@ -236,7 +236,11 @@ def main(
     results = Results("noop", this_machine(), settings)
     click.echo(results.machine)
     pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
-    with sockets_folder() as folder, own_server(folder) as served:
+    with (
+        interrupted.written(results, path),
+        sockets_folder() as folder,
+        own_server(folder) as served,
+    ):
         with roundtrips.cases(served, folder) as (calls, pids):
             _pin(results, [*served.pids, *pids], client_cpus, server_cpus)
             measure_round_trips(calls, size, results)

@@ -146,11 +146,11 @@ def virtualization(found: schema.File) -> Figure:
         ("device", "device tier", "#2f6690", "--"),
         ("host", "host tier", "#d98d4f", "-."),
         ("disk", "disk tier", "#6a8f5a", ":"),
-        ("kv", "keys and values", "#8a8a8a", (0, (5, 1))),
+        ("kv_device", "keys and values on the device", "#8a8a8a", (0, (5, 1))),
         ("kv_host", "keys and values in host memory", "#b09ac0", (0, (3, 1, 1, 1, 1, 1))),
     )
     for name, label, shade, dash in drawn:
-        values = [row.get(name) for row in rows]
+        values = [_bytes_of(row, name) for row in rows]
         if any(value for value in values):
             upper.plot(
                 steps, [float("nan") if value is None else value / MIB for value in values],
@@ -159,7 +159,7 @@ def virtualization(found: schema.File) -> Figure:
     limits = [row.get("device_limit") for row in rows if row.get("device_limit")]
     if limits:
         upper.axhline(limits[0] / MIB, color="black", linewidth=1, linestyle=(0, (1, 2)),
-                      label="device tier's budget")  # fmt: skip
+                      label="the device's budget")  # fmt: skip
     turn = next(place for place, row in enumerate(rows) if row["phase"] == "resume")
     upper.axvspan(0, turn - 0.5, color="#000000", alpha=0.05)
     upper.set_title(f"Memory while sessions stop (shaded) and resume in another order: {_about(found)}",
@@ -172,6 +172,13 @@ def virtualization(found: schema.File) -> Figure:
     _resumes(lower, found)
     drawing.head(figure, machine_of(found))
     return figure
+
+
+def _bytes_of(row: dict[str, Any], name: str) -> int | None:
+    if name == "kv_device":
+        whole = row.get("kv")
+        return None if whole is None else whole - row.get("kv_host", 0)
+    return row.get(name)
 
 
 def _resumes(axes: Axes, found: schema.File) -> None:
@@ -187,10 +194,8 @@ def _resumes(axes: Axes, found: schema.File) -> None:
                 label=f"from the {tier} tier (n = {len(rows)})",
             )  # fmt: skip
     evicted = sum(row["tier"] != "device" for row in resumes)
-    tiers = any("device_limit" in row for row in found.tables["timeline"])
-    note = (
-        f"{evicted} of {len(resumes)} were evicted" if tiers else "no device tier in this version"
-    )
+    tiers = any(row.get("device_limit") for row in found.tables["timeline"])
+    note = f"{evicted} of {len(resumes)} were evicted" if tiers else "there is no device tier"
     axes.set_title(f"Resume, each session once: {note}", fontsize=10)
     axes.set_xlabel("in the order resumed")
     axes.set_ylabel("milliseconds")

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 import djinn_zmq as djinn
+from bench.plain import config_of, kv_nbytes
 from djinn_zmq.client.server import Server
 from djinn_zmq.client.talk import Session
-from djinn_zmq.errors import Lost
-from djinn_zmq.probe import command, serving, tables
+from djinn_zmq.engine import shapes
+from djinn_zmq.errors import Lost, RequestError
+from djinn_zmq.probe import command, interrupted, serving, tables
 from djinn_zmq.probe.device_time import waits
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
@@ -117,10 +119,11 @@ def busy_s(events: Sequence[Event]) -> float:
     return total
 
 
-def measure(talks: Talks, copies: Copies, rounds: int, nbytes: int) -> dict[str, list[float]]:
-    """Seconds a byte of each way, bare and Djinn's, a sample a round: so that a ratio of them is one of
-    rates. nbytes: keys and values of one conversation; there is room for two."""
-    taken: dict[str, list[float]] = {}
+def measure(
+    talks: Talks, copies: Copies, rounds: int, nbytes: int, taken: dict[str, list[float]]
+) -> None:
+    """Fill *taken*: seconds a byte of each way, bare and Djinn's, a sample a round, so that a ratio of
+    them is one of rates. nbytes: keys and values of one conversation; there is room for two."""
 
     def note(name: str, seconds: float, count: int) -> None:
         taken.setdefault(name, []).append(seconds / count)
@@ -146,7 +149,6 @@ def measure(talks: Talks, copies: Copies, rounds: int, nbytes: int) -> dict[str,
         both = _both_ways(talks, first, second, nbytes)
         note(BOTH, busy_s(both), sum(one.nbytes for one in both))
         first, second = talks.new(), talks.new()
-    return taken
 
 
 def _both_ways(talks: Talks, first: Session, second: Session, nbytes: int) -> list[Event]:
@@ -169,38 +171,55 @@ def _both_ways(talks: Talks, first: Session, second: Session, nbytes: int) -> li
 
 
 @contextmanager
-def standing(shape: str, device: str, tokens: int, kv: int, threads: int) -> Iterator[Talks]:
-    """A server whose device has room for two conversations."""
-    room = max(1, 2 * kv // MIB)
+def standing(model: str, device: str, tokens: int, kv: int) -> Iterator[Talks]:
+    """A server whose device has room for two conversations; kv: bytes of one."""
+    if 2 * kv < MIB:
+        raise RequestError(
+            f"{tokens} tokens of {model} are {kv:,} bytes of keys and values: a device's budget is at "
+            "least 1 MiB, and two must fill it"
+        )
+    shape = model if model in shapes.names() else None
     with serving.sockets_folder() as folder:
         served = serving.own_server(
-            folder, f"--gpu-memory={room}", f"--threads={threads}", shape=shape, device=device
-        )
+            folder, f"--gpu-memory={2 * kv // MIB}", "--threads=1",
+            model=model, shape=shape, device=device,
+        )  # fmt: skip
         with served as one, djinn.connect(one.ipc, progress=None) as server:
             yield Talks(server, server.model(one.model), tokens)
 
 
-def kv_nbytes(shape: str, device: str, tokens: int, threads: int) -> int:
-    """Bytes of keys and values of one conversation, as the engine counts them."""
-    with (
-        serving.sockets_folder() as folder,
-        serving.own_server(folder, f"--threads={threads}", shape=shape, device=device) as one,
-        djinn.connect(one.ipc, progress=None) as server,
-    ):
-        talks = Talks(server, server.model(one.model), tokens)
-        session = talks.new()
-        return next(found.kv for found in server.sessions() if found.id == session.id)
+def tell(results: Results, taken: dict[str, list[float]], limit: float | None) -> None:
+    """What *taken* says: a rate is the reciprocal of seconds a byte."""
+    results.samples = [
+        Samples.of(f"{name}, seconds a byte", each, {"way": name}) for name, each in taken.items()
+    ]
+    by_way = {str(one.labels["way"]): one for one in results.samples}
+    results.ratios = [
+        ratio(
+            by_way[f"bare, {way}"], by_way[way], name=f"swap {way} / bare copies' rate",
+            limit=limit, at_least=True,
+        )
+        for way in (OUT, IN, BOTH)
+        if way in by_way
+    ]  # fmt: skip
+    results.tables["rates"] = [
+        {"way": name, "gb_per_s": 1e-9 / one.median_s, "n": one.n} for name, one in by_way.items()
+    ]
 
 
 @click.command(cls=command.Tool)
-@click.option("--shape", default="llama-2-13b", show_default=True, help="Random weights of it.")
+@click.option(
+    "--shape",
+    default="llama-2-13b",
+    show_default=True,
+    help="Random weights of it, or a served name.",
+)
 @click.option("--device", default="cuda:0", show_default=True, help='"cuda:N" or "cpu".')
 @click.option("--positions", type=click.IntRange(1), default=1031, show_default=True,
               help="Tokens of each conversation.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(2), default=8, show_default=True,
               help="In each all ways take their turn once.")  # fmt: skip
-@click.option("--json", "path", type=Target(),
-              help="Write results here.")  # fmt: skip
+@click.option("--json", "path", type=Target(), help="Write results here.")
 def main(shape: str, device: str, positions: int, rounds: int, path: Path | None) -> None:
     """The rate at which stopped conversations are swapped, against bare copies of as many bytes.
 
@@ -210,7 +229,8 @@ def main(shape: str, device: str, positions: int, rounds: int, path: Path | None
     turns. Target: at least 0.9 of the bare rate each way.
     """
     torch.set_num_threads(1)
-    nbytes = kv_nbytes(shape, device, positions, 1)
+    config = config_of(shape)
+    nbytes = kv_nbytes(config, positions, config.num_hidden_layers)
     results = Results(
         "swap", this_machine(),
         {"shape": shape, "device": device, "positions": positions, "rounds": rounds, "nbytes": nbytes},
@@ -220,25 +240,18 @@ def main(shape: str, device: str, positions: int, rounds: int, path: Path | None
     if not on_gpu:
         why = "no GPU: copies within host memory stand in its place"
         results.not_measured.append(NotMeasured("swapping over PCIe", why))
-    copies = Copies(torch.device(device), nbytes)
-    with standing(shape, device, positions, nbytes, 1) as talks:
-        taken = measure(talks, copies, rounds, nbytes)
-    results.samples = [
-        Samples.of(f"{name}, seconds a byte", each, {"way": name}) for name, each in taken.items()
-    ]
-    by_way = {str(one.labels["way"]): one for one in results.samples}
-    results.ratios = [
-        ratio(
-            by_way[f"bare, {way}"], by_way[way], name=f"swap {way} / bare copies' rate",
-            limit=LIMIT if on_gpu else None, at_least=True,
-        )
-        for way in (OUT, IN, BOTH)
-    ]  # fmt: skip
-    rows = [
-        {"way": name, "gb_per_s": 1e-9 / one.median_s, "n": one.n} for name, one in by_way.items()
-    ]
-    results.tables["rates"] = rows
+    taken: dict[str, list[float]] = {}
+    with (
+        interrupted.written(results, path),
+        standing(shape, device, positions, nbytes) as talks,
+    ):
+        copies = Copies(torch.device(device), nbytes)
+        try:
+            measure(talks, copies, rounds, nbytes, taken)
+        finally:
+            tell(results, taken, LIMIT if on_gpu else None)
     columns = [f"{nbytes:,} bytes", "GB/s", "n"]
+    rows = results.tables["rates"]
     shown = [[row["way"], f"{row['gb_per_s']:.1f}", str(row["n"])] for row in rows]
     click.echo(tables.aligned(columns, shown))
     click.echo("\n" + tables.of_ratios("rates", results.ratios))

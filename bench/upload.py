@@ -14,7 +14,7 @@ import djinn_zmq as djinn
 from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.probe import echoes, pinning, tables
+from djinn_zmq.probe import command, echoes, interrupted, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
@@ -88,7 +88,7 @@ def _raw(address: str, array: np.ndarray) -> Iterator[Callable[[], object]]:
         yield call
 
 
-@click.command()
+@click.command(cls=command.Tool)
 @click.option(
     "--samples",
     type=click.IntRange(4),
@@ -129,8 +129,9 @@ def main(samples: int | None, pin: bool, path: Path | None, quick: bool) -> None
             pinning.pin("servers", [*served.pids, *pids], server_cpus),
         ]
         click.echo("\n" + "\n".join(str(one) for one in results.pinned))
-        taken = interleaved(calls, Plan.of(count, 20, warm_up=3, settle=1))
-    results.samples += taken.values()
+        with interrupted.written(results, path):
+            plan = Plan.of(count, 20, warm_up=3, settle=1)
+            taken = interleaved(calls, plan, into=results.samples)
     results.ratios += [
         ratio(taken[name], taken[RAW], limit=limit) for name, limit in LIMITS.items()
     ]

@@ -16,7 +16,7 @@ from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.server import Server
 from djinn_zmq.errors import DjinnError
-from djinn_zmq.probe import features, pinning, progress, serving, tables
+from djinn_zmq.probe import features, interrupted, pinning, progress, serving, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Case, Plan, Task, interleaved
@@ -259,10 +259,11 @@ def take(
         pinned.append(pinning.pin("servers", pids, server_cpus))
     results.pinned += pinned
     plan = asked.plan
-    with progress.steps("measuring", plan.rounds * len(cases)) as tell:
-        taken = interleaved(cases, plan, on_turn=tell)
-    results.samples += taken.values()
-    return taken
+    with (
+        interrupted.written(results, asked.json),
+        progress.steps("measuring", plan.rounds * len(cases)) as tell,
+    ):
+        return interleaved(cases, plan, on_turn=tell, into=results.samples)
 
 
 def finish(asked: Asked, results: Results, draw: Callable[[], Any] | None = None) -> None:

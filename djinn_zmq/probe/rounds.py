@@ -75,17 +75,28 @@ def interleaved(
     *,
     labels: Mapping[str, Mapping[str, Any]] | None = None,
     on_turn: Callable[[str], None] | None = None,
+    into: list[Samples] | None = None,
 ) -> dict[str, Samples]:
     """Call every case `plan.rounds` times for a turn of `plan.per_round` samples.
 
-    labels: of each case's samples. on_turn: told a case's name when it has had a turn.
+    labels: of each case's samples. on_turn: told a case's name when it has had a turn. into: gets
+    the samples as well; where a round breaks off, those of the rounds before it.
     """
-    turns = list(each_round(cases, plan, on_turn=on_turn))
-    labels = labels or {}
-    return {
-        name: Samples(name, np.stack([turn[name] for turn in turns]), labels.get(name, {}))
-        for name in cases
-    }
+    turns: list[dict[str, Turn]] = []
+    taken: dict[str, Samples] = {}
+    try:
+        turns.extend(each_round(cases, plan, on_turn=on_turn))
+    finally:
+        if turns:
+            taken = {
+                name: Samples(
+                    name, np.stack([turn[name] for turn in turns]), (labels or {}).get(name, {})
+                )
+                for name in cases
+            }
+            if into is not None:
+                into += taken.values()
+    return taken
 
 
 def each_round(
