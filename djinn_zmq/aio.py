@@ -17,6 +17,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
@@ -25,7 +26,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import WINDOW, Call, Connection, Next, Operation, Step
+from djinn_zmq.client.connection import LOOK_S, WINDOW, Call, Connection, Next, Operation, Step
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
@@ -75,11 +76,11 @@ class AsyncConnection(Connection):
             operation.close()
             self._watch_lease()  # the first operation is the hello, which may bring one
 
-    async def _exchanged(self, step: Step) -> Message | list[Message]:
+    async def _exchanged(self, step: Step) -> Message | list[Message] | None:
         if isinstance(step, Call):
             return await self._answer(self._ask(step), step)
         if isinstance(step, Next):
-            return await self._part(step.request)
+            return await self._part(step.request, step.timeout_s)
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -106,11 +107,16 @@ class AsyncConnection(Connection):
         return request
 
     async def _answer(self, request: int, call: Call) -> Message:
-        limit_s = None if call.timeout_s is None else call.timeout_s + 1.0
+        limit_s, reply = call.waits_until(), self._futures[request]
         try:
-            return await asyncio.wait_for(self._futures[request], limit_s)
-        except TimeoutError as exc:
-            raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s") from exc
+            while not reply.done():
+                left_s = None if limit_s is None else limit_s + call.held_s - time.monotonic()
+                await asyncio.wait(
+                    {reply}, timeout=left_s if left_s is None else max(LOOK_S, left_s)
+                )
+                if not reply.done() and call.late(limit_s):
+                    raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+            return reply.result()
         except asyncio.CancelledError:
             if not self.closed:
                 with suppress(DjinnError):  # who cancels is not to get another error
@@ -123,14 +129,16 @@ class AsyncConnection(Connection):
         finally:
             self._forget(request)
 
-    async def _part(self, request: int) -> Message:
+    async def _part(self, request: int, timeout_s: float | None = None) -> Message | None:
         self._look_again()
         if request in self._coming:
             raise Busy("the next part of this answer is awaited already")
         if not self.has_news(request):
             self._coming[request] = self._loop.create_future()
             try:
-                await self._coming[request]
+                await asyncio.wait_for(self._coming[request], timeout_s)
+            except TimeoutError:
+                return None
             except asyncio.CancelledError:
                 self.abandon(request)
                 self._look_again()

@@ -65,6 +65,12 @@ class UnknownCheckpoint(RequestError):
     code = "unknown-checkpoint"
 
 
+class UnknownStop(RequestError):
+    """No run is held at that stop: it goes on already, or its program gave it up."""
+
+    code = "unknown-stop"
+
+
 class LayerError(RequestError):
     """A layer the model does not have, or one that lies behind the checkpoint."""
 

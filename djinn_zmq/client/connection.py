@@ -62,6 +62,8 @@ class Call:
 
     parts: how many parts of its answer may be under way at once; 0: it is answered in one.
     lane: the way it took; None: the bus.
+    held_s: for how long a debugger has held what was asked, which does not count; held_since: now it
+    does, from then on (monotonic seconds).
     sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
     """
 
@@ -74,6 +76,8 @@ class Call:
     data: memoryview | None = None
     parts: int = 0
     lane: Lane | None = None
+    held_s: float = 0.0
+    held_since: float | None = None
     sent_ns: int = 0
     arrived_ns: int = 0
 
@@ -81,12 +85,27 @@ class Call:
         """When its client gives up waiting (monotonic seconds); the engine has done so before."""
         return None if self.timeout_s is None else time.monotonic() + self.timeout_s + 2 * LOOK_S
 
+    def hold(self, held: bool) -> None:
+        """A debugger holds it from now on, or does no more: meanwhile its time stands still."""
+        now = time.monotonic()
+        if self.held_since is not None:
+            self.held_s += now - self.held_since
+        self.held_since = now if held else None
+
+    def late(self, limit_s: float | None) -> bool:
+        """Has its client waited long enough? limit_s: of `waits_until`."""
+        if limit_s is None or self.held_since is not None:
+            return False
+        return time.monotonic() > limit_s + self.held_s
+
 
 @dataclass(slots=True, eq=False)
 class Next:
-    """The next part of an answer whose call was sent before, or the reply that ends it."""
+    """The next part of an answer whose call was sent before, or the reply that ends it; None where
+    neither has come after *timeout_s*."""
 
     request: int
+    timeout_s: float | None = None
 
 
 Step = Call | list[Call] | Next
@@ -155,11 +174,11 @@ class Connection:
                 self._cancel_all()
                 raise
 
-    def _exchange(self, step: Step) -> Message | list[Message]:
+    def _exchange(self, step: Step) -> Message | list[Message] | None:
         if isinstance(step, Call):
             return self._wait(self.send(step), step)
         if isinstance(step, Next):
-            return self._wait_part(step.request)
+            return self._wait_part(step.request, step.timeout_s)
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -188,15 +207,19 @@ class Connection:
                 self._look(request, call, limit)
         return self._settle(request, reply)
 
-    def _wait_part(self, request: int) -> Message:
+    def _wait_part(self, request: int, timeout_s: float | None = None) -> Message | None:
         if self._closed:
             raise Closed("the connection is closed")
         call = self._calls.get(request)
         if call is not None:
             limit = call.waits_until()
+            until_s = None if timeout_s is None else time.monotonic() + timeout_s
             try:
                 while not self.has_news(request):
-                    frames = self._hear(call.lane)
+                    left_s = LOOK_S if until_s is None else until_s - time.monotonic()
+                    if left_s <= 0:
+                        return None
+                    frames = self._hear(call.lane, min(left_s, LOOK_S))
                     if frames is not None:
                         self.take(*frames)
                     else:
@@ -210,15 +233,17 @@ class Connection:
         """Nothing has come for a while, or news have: is there still somebody who will answer?"""
         if not self.alive():
             self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
-        elif limit_s is not None and time.monotonic() > limit_s:
+        elif call.late(limit_s):
             self.give_up(request)
             raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
 
-    def _hear(self, lane: Lane | None) -> Frames | None:
-        """The next message where an answer is to come; None after LOOK_S, or with news."""
+    def _hear(self, lane: Lane | None, timeout_s: float = LOOK_S) -> Frames | None:
+        """The next message where an answer is to come; None after *timeout_s*, or with news."""
         if lane is None or lane.closed:
+            if timeout_s < LOOK_S and not self._dealer.socket.poll(timeout_s * 1000):
+                return None
             return self._dealer.receive_waiting()
-        pieces = self.lanes.hear(lane, LOOK_S)
+        pieces = self.lanes.hear(lane, timeout_s)
         return None if pieces is None else (pieces[0], pieces[1:])
 
     def _settle(self, request: int, reply: Message | DjinnError) -> Message:
@@ -418,9 +443,11 @@ class Connection:
         if not header.flags & NOT_A_REPLY:
             return message
         if header.flags & Flag.PROGRESS:
-            tell = self._calls[header.request].progress
-            if tell is not None:
-                tell(message.meta)
+            call = self._calls[header.request]
+            if message.meta.held is not None:
+                call.hold(message.meta.held)
+            elif call.progress is not None:
+                call.progress(message.meta)
             return None
         if header.flags & Flag.PART:
             self._arriving[header.request].parts.append(message)

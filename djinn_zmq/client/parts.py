@@ -110,17 +110,20 @@ class Parts(Stream[T, R]):
         return
         yield
 
+    def _send(self, call: Call) -> None:
+        connection = self._session.connection
+        self._request = connection.send(call)
+        self._on_sent(self._request)
+        gone = weakref.finalize(self, connection.abandon_later, self._request)
+        gone.atexit = False
+
     def _step(self) -> Operation[Any]:
         if self._over:
             return OVER
-        connection = self._session.connection
         try:
             if self._request is None:
-                call = yield from self._ask
-                self._request = connection.send(call)
-                self._on_sent(self._request)
-                gone = weakref.finalize(self, connection.abandon_later, self._request)
-                gone.atexit = False
+                self._send((yield from self._ask))
+            assert self._request is not None
             message = yield Next(self._request)
             if message.header.flags & Flag.PART:
                 return (yield from self._take(message))

@@ -8,13 +8,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from djinn_zmq.bus.keys import client_keys
+from djinn_zmq.client.attach import Attached, number_of
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
+from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.talk import Session as Conversation
-from djinn_zmq.errors import DjinnError
+from djinn_zmq.errors import DjinnError, UnknownSession
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
+from djinn_zmq.wire.attach import RunInfo, Runs
 from djinn_zmq.wire.messages import SessionInfo, StatusReply
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Event, Events
@@ -101,6 +104,41 @@ class Server:
     def _sessions(self) -> Operation[list[SessionInfo]]:
         status = yield from self._status()
         return list(status.sessions)
+
+    def runs(self, session: Any) -> Any:
+        """What one of your sessions runs now, whichever program it is of: a list with .request,
+        .kind, .state ("queued", "running", "held": by a debugger, "waiting": for its client to
+        read), .layer, .step, .batch, .positions, .age_s, .stop.
+
+        session: its number, or one of `sessions()`.
+        """
+        return self.drive(self._runs(number_of(session)))
+
+    def _runs(self, session: int) -> Operation[list[RunInfo]]:
+        reply = yield Call(Op.RUNS, Runs(), session=session)
+        return list(reply.meta.runs)
+
+    def attach(self, session: Any, stop_at: Any = None) -> Any:
+        """Attach to a session of yours, of another program say: an `Attached`, for a `with` block.
+
+        session: its number, or one of `sessions()`. stop_at: where what it runs from now on is held,
+        in the words of `Model.run`; `Attached.breaks` says it anew. One debugger a session.
+        Raises UnknownSession for one that is not there or not yours (the same user over ipc, the
+        same key over tcp), Busy where it has a debugger, LayerError, StopError.
+        """
+        return self.drive(self._attach(number_of(session), stop_at))
+
+    def _attach(self, number: int, stop_at: Any) -> Operation[Attached]:
+        breaks_of(stop_at)  # before anything is asked
+        target = next((one for one in (yield from self._sessions()) if one.id == number), None)
+        if target is None or not target.yours:
+            raise UnknownSession(f"session {number:016x} does not exist or is not yours")
+        reply = yield Call(Op.OPEN, messages.Open(target.model), progress=self.progress)
+        session = Conversation(self.connection, self.drive, self.progress, reply.meta, 0)
+        self.conversations.add(session)
+        attached = Attached(session, target, stop_at)
+        yield from attached.begin()
+        return attached
 
     def stop(self) -> Any:
         """End the server. Only for the user who runs it, over its ipc socket."""

@@ -153,6 +153,15 @@ def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
     return Wanted(stop, numbers, str(logits), 0)
 
 
+def breaks_of(stop_at: Any) -> tuple[wire.Break, ...]:
+    """Breakpoints, in the words of `stop_at`, as data; None, or none of them: (). Raises as
+    `wanted_of`."""
+    if stop_at is None or (isinstance(stop_at, (list, tuple)) and not stop_at):
+        return ()
+    number, breaks = _stop_of(stop_at)
+    return breaks if number is None else (wire.Break(number, ()),)
+
+
 def _stop_of(stop_at: Any) -> tuple[int | None, tuple[wire.Break, ...]]:
     """A number alone, or all that is more than one."""
     if stop_at is None:

@@ -4,6 +4,7 @@ They are immutable and share what is past, so that any of them can be gone on fr
 times. `talks` makes new ones of old ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,17 @@ class TalkJob(Job):
     def everything_kept(self) -> list[Kept]:
         logits = [] if self.logits_kept is None else [self.logits_kept]
         return [*self.kept, *logits, *([] if self.ended is None else [self.ended])]
+
+    @property
+    def step_now(self) -> int | None:
+        return self.step
+
+    @property
+    def can_halt(self) -> bool:
+        return self.working.past.length == self.working.length
+
+    def rewinder(self, layer: int) -> Callable[[], None]:
+        return self.working.rewinder(layer)
 
     def stand(self, past: Past, logits: torch.Tensor | None = None) -> Branch:
         return Branch(

@@ -17,7 +17,7 @@ Layers that are neither (a convolution's state) are small, and kept whole after 
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,28 @@ class Working:
         for index in range(len(self._taken), layer):
             self._taken.append(self._cut(index, self.past.length, end, end))
         return tuple(self._taken[:layer])
+
+    def rewinder(self, index: int) -> Callable[[], None]:
+        """Puts back what a layer of the cache holds now, so that the model's layer can run again."""
+        if not 0 <= index < len(self.cache.layers):
+            return lambda: None
+        layer = self.cache.layers[index]
+        grows = type(layer) in _DYNAMIC  # by new tensors; others write in place
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value if grows else value.clone()
+            return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        before = {name: copied(value) for name, value in vars(layer).items()}
+
+        def rewind() -> None:
+            for name in vars(layer).keys() - before.keys():
+                delattr(layer, name)
+            for name, value in before.items():
+                setattr(layer, name, copied(value))
+
+        return rewind
 
     def finish(self) -> None:
         """The forward has been through all layers."""

@@ -1,8 +1,8 @@
 """Jobs: what sessions have asked an engine to do, and what has come of it so far."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from djinn_zmq.engine.caches import Account
 from djinn_zmq.engine.keeping import Entry, new_id
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.plans import Plan
+from djinn_zmq.engine.places import Place
+from djinn_zmq.engine.plans import Plan, Start
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import states
-from djinn_zmq.wire.messages import Kept, Wanted
+from djinn_zmq.wire.messages import Done, Kept, Wanted
 
 
 class Part(NamedTuple):
@@ -25,7 +26,47 @@ class Part(NamedTuple):
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # hidden, the job's own → hidden, edited
-Turns = Iterator[Part | None]  # a job's work: a layer each time it is asked
+
+
+class Given(NamedTuple):
+    """A value that is handed in where a run reaches *place*; None: a layer's input."""
+
+    place: Place | None
+    value: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Halt:
+    """What a job yields that a debugger holds: it gets no turns until that lets it go on.
+
+    kept: for the debugger's session, of the value held, behind what it rests on. value: with which
+    the job goes on; the debugger may put another in its place.
+    """
+
+    job: "Job"
+    kept: list[Kept]
+    value: torch.Tensor
+    fixed: str = ""  # why another may not be put there
+    number: int = 0
+    since_ns: int = 0
+
+
+Turns = Iterator[Part | Halt | None]  # a job's work: a layer each time it is asked
+Halting = Generator[Halt | None, None, torch.Tensor]  # gives the value to go on with
+
+
+class Attached(Protocol):
+    """A debugger, as the work on its session's jobs sees it."""
+
+    def plan(self, job: "Job", start: Start, known: Plan | None) -> Plan | None:
+        """Where *job*, which has come to *start*, is to be held; None: nowhere. known: what this
+        said before, which is said again as long as it holds."""
+
+    def halt(
+        self, job: "Job", value: torch.Tensor, place: Place | None, rests: Sequence[Given]
+    ) -> Halting:
+        """Hold *job* here. rests: inside of a layer: its input, as a value of no place, and what
+        has been handed in before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +81,7 @@ class EngineSession:
     branches: dict[int, Any] = field(default_factory=dict)  # by id: where its conversations stand
     account: Account = field(default_factory=Account)  # of their keys and values
     told_nbytes: int = 0  # of these, to the server
+    attached: Attached | None = None  # the debugger that holds its jobs at breakpoints
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +98,8 @@ class Job:
     stop_at: int | None = None  # the layer after which it stops in any case
     save_at: tuple[int, ...] = ()  # layers
     plan: Plan | None = None  # what else it does on the way; None: nothing
-    given: torch.Tensor | None = None  # the value to hand in where the plan says
+    given: list[Given] = field(default_factory=list)  # values to hand in where the plan says
+    held: Plan | None = None  # where a debugger holds it
     edit: Change | None = None  # of what flows into the first layer
     fresh: bool = False  # it starts at the token ids
     stopped: bool = False
@@ -74,6 +117,20 @@ class Job:
         return 0
 
     @property
+    def step_now(self) -> int | None:
+        """Of a generation; None: it is none."""
+        return None
+
+    @property
+    def can_halt(self) -> bool:
+        """Would a checkpoint here hold all that its forward goes on with?"""
+        return True
+
+    def rewinder(self, layer: int) -> Callable[[], None]:
+        """Puts back what running *layer* once more must find as it is now."""
+        return lambda: None
+
+    @property
     def everything_kept(self) -> list[Kept]:
         return self.kept if self.logits_kept is None else [*self.kept, self.logits_kept]
 
@@ -83,3 +140,11 @@ class Job:
 
     def advance(self, event: str) -> None:
         self.state = states.advance(states.RUN, self.state, event)
+
+
+@dataclass(slots=True, eq=False)
+class DoneJob(Job):
+    """Its reply says only that it is done."""
+
+    def reply(self) -> Done:
+        return Done()

@@ -19,8 +19,9 @@ from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import MANY, Poll
 from djinn_zmq.engine import models, replies
 from djinn_zmq.engine.answers import Answers
+from djinn_zmq.engine.debugging import Debugging
 from djinn_zmq.engine.devices import Broken, Device
-from djinn_zmq.engine.jobs import EngineSession, Job, Part
+from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.lanes import Lanes
 from djinn_zmq.engine.looking import Looker
@@ -78,6 +79,9 @@ class EngineLoop:
         self._poll = Poll(settings.spin_us)
         self._lanes = Lanes(self._poll, settings, self._take_on_lane, self._on_broken_lane)
         self._answers = Answers(link, self._lanes)
+        self._debugging = Debugging(
+            self._keeping, self._runner, self._turns, self._answers, self._sessions, self._model_of
+        )
         self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
@@ -88,6 +92,7 @@ class EngineLoop:
             Op.LEAVE: self._leave,
             Op.DROP: self._drop,
             Op.ADOPT: self._adopt,
+            Op.LET_GO: self._let_go_of_held,
         }
         self._requests = {
             Op.PING: self._ping,
@@ -106,6 +111,10 @@ class EngineLoop:
             Op.HOLD: self._run,
             Op.RESTORE: self._run,
             Op.AWAY: self._away,
+            Op.ATTACH: self._debugging.attach,
+            Op.BREAKS: self._debugging.breaks,
+            Op.GO_ON: self._run,
+            Op.RUNS: self._debugging.runs,
         }
         self._begin: dict[int, Callable[..., tuple[Job, Iterator[Part | None]]]] = {
             Op.RUN: self._runner.begin,
@@ -118,6 +127,7 @@ class EngineLoop:
             Op.MOVE: self._mover.move,
             Op.HOLD: self._mover.hold,
             Op.RESTORE: self._mover.restore,
+            Op.GO_ON: self._debugging.go_on,
         }
         self._chores: list[Iterator[None]] = []  # work that nobody waits for
 
@@ -267,9 +277,16 @@ class EngineLoop:
         number = message.header.session
         for active in self._turns.of(number):
             self._end(active, Cancelled("its session was closed"))
-        self._sessions.pop(number, None)
+        session = self._sessions.pop(number, None)
+        if session is not None:
+            self._debugging.leave(session)
         self._answers.forget(number)
         self._keeping.drop_session(number)
+
+    def _let_go_of_held(self, message: Message) -> None:
+        session = self._sessions.get(message.header.session)
+        if session is not None:
+            self._debugging.let_go(session)
 
     def _drop(self, message: Message) -> None:
         session = self._sessions.get(message.header.session)
@@ -321,7 +338,10 @@ class EngineLoop:
         begin = self._begin[header.op]
         shared = bool(header.flags & Flag.SHARED)
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
-        self._turns.add(Active(job, turns, envelope, header, header.credit))
+        active = Active(job, turns, envelope, header, header.credit)
+        self._turns.add(active)
+        if session.attached is not None:
+            self._debugging.began(active)
 
     def _model_of(self, session: EngineSession) -> ServedModel:
         model = self._models.get(session.model)
@@ -336,7 +356,8 @@ class EngineLoop:
         found = [one for one in self._turns.of(session) if one.header.request == wanted]
         for active in found:
             self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
-        self._answers.answer(envelope, message.header, messages.Cancelled(bool(found)))
+        ended = self._debugging.cancel(session, wanted)
+        self._answers.answer(envelope, message.header, messages.Cancelled(bool(found) or ended))
 
     def _more(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -347,6 +368,8 @@ class EngineLoop:
                 if active.held is not None:
                     self._turns.welcome(session)
                     self._hand_out(active)
+                return
+        self._debugging.more(session, message.meta.request, message.header.credit)
 
     def _release(
         self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
@@ -440,7 +463,9 @@ class EngineLoop:
             self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
             self._over(active)
         else:
-            if active.held is not None:
+            if type(active.held) is Halt:
+                self._debugging.hold(active)
+            elif active.held is not None:
                 self._hand_out(active)
         self._turns.worked(active, time.perf_counter_ns() - begin_ns)
 
@@ -456,7 +481,7 @@ class EngineLoop:
     def _hand_out(self, active: Active) -> None:
         """Send the part that *active* has made, if its client takes one more."""
         part = active.held
-        if part is None or active.credit <= 0:
+        if not isinstance(part, Part) or active.credit <= 0:
             return
         active.held = None
         active.credit -= 1
@@ -495,13 +520,14 @@ class EngineLoop:
 
     def _over(self, active: Active) -> None:
         self._turns.remove(active)
+        self._debugging.over(active)
         self._runner.over(active.job)
         if self._keeping.vault.pressed:
             self._chores.append(self._keeping.vault.shrink())
 
     def _discard(self, active: Active) -> None:
         self._runner.discard(active.job)
-        if active.held is not None:  # what its client was never told of
+        if isinstance(active.held, Part):  # what its client was never told of
             self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])
 
     # ---- telling the server

@@ -46,6 +46,7 @@ class Plan:
     anywhere: list[Test] = field(default_factory=list)  # after any layer
     skips: frozenset[int] = frozenset()  # layers left out, counted from 0
     given: Place | None = None  # where the run starts, with a value to hand in there
+    asked: object = None  # what a debugger's was made of
 
     def concerns(self, zone: int) -> bool:
         """Is there anything to do inside of *zone*?"""
@@ -100,6 +101,13 @@ class Planner:
             stops = Stops(() if stops is None else (Break(stops, ()),), ())
         return _Planning(self, model, start, ids).made(stops, wanted.save_at, skips)
 
+    def holds(
+        self, breaks: Sequence[Break], start: Start, model: ServedModel, ids: np.ndarray
+    ) -> Plan:
+        """Where a debugger holds a run that has come to *start*: at each of *breaks* still ahead,
+        one after another. Raises LayerError, StopError for what can never be."""
+        return _Planning(self, model, start, ids).holds(tuple(breaks))
+
 
 class _Planning:
     """One plan in the making."""
@@ -153,6 +161,16 @@ class _Planning:
             else:
                 plan.inside.setdefault(watch.place.zone, []).append(watch)
         return Planned(stop_at, tuple(sorted(set(saves))), plan)
+
+    def holds(self, asked: tuple[Break, ...]) -> Plan:
+        plan = self._plan
+        plan.given = None
+        for watch in sorted(self._breaks(asked), key=lambda one: one.key):
+            if isinstance(watch.place, int):
+                plan.between.setdefault(watch.place, []).append(watch.test or _always)
+            else:
+                plan.inside.setdefault(watch.place.zone, []).append(watch)
+        return plan
 
     def _breaks(self, asked: tuple[Break, ...]) -> list[Watch]:
         """Where it may stop. Of several stops, and of a module of every layer, those behind the
@@ -231,6 +249,10 @@ def _check_layer(asked: int, model: ServedModel) -> None:
         raise LayerError(
             f'layer {asked} does not exist: "{model.info.name}" has {last} layers (0-{last})'
         )
+
+
+def _always(value: torch.Tensor, moment: Moment) -> bool:
+    return True
 
 
 def _key(place: Place | int) -> Key:

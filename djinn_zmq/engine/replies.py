@@ -8,7 +8,7 @@ import torch
 
 from djinn_zmq.engine.branches import TalkJob
 from djinn_zmq.engine.grids import SweepJob, TraceJob
-from djinn_zmq.engine.jobs import Job
+from djinn_zmq.engine.jobs import DoneJob, Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
 from djinn_zmq.engine.moving import HoldJob, MoveJob, RestoreJob
@@ -26,7 +26,7 @@ def of(job: Job) -> tuple[msgspec.Struct, Buffers]:
     """What *job* has come to."""
     if isinstance(job, TalkJob) and job.asked is not None:
         return of_generation(job)
-    if isinstance(job, (MoveJob, HoldJob, RestoreJob)):
+    if isinstance(job, (MoveJob, HoldJob, RestoreJob, DoneJob)):
         return job.reply(), []
     if isinstance(job, SweepJob):
         return of_sweep(job)
@@ -40,7 +40,7 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
     logits_id = 0
     with job.watch.span("encode"):
         checkpoints = tuple(job.kept)
-        ids = _place(job.ids, buffers)
+        ids = place(job.ids, buffers)
         if job.logits_kept is not None:
             logits, logits_id = job.logits_kept.tensor, job.logits_kept.id
         elif job.logits is not None and job.wanted.logits == "top":
@@ -76,7 +76,7 @@ def of_token(job: TalkJob, token: int, logits: torch.Tensor) -> tuple[Token, Buf
     top = top_of(logits, wanted.top) if wanted.logits == "top" else None
     norm = float(log_norm_of(logits)[0])
     meta = Token(
-        before=None if job.begun else _place(job.tokens, buffers),
+        before=None if job.begun else place(job.tokens, buffers),
         step=job.step,
         id=token,
         text=job.spelling.add(token),
@@ -99,7 +99,7 @@ def of_generation(job: TalkJob) -> tuple[Generated, Buffers]:
         reason=job.reason,
         step=job.step or 0,
         layer=job.layer,
-        ids=_place(job.tokens, buffers),
+        ids=place(job.tokens, buffers),
         checkpoints=tuple(job.kept),
         branch=job.branch,
         spans=job.watch.with_rest("queue", first=True),
@@ -127,7 +127,7 @@ def of_sweep(job: SweepJob) -> tuple[SweepReply | TraceReply, Buffers]:
     if not isinstance(job, TraceJob):
         return SweepReply(job.cost, spans), buffers
     assert job.base is not None
-    ids, base = _place(job.ids, buffers), outcomes_of(job.base, 1, job.results, buffers)
+    ids, base = place(job.ids, buffers), outcomes_of(job.base, 1, job.results, buffers)
     reply = TraceReply(job.layers, job.positions, job.results.tokens, ids, base, job.cost, spans)
     return reply, buffers
 
@@ -157,7 +157,7 @@ def outcomes_of(logits: torch.Tensor, batch: int, results: Results, buffers: Buf
 
 def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buffers]:
     buffers: Buffers = []
-    return TokensReply(_place(ids, buffers), tuple(pieces)), buffers
+    return TokensReply(place(ids, buffers), tuple(pieces)), buffers
 
 
 def ids_inline(job: Job) -> Tensor:
@@ -165,7 +165,7 @@ def ids_inline(job: Job) -> Tensor:
     return inline(job.ids)
 
 
-def _place(array: np.ndarray, buffers: Buffers) -> Tensor:
+def place(array: np.ndarray, buffers: Buffers) -> Tensor:
     """*array* inside the meta if it is small, else as one more buffer."""
     if array.nbytes <= INLINE_LIMIT:
         return inline(array)

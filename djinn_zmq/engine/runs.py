@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine import editing, inside
-from djinn_zmq.engine.jobs import Change, EngineSession, Job, Turns
+from djinn_zmq.engine.jobs import Change, EngineSession, Given, Halt, Halting, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
@@ -27,11 +27,12 @@ from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
+FRESH = Start(0, fresh=True)
 RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
 
 
 # What a job starts with and may not change (None: its ids), and the checkpoint that it is, if any.
-Opening = Generator[None, None, tuple[torch.Tensor | None, Entry | None]]
+Opening = Generator[Halt | None, None, tuple[torch.Tensor | None, Entry | None]]
 
 
 class Runner:
@@ -96,15 +97,15 @@ class Runner:
             planned = self.planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
         job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
         opening = self.opening(job, entry, asked, buffers)
-        return job, self.settling(job, self._work(job, opening))
+        return job, self.settling(job, self._work(job, opening, start))
 
     def place_of(self, entry: Entry, model: ServedModel) -> Place | None:
         """Where inside a layer a checkpoint is; None between two layers. Raises RequestError for one
         that is outside of them."""
         if not entry.place:
             return None
-        (place,) = self.planner.atlas(model).find(entry.place)
-        if not isinstance(place, Place) or not 0 <= place.zone < model.info.num_layers:
+        place = self.named(entry.place, model)
+        if not 0 <= place.zone < model.info.num_layers:
             raise RequestError(f"the checkpoint is at {entry.place}, outside of the layers")
         return place
 
@@ -123,10 +124,19 @@ class Runner:
             check_hidden(asked.hidden, entry.body.tensor)
         session = job.session
         sources = self.sources(session, asked.edits)
-        base = self.source(entry.base, session) if entry.place and entry.base else None
-        self.hold(job, [entry, *sources.values(), *([] if base is None else [base])])
+        rests = self.rests(entry, session)
+        self.hold(job, [entry, *sources.values(), *rests])
         opening = self._open(job, entry, asked, buffers, sources)
-        return self._open_inside(job, base, opening) if entry.place else opening
+        return self._open_inside(job, entry, rests, opening) if entry.place else opening
+
+    def rests(self, entry: Entry, session: EngineSession) -> list[Entry]:
+        """What a checkpoint inside of a layer rests on, nearest first: what was handed in before it
+        there, and the layer's input."""
+        found: list[Entry] = []
+        while entry.place and entry.base:
+            entry = self.source(entry.base, session)
+            found.append(entry)
+        return found
 
     def _open(
         self,
@@ -151,16 +161,27 @@ class Runner:
                 hidden, unchanged = change(hidden.clone()), None
         return hidden, unchanged
 
-    def _open_inside(self, job: Job, base: Entry | None, opening: Opening) -> Opening:
+    def _open_inside(
+        self, job: Job, entry: Entry, rests: Sequence[Entry], opening: Opening
+    ) -> Opening:
         """For a checkpoint inside a layer (or the tail, or before the layers): its value is handed
-        in there, and the run starts with what flowed into that layer, *base*."""
+        in there, and what was before it, and the run starts with what flowed into that layer."""
         value, _ = yield from opening
-        job.given = value.clone() if value is not None else None
-        if base is None:
-            job.fresh = True
-            return None, None
-        hidden = yield from self.lend(job, base)
-        return hidden, None
+        assert value is not None
+        job.given = [Given(self.named(entry.place, job.model), value.clone())]
+        for rest in rests:
+            value = yield from self.lend(job, rest)
+            if not rest.place:
+                return value, None
+            job.given.insert(0, Given(self.named(rest.place, job.model), value.clone()))
+        job.fresh = True
+        return None, None
+
+    def named(self, path: str, model: ServedModel) -> Place:
+        """The place that a checkpoint inside of a layer is at."""
+        (place,) = self.planner.atlas(model).find(path)
+        assert isinstance(place, Place)
+        return place
 
     def _edit(
         self,
@@ -173,6 +194,17 @@ class Runner:
         return lambda hidden: editing.carry_out(
             self.ready(edits, hidden, buffers, session, sources), hidden
         )
+
+    def edited(
+        self,
+        session: EngineSession,
+        edits: tuple[Edit, ...],
+        buffers: Sequence[bytes | memoryview],
+        sources: dict[int, Entry],
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        """*hidden*, the caller's own, with *edits* made on it. sources: resident."""
+        return self._edit(session, edits, buffers, sources)(hidden)
 
     def ready(
         self,
@@ -222,12 +254,14 @@ class Runner:
 
     # ---- the work
 
-    def _work(self, job: Job, opening: Opening | None) -> Turns:
+    def _work(self, job: Job, opening: Opening | None, start: Start = FRESH) -> Turns:
         """All of a run: its layers, and the logits that are wanted.
 
         opening: gives the hidden state to start with; None: start at the embedding.
         """
         job.advance("start")
+        if job.session.attached is not None:
+            inside.attend(job, start)
         watch, first = job.watch, job.layer
         hidden: torch.Tensor | None = None
         unchanged: Entry | None = None
@@ -235,8 +269,8 @@ class Runner:
             hidden, unchanged = yield from opening
         with watch.span("record"):
             recording = self.recording(job)
-            if hidden is None and job.plan is not None:
-                recording = inside.recorded(job, recording, self.keep)
+        if hidden is None and job.plan is not None:
+            recording = yield from inside.recorded(job, recording, self.keep)
         if hidden is None:
             hidden = recording.embedded  # which is kept: no layer may change it
             if job.edit is not None and not job.stopped:
@@ -247,21 +281,21 @@ class Runner:
         if not job.stopped:
             hidden = yield from self.through(job, hidden, recording, unchanged)
         if not job.stopped and (job.wanted.logits != "none" or _stops_behind(job)):
-            yield
-            with watch.span("compute"):
-                self._take_logits(job, hidden, recording, lent=job.layer == first)
+            yield None
+            yield from self._take_logits(job, hidden, recording, lent=job.layer == first)
             self.keep_large_logits(job)
         yield from self.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
     def _take_logits(
         self, job: Job, hidden: torch.Tensor, recording: Recording, *, lent: bool
-    ) -> None:
+    ) -> Turns:
         logits: torch.Tensor | None
         if job.plan is None:
-            logits = job.model.stepper.tail(recording.ids, hidden, lent=lent)
+            with job.watch.span("compute"):
+                logits = job.model.stepper.tail(recording.ids, hidden, lent=lent)
         else:
-            logits = inside.tail(job, hidden, recording, self.keep)
+            logits = yield from inside.tail(job, hidden, recording, self.keep)
         if logits is not None and job.wanted.logits != "none":
             job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
 
@@ -271,7 +305,7 @@ class Runner:
         hidden: torch.Tensor,
         recording: Recording,
         unchanged: Entry | None = None,
-    ) -> Generator[None, None, torch.Tensor]:
+    ) -> Halting:
         """Layer by layer from `job.layer` to the stop or the end; yields before each layer.
 
         hidden: not to be changed. unchanged: the checkpoint that it is, where it is one.
@@ -282,7 +316,14 @@ class Runner:
         stepper, first = job.model.stepper, job.layer
         yield from self._keep_if_wanted(job, hidden, unchanged)
         while job.layer != (stepper.num_layers if job.stop_at is None else job.stop_at):
-            yield
+            yield None
+            if job.session.attached is not None and job.can_halt:  # since this run began
+                inside.attend(job)
+                if job.plan is not None:
+                    hidden = yield from inside.through(
+                        job, hidden.clone(), recording, self.keep, begun=True
+                    )
+                    return hidden
             with job.watch.span("compute"):
                 hidden = stepper.step(job.layer, hidden, recording, lent=job.layer == first)
                 job.layer += 1
@@ -334,8 +375,20 @@ class Runner:
     ) -> Kept:
         """Keep *data* for the job's session. layer: -1 where it is no checkpoint. place, base: as
         in `Kept`."""
-        session = job.session
-        kept = self._keeping.keep(
+        return self._lent(job, self.keep_for(job.session, job, data, layer, place=place, base=base))
+
+    def keep_for(
+        self,
+        session: EngineSession,
+        job: Job,
+        data: torch.Tensor,
+        layer: int,
+        *,
+        place: str = "",
+        base: int = 0,
+    ) -> Kept:
+        """The same for *session*, a debugger's say, which alone decides how long."""
+        return self._keeping.keep(
             data,
             session=session.id,
             owner=session.owner,
@@ -347,7 +400,6 @@ class Runner:
             base=base,
             facts=job.model.facts,
         )
-        return self._lent(job, kept)
 
     def _lent(self, job: Job, kept: Kept) -> Kept:
         """What a job has made stays where it is until that has been told."""

@@ -12,7 +12,7 @@ import torch
 from djinn_zmq.engine import editing, inside
 from djinn_zmq.engine.batches import Rows, Step, rows_at_once, through
 from djinn_zmq.engine.grids import SweepJob, TraceJob
-from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
+from djinn_zmq.engine.jobs import EngineSession, Given, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
@@ -77,10 +77,10 @@ class Sweeper:
             )
             edits = tuple(edit for branch in asked.branches for edit in branch)
             sources = self._runner.sources(session, edits)
-            base = None if place is None else self._runner.source(entry.base, session)
-            self._runner.hold(job, [entry, *sources.values(), *([] if base is None else [base])])
+            rests = self._runner.rests(entry, session)
+            self._runner.hold(job, [entry, *sources.values(), *rests])
             ready = self._ready(job, entry, asked.branches, buffers, sources)
-            work = self._sweep(job, base, entry, place, ready, at_once)
+            work = self._sweep(job, rests, entry, place, ready, at_once)
         return job, self._runner.settling(job, work)
 
     def _at_once(self, model: ServedModel, shape: tuple[int, ...], memory: int) -> int:
@@ -112,17 +112,21 @@ class Sweeper:
     def _sweep(
         self,
         job: SweepJob,
-        below: Entry | None,
+        rests: Sequence[Entry],
         entry: Entry,
         place: Place | None,
         checking: Generator[None, None, list[editing.Ready]],
         at_once: int,
     ) -> Turns:
-        """below: what flowed into the layer that *entry* is inside of."""
+        """rests: inside of a layer, what *entry* rests on, nearest first."""
         job.advance("start")
         ready = yield from checking
         value = yield from self._runner.lend(job, entry)
-        base = value if below is None else (yield from self._runner.lend(job, below))
+        base, before = value, []
+        for rest in rests:
+            base = yield from self._runner.lend(job, rest)
+            if rest.place:
+                before.insert(0, Given(self._runner.named(rest.place, job.model), base))
         rows = self._rows_of(job.model, job.ids, job)
         depth = job.model.stepper.num_layers
         for first in range(0, len(ready), at_once):
@@ -133,7 +137,8 @@ class Sweeper:
                 for number, changes in enumerate(chunk):
                     editing.carry_out(changes, edited[number * extent : (number + 1) * extent])
             begin = edited if place is None else _copies(base, len(chunk))
-            step = self._step(job, rows, place, edited)
+            given = [Given(one.place, _copies(one.value, len(chunk))) for one in before]
+            step = self._step(job, rows, [*given, Given(place, edited)])
             joining = _joining(job.layer, begin)
             logits = yield from _timed(
                 job, through(rows, joining, job.layer, depth, job.counted, step)
@@ -143,15 +148,16 @@ class Sweeper:
         yield from self._runner.until_done(job)
         job.advance("finish")
 
-    def _step(self, job: SweepJob, rows: Rows, place: Place | None, edited: torch.Tensor) -> Step:
+    def _step(self, job: SweepJob, rows: Rows, given: Sequence[Given]) -> Step:
         """From a checkpoint inside a layer, that layer runs with the edited values handed in."""
+        place = given[-1].place
         if place is None:
             return rows.step
 
         def step(index: int, hidden: torch.Tensor) -> torch.Tensor:
             if index != place.zone:
                 return rows.step(index, hidden)
-            return inside.handed_in(job, place, edited, lambda: rows.step(index, hidden))
+            return inside.handed_in(job, given, lambda: rows.step(index, hidden))
 
         return step
 

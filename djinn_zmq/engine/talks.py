@@ -18,7 +18,7 @@ import torch
 
 from djinn_zmq.engine import inside, replies
 from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob
-from djinn_zmq.engine.jobs import EngineSession, Job, Part, Turns
+from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
@@ -255,7 +255,7 @@ class Talker:
 
     def _step(
         self, job: TalkJob, opening: Opening | None
-    ) -> Generator[None, None, torch.Tensor | None]:
+    ) -> Generator[Halt | None, None, torch.Tensor | None]:
         """One forward of a generation: (1, vocab), behind the last token; None where it stopped."""
         job.wanted = _wanted_in(job, opening is not None)
         logits = yield from self._forward(job, opening, last=True)
@@ -267,7 +267,7 @@ class Talker:
 
     def _forward(
         self, job: TalkJob, opening: Opening | None, *, last: bool
-    ) -> Generator[None, None, torch.Tensor | None]:
+    ) -> Generator[Halt | None, None, torch.Tensor | None]:
         """The tokens that the cache has not seen, through the layers: logits (1, positions, vocab),
         or of the last position alone; None where it stopped.
 
@@ -290,19 +290,19 @@ class Talker:
             hidden, unchanged = yield from opening
         with job.watch.span("record"):
             recording = stepper.record(ids, cache)
-            if hidden is None and job.plan is not None:
-                recording = inside.recorded(
-                    job, recording, keep, lambda: stepper.record(ids, cache)
-                )
+        if hidden is None and job.plan is not None:
+            recording = yield from inside.recorded(
+                job, recording, keep, lambda: stepper.record(ids, cache)
+            )
         if not job.stopped:
             given = recording.embedded if hidden is None else hidden
             hidden = yield from self._runner.through(job, given, recording, unchanged)
         if job.stopped or hidden is None:
             return None
-        yield
+        yield None
+        if job.plan is not None:
+            return (yield from inside.tail(job, hidden, recording, keep, last=last))
         with job.watch.span("compute"):
-            if job.plan is not None:
-                return inside.tail(job, hidden, recording, keep, last=last)
             return stepper.tail(ids, hidden, last=last, lent=True)
 
     def _plan(self, job: TalkJob, fresh: bool) -> None:
@@ -312,8 +312,11 @@ class Talker:
         planned = self._runner.planner.plan(job.wanted, (), start, job.model, job.ids)
         job.stop_at, job.save_at, job.plan = planned
         job.stopped, job.fresh = False, fresh
-        if planned != (None, (), None):
+        job.held = None
+        if planned != (None, (), None) or job.session.attached is not None:
             job.working.commit()
+        if job.session.attached is not None:
+            inside.attend(job, start)
 
     def _end(self, job: TalkJob, logits: torch.Tensor | None) -> None:
         """Keep what the job has come to as a branch of its session."""

@@ -11,7 +11,7 @@ until it does: a slow reader makes no queue grow, here or on the way.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from djinn_zmq.engine.jobs import EngineSession, Job, Part
+from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
 from djinn_zmq.wire.codec import Header
 
 HEAD_START_NS = 50_000_000
@@ -22,21 +22,26 @@ class Active:
     """A job that gets turns, and whom to answer."""
 
     job: Job
-    turns: Iterator[Part | None]
+    turns: Iterator[Part | Halt | None]
     envelope: bytes
     header: Header
     credit: int = 0  # parts that its client still takes
-    held: Part | None = None  # made, and still to be taken: the job is paused
+    held: Part | Halt | None = None  # made, and still to be taken: the job is paused
+    halt: Halt | None = None  # by which a debugger holds it
+    held_ns: int = 0  # for which it was, before
 
     @property
     def left_s(self) -> float:
-        """Seconds until its deadline; negative once that has passed."""
+        """Seconds until its deadline; negative once that has passed. It stands still while a
+        debugger holds the job."""
         limit_ms = self.header.deadline_ms
-        return limit_ms / 1e3 - self.job.watch.elapsed_ns() / 1e9 if limit_ms else float("inf")
+        if not limit_ms or self.halt is not None:
+            return float("inf")
+        return limit_ms / 1e3 - (self.job.watch.elapsed_ns() - self.held_ns) / 1e9
 
     @property
     def ready(self) -> bool:
-        return self.held is None or self.left_s < 0
+        return self.halt is None and (self.held is None or self.left_s < 0)
 
 
 class Turns:

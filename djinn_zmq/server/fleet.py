@@ -1,5 +1,6 @@
 """The engines together: which one serves a model, what happens when one dies."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
+from djinn_zmq.wire.attach import LetGo
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opened, Progress
 from djinn_zmq.wire.ops import Op
@@ -120,6 +122,11 @@ class Fleet:
             _log.warning("session %016x ends without its engine: %s", session.id, exc)
         _log.info("session %016x of %s ends", session.id, session.owner)
         self._tell_session(session, "ends")
+
+    def let_go(self, session: Session) -> None:
+        """*session*'s client is gone, and may come back; what it holds as a debugger goes on now."""
+        with contextlib.suppress(DjinnError):  # without an engine nothing is held
+            self.engines[session.engine].tell(Op.LET_GO, LetGo(), session=session.id)
 
     def _tell_session(self, session: Session, what: str) -> None:
         text = f"session {session.id:016x} on {session.model} {what}"

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.errors import Busy, UnknownCheckpoint, UnknownSession
@@ -14,6 +15,8 @@ from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import ModelInfo, SessionInfo
 from djinn_zmq.wire.tensors import Slot, Tensor
 from djinn_zmq.wire.tiers import TIERS, Kept, TierInfo
+
+PROGRAM_LIMIT = 200  # bytes of a command line
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +27,7 @@ class Peer:
     owner: str  # "uid:1000", "key:alice"; a connection without either is its own owner
     trusted: bool  # a user or a key, not just somebody on the loopback
     uid: int | None
+    process: int = 0  # its pid, as the kernel says over ipc; 0: not known
     token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     lease: LeaseSocket | None = None
     sessions: set[int] = field(default_factory=set)
@@ -70,7 +74,18 @@ class Session:
             age_s=time.monotonic() - self.created_s,
             yours=self.owner == asker.owner,
             kv=self.kv,
+            pid=0 if self.peer is None else self.peer.process,
+            program=_program(self.peer) if self.owner == asker.owner else "",
         )
+
+
+def _program(peer: Peer | None) -> str:
+    """The command line of its process, "" where that cannot be known."""
+    try:
+        words = Path(f"/proc/{peer.process}/cmdline").read_bytes() if peer and peer.process else b""
+    except OSError:
+        return ""
+    return words[:PROGRAM_LIMIT].replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 class Registry:
@@ -91,13 +106,18 @@ class Registry:
         peer.sessions.add(number)
         return session
 
-    def session_of(self, peer: Peer, number: int) -> Session:
-        """The session *number*, if it is *peer*'s. The refusal does not tell whether it exists."""
+    def owned(self, peer: Peer, number: int) -> Session:
+        """The session *number*, if *peer*'s owner has it. The refusal does not tell whether it exists."""
         session = self.sessions.get(number)
         if session is None or session.owner != peer.owner:
             raise UnknownSession(
                 f"session {number:016x} does not exist or is not yours: it may have been closed"
             )
+        return session
+
+    def session_of(self, peer: Peer, number: int) -> Session:
+        """The same, and it is *peer*'s from now on."""
+        session = self.owned(peer, number)
         if session.peer is not peer:
             self._move(session, peer)
         return session

@@ -184,16 +184,16 @@ class Server:
 
     def _meet(self, envelope: bytes, router: Router, incoming: Incoming) -> Peer:
         address, user = router.identity(incoming.route) or ("", "")
-        uid = None
+        uid, process = None, 0
         if user:
             owner = f"key:{user}"
         elif envelope.startswith(IPC):
             # libzmq appends the kernel's word on the peer: "localhost:UID:GID:PID"
-            uid = int(address.split(":")[-3])
+            uid, _, process = map(int, address.split(":")[-3:])
             owner = f"uid:{uid}"
         else:  # anybody on this machine: each connection is a stranger to the others
             owner = f"tcp:{incoming.route.hex()}"
-        peer = Peer(envelope, owner, bool(user) or uid is not None, uid)
+        peer = Peer(envelope, owner, bool(user) or uid is not None, uid, process)
         self.registry.peers[envelope] = peer
         return peer
 
@@ -225,7 +225,11 @@ class Server:
             raise ProtocolError(f"a meta of {len(incoming.frame)} bytes is too long")
         session = self.registry.sessions.get(header.session)
         if session is None or session.peer is not peer:
-            session = self.registry.session_of(peer, header.session)
+            # To look at what a session runs is not to take it over.
+            look = header.op == Op.RUNS
+            session = (self.registry.owned if look else self.registry.session_of)(
+                peer, header.session
+            )
         engine = self.fleet.engines[session.engine]
         if header.op == Op.MORE:  # never answered, so never owed
             engine.pass_on(peer.envelope, incoming.frame, incoming.buffers or ())
@@ -310,6 +314,7 @@ class Server:
             session = self.registry.sessions[number]
             if peer.uid is None and peer.trusted:
                 self.registry.keep_open(session, self.settings.grace_s)
+                self.fleet.let_go(session)
             else:
                 self._close_session(session)
         self._end_staging(peer.owner)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
-from djinn_zmq.wire import messages, sweeps, talks, tiers
+from djinn_zmq.wire import attach, messages, sweeps, talks, tiers
 from djinn_zmq.wire.edits import tensors_in
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
@@ -207,6 +207,12 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     sweeps.Swept: lambda meta: sweeps.tensors_of(meta.outcomes),
     sweeps.Traced: lambda meta: sweeps.tensors_of(meta.outcomes),
     sweeps.TraceReply: lambda meta: (meta.ids, *sweeps.tensors_of(meta.base)),
+    attach.GoOn: lambda meta: (meta.hidden, *tensors_in(meta.edits)),
+    attach.Stopped: lambda meta: (
+        meta.before,
+        meta.ids,
+        *(kept.tensor for kept in meta.checkpoints),
+    ),
     messages.Keep: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.Adopt: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
     messages.ReadReply: lambda meta: (meta.piece,),

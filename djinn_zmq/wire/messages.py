@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import msgspec
 
-from djinn_zmq.wire import tiers
+from djinn_zmq.wire import attach, tiers
 from djinn_zmq.wire.edits import Edit, Index
 from djinn_zmq.wire.looks import Look, LookReply
 from djinn_zmq.wire.ops import Op, Spans, message
@@ -77,6 +77,8 @@ class SessionInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     age_s: float
     yours: bool
     kv: int  # bytes of keys and values, what branches share counted once
+    pid: int = 0  # of its client's process, as the kernel says; 0: not on this machine
+    program: str = ""  # that process's command line; yours only
 
 
 class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -143,7 +145,7 @@ class Close(msgspec.Struct, **message(Op.CLOSE)):
 
 
 class Done(msgspec.Struct, **message(Op.CLOSE)):
-    """The reply that says only: done. CLOSE, RELEASE, STOP."""
+    """The reply that says only: done. CLOSE, RELEASE, STOP, BREAKS, GO_ON."""
 
 
 class Read(msgspec.Struct, **message(Op.READ)):
@@ -309,6 +311,9 @@ class Progress(msgspec.Struct, **message(Op.PROGRESS)):
     stage: str
     done: int
     total: int  # 0: not known
+    held: bool | None = (
+        None  # by a debugger, from now on: the deadline stands still; False: it goes on
+    )
 
 
 class Failure(msgspec.Struct, **message(Op.FAILURE)):
@@ -353,6 +358,13 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.DROP: Drop,
     Op.ADOPT: Adopt,
     Op.MOVED: tiers.Moved,
+    Op.ATTACH: attach.Attach,
+    Op.BREAKS: attach.Breaks,
+    Op.GO_ON: attach.GoOn,
+    Op.RUNS: attach.Runs,
+    Op.LET_GO: attach.LetGo,
+    Op.TELL: attach.Tell,
+    Op.HAPPENED: attach.Happened,
 }
 
 REPLIES: dict[int, type[msgspec.Struct]] = {
@@ -382,6 +394,10 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.AWAY: tiers.AwayReply,
     Op.RESTORE: tiers.RestoreReply,
     Op.LOAD: Loaded,
+    Op.ATTACH: attach.Detached,
+    Op.BREAKS: Done,
+    Op.GO_ON: Done,
+    Op.RUNS: attach.RunsReply,
 }
 
 # Of an answer that comes in parts, each part. Its reply, in REPLIES, says what they came to.
@@ -389,6 +405,7 @@ PARTS: dict[int, type[msgspec.Struct]] = {
     Op.GENERATE: Token,
     Op.SWEEP: Swept,
     Op.TRACE: Traced,
+    Op.ATTACH: attach.Stopped,
 }
 
 

@@ -49,15 +49,24 @@ class Op(IntEnum):
     ADOPT = 38  # server: these survived your predecessor
     HELD = 27  # engine: a session's keys and values take so many bytes
     MOVED = 40  # engine: that tensor is elsewhere now
+    TELL = 47  # server: somebody listens to what runs begin and stop; or nobody does
+    LET_GO = 54  # server: a debugger is gone
+    HAPPENED = 55  # engine: an event
     # beside any of them, as a reply
     PROGRESS = 48
     FAILURE = 49
+    # a debugger → server → engine
+    ATTACH = 50  # answered in parts, a stop each
+    BREAKS = 51
+    GO_ON = 52
+    RUNS = 53  # of a session of the asker's owner; does not take it over
 
 
 # What the engine of a session answers. The server passes it on, or a lane brings it.
 TO_ENGINE = frozenset(
     {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
     | {Op.SWEEP, Op.TRACE, Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE}
+    | {Op.ATTACH, Op.BREAKS, Op.GO_ON, Op.RUNS}
 )
 
 

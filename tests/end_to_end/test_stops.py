@@ -191,6 +191,20 @@ def test_what_can_never_be_is_refused_and_the_session_goes_on(model, plain):
         assert point.resume(logits="all").logits.tobytes() == plain
 
 
+def test_an_edit_earlier_in_the_same_layer_is_not_lost(model):
+    edits = [Scale(3.0)]
+    point = model.run(FRANCE, stop_at="layers.1.self_attn").checkpoint
+    whole = point.resume(edits).logits.tobytes()
+    for at in ("layers.1.post_attention_layernorm", "layers.1.mlp"):
+        point = point.resume(
+            edits if point.place.endswith("self_attn") else (), stop_at=at
+        ).checkpoint
+        assert point.resume().logits.tobytes() == whole
+    (swept,) = point.sweep([[]])
+    resumed = np.frombuffer(whole, swept.logits.dtype).astype(np.float32)
+    assert np.allclose(np.asarray(swept.logits[0], np.float32), resumed, atol=0.1)
+
+
 def test_stops_from_asyncio_code_and_over_tcp(served, plain):
     async def main() -> None:
         async with aio.connect(served.tcp) as server:
