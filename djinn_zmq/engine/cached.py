@@ -2,7 +2,8 @@
 
 A prefill and two steps of one token, three ways: the model by itself with transformers' cache; the
 layers stepped, each time from a past that was put away as a value and taken out again; and, in the
-second step, stopped half-way up and gone on with from there.
+second step, stopped half-way up and gone on with from there. On a GPU also: does a step behind a long
+past give the same bits each time?
 """
 
 import torch
@@ -11,6 +12,7 @@ from djinn_zmq.engine.caches import Account, Caches, Past, Working
 from djinn_zmq.engine.stepping import CHECK_SEED, Stepper, difference, same_bits
 
 PREFILL, STEPS = 7, 2
+LONG, TIMES = 512, 8  # cuDNN's attention differs from 256 positions on
 
 
 def check(stepper: Stepper, vocab_size: int, device: torch.device, max_positions: int = 0) -> str:
@@ -19,7 +21,10 @@ def check(stepper: Stepper, vocab_size: int, device: torch.device, max_positions
     if not caches.name:
         return "its forward takes no cache"
     try:
-        return _check(stepper, caches, vocab_size, device, max_positions)
+        wrong = _check(stepper, caches, vocab_size, device, max_positions)
+        if wrong or device.type == "cpu":
+            return wrong
+        return _check_long(stepper, caches, vocab_size, device, max_positions)
     except Exception as exc:  # noqa: BLE001  the model's own code may raise anything
         first = (str(exc).splitlines() or [""])[0]
         return f"its cached steps cannot be taken: {type(exc).__name__}: {first}"
@@ -50,6 +55,25 @@ def _check(
                 f"its cached steps are not exact: {difference(plain, stepped)} for {what} "
                 "stepped through its layers"
             )
+    return ""
+
+
+def _check_long(
+    stepper: Stepper, caches: Caches, vocab_size: int, device: torch.device, max_positions: int
+) -> str:
+    past = min(LONG, (max_positions or LONG + 1) - 1)
+    generator = torch.Generator().manual_seed(CHECK_SEED)
+    tokens = torch.randint(0, vocab_size, (1, past + 1), generator=generator).to(device)
+    account = Account()
+    _, before = _stepped(stepper, tokens[:, :past], caches.nothing(account), account, 0)
+
+    def step() -> torch.Tensor:
+        return stepper.plain(tokens[:, past:], caches.open(before, 0, account).cache, last=True)
+
+    first = step()
+    differing = sum(not same_bits(first, step()) for _ in range(TIMES))
+    if differing:
+        return f"a step behind {past} tokens came out otherwise {differing} times of {TIMES}"
     return ""
 
 

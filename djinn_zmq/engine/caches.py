@@ -117,6 +117,14 @@ class Caches:
             return StaticCache(config=self._config, max_cache_len=static)
         return DynamicCache(config=self._config)
 
+    @staticmethod
+    def over_past(cache: Any) -> bool:
+        """Does attention through *cache* read more keys than it has queries?"""
+        return any(
+            type(layer) in _STATIC or getattr(layer, "is_initialized", False)
+            for layer in cache.layers
+        )
+
     def nothing(self, account: Account) -> Past:
         """The past of a conversation that has not begun."""
         layers = self.blank(0).layers

@@ -30,7 +30,26 @@ BUDGET_SHARE = 4  # a quarter of what is free when the engine starts is for chec
 LEFT_FREE_SHARE = 16  # of the whole device: slabs leave so much to models and their work
 
 
+class Reproducibly:
+    """A `with` block in which attention over a past gives the same bits every time.
+
+    What PyTorch takes first on Hopper is cuDNN's attention. Over a past of 256 positions and more cuDNN
+    splits the keys among blocks and adds their parts up in whatever order they are done: of 40 times the
+    same three steps behind 1031 tokens, 30 had other bits (H200, torch 2.11, Llama-2-13B shape); with
+    PyTorch's own kernels none. A prefill is the same every time, and stays as PyTorch has it.
+    """
+
+    def __enter__(self) -> None:
+        self._before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
 class Cuda(Cpu):
+    reproducibly = Reproducibly
+
     def __init__(self, name: str) -> None:
         """Create the context on *name*, "cuda:N". Raises StartError where that fails."""
         try:

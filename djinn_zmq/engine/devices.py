@@ -4,6 +4,7 @@ On a CPU a copy is a memcpy and everything is done when the call returns. `cuda`
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ class Broken(Exception):
 
 class Cpu:
     """Plain memory. Its device tier is plain memory, too, where one is asked for."""
+
+    # What layers that go on from a past are run under, so that they give the same bits every time.
+    reproducibly: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")

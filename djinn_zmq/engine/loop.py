@@ -254,7 +254,7 @@ class EngineLoop:
             self._link.send(b"", codec.encode(Op.LOAD, progress, flags=Flag.PROGRESS))
 
         try:
-            model = models.load(asked, self._device.torch, report)
+            model = models.load(asked, self._device, report)
         except DjinnError as exc:
             named = type(exc)(f"{asked.name}: {exc}")
             self._link.send(b"", codec.failure(message.header, named))

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from djinn_zmq.engine import cached, shapes
+from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
 from djinn_zmq.memory.files import facts_of
@@ -97,8 +98,9 @@ class ServedModel:
             )
 
 
-def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
+def load(asked: Load, on: Device, report: Report) -> ServedModel:
     """Load and check a model. Raises UnknownModel, or ModelRefused with the reason."""
+    device = on.torch
     size = _weights_size(asked.source)
     known = f" ({format_bytes(size)})" if size else ""
     report(f"{asked.name}: reading weights{known}", 0, STAGES)
@@ -116,7 +118,7 @@ def load(asked: Load, device: torch.device, report: Report) -> ServedModel:
         model.to(device).eval()
         model.config.return_dict = True  # where a stored config says false, there is no .logits
         info = _info(asked, model, device)
-        stepper = Stepper(model)
+        stepper = Stepper(model, on.reproducibly)
         checked = stepper.check(info.vocab_size, device, info.max_positions)
         no_sessions = cached.check(stepper, info.vocab_size, device, info.max_positions)
     except ModelRefused:

@@ -267,6 +267,10 @@ class Runner:
         unchanged: Entry | None = None
         if opening is not None:
             hidden, unchanged = yield from opening
+        if unchanged is not None and job.plan is None and job.stop_at == first:
+            assert hidden is not None
+            yield from self._stay(job, hidden, unchanged)
+            return
         with watch.span("record"):
             recording = self.recording(job)
         if hidden is None and job.plan is not None:
@@ -286,6 +290,14 @@ class Runner:
             self.keep_large_logits(job)
         yield from self.until_done(job)
         job.advance("stop" if job.stopped else "finish")
+
+    def _stay(self, job: Job, hidden: torch.Tensor, unchanged: Entry) -> Iterator[None]:
+        """A run that stops where it begins: its checkpoint is of the same bytes, and nothing runs."""
+        yield from self._keep_if_wanted(job, hidden, unchanged)
+        while not unchanged.body.settled:  # it may have been brought to the device just now
+            yield
+        job.stopped = True
+        job.advance("stop")
 
     def _take_logits(
         self, job: Job, hidden: torch.Tensor, recording: Recording, *, lent: bool

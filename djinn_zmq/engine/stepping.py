@@ -13,6 +13,7 @@ record or a tail they pass straight through.
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ class Recording:
     ids: torch.Tensor  # int64 (batch, positions), on the device
     embedded: torch.Tensor  # (batch, positions, hidden_size): the input of layer 0
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, without hidden
+    over_past: bool = False  # does it go on from keys and values?
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +56,17 @@ class Recording:
 
 
 class Stepper:
-    def __init__(self, model: nn.Module) -> None:
-        """Put stubs into *model*'s layers. Raises ModelRefused where they cannot be found."""
+    def __init__(
+        self,
+        model: nn.Module,
+        reproducibly: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Put stubs into *model*'s layers. Raises ModelRefused where they cannot be found.
+
+        reproducibly: what layers that go on from a past are run under (see `cuda.Reproducibly`).
+        """
         self.model = model
+        self._reproducibly = reproducibly
         self.layers = find_layers(model)
         self.num_layers = len(self.layers)
         self._own = [layer.forward for layer in self.layers]
@@ -99,10 +109,14 @@ class Stepper:
         options = {} if cache is None else {self.caches.name: cache}
         if last and self._keeps_last:
             options["logits_to_keep"] = 1
-        logits: torch.Tensor = self.model(
-            input_ids=ids, use_cache=cache is not None, **options
-        ).logits
+        with self._over(cache is not None and self.caches.over_past(cache)):
+            logits: torch.Tensor = self.model(
+                input_ids=ids, use_cache=cache is not None, **options
+            ).logits
         return logits[:, -1:] if last else logits
+
+    def _over(self, past: bool) -> AbstractContextManager[object]:
+        return self._reproducibly() if past else nullcontext()
 
     def record(self, ids: torch.Tensor, cache: Any = None) -> Recording:
         """What the model hands to its layers. Runs none of them.
@@ -126,6 +140,7 @@ class Stepper:
                 raise _Noted
             return self._as_layer_output(index, hidden)
 
+        over_past = cache is not None and self.caches.over_past(cache)
         self._at_layer = note
         try:
             self._logits(ids, cache)
@@ -137,7 +152,7 @@ class Stepper:
             raise ModelRefused(
                 f"its forward calls {len(arguments)} of its {self.num_layers} layers"
             )
-        return Recording(ids, embedded[0], arguments)
+        return Recording(ids, embedded[0], arguments, over_past)
 
     def step(
         self, index: int, hidden: torch.Tensor, recording: Recording, *, lent: bool = False
@@ -150,7 +165,8 @@ class Stepper:
         if lent and index in self._touching:
             hidden = hidden.clone()
         args, kwargs = recording.arguments[index]
-        out = self._own[index](hidden, *args, **kwargs)
+        with self._over(recording.over_past):
+            out = self._own[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def tail(

@@ -239,10 +239,12 @@ class Talker:
         past = [segment for node in start.past.chain() for segment in node.segments]
         pins = vault.pin(job.session.id, [*past, *job.below])
         job.ends += [partial(self._track, job), partial(vault.unpin, pins)]
-        if not all(stored.here for _, stored in pins):
+        here = all(stored.here for _, stored in pins)
+        if not here or vault.pressed:
             begin_ns = time.perf_counter_ns()
-            yield from vault.bring(pins)
-            job.watch.add("prefetch", time.perf_counter_ns() - begin_ns)
+            yield from vault.ready(pins)
+            what = "evict" if here else "prefetch"
+            job.watch.add(what, time.perf_counter_ns() - begin_ns)
         with job.watch.span("restore"):
             caches = job.model.stepper.caches
             job.working = caches.open(start.past, start.static, job.session.account, job.below)

@@ -6,8 +6,8 @@ longest goes first, of sessions that said they are away before all; what a job g
 its end, and is brought back before its first layer. Copies out and in go on their own streams, both at
 once, while the layers of others run.
 
-    bring   host → device   pinned, by the job that needs it
-    shrink  device → host   a chore, when more is on the device than may be
+    ready   host → device   what a job has pinned, and meanwhile others' out: it waits for its room
+    shrink  device → host   when more is on the device than may be; after a job a chore
 
 A tensor comes back with the strides that it had: kernels may round otherwise for others.
 """
@@ -69,6 +69,7 @@ class Vault:
     limit: int | None  # bytes on the device, with the checkpoints' slabs; None: no limit
     on_device: int = 0
     on_host: int = 0
+    _coming: int = 0  # bytes that are being brought
     moves: list[Moved] = field(default_factory=list)  # to be told
     shrinking: bool = False
     _stored: "weakref.WeakKeyDictionary[Segment, Stored]" = field(
@@ -114,7 +115,11 @@ class Vault:
 
     @property
     def pressed(self) -> bool:
-        return self.limit is not None and self.on_device > self.allowance and not self.shrinking
+        return self.limit is not None and self._excess > 0 and not self.shrinking
+
+    @property
+    def _excess(self) -> int:
+        return self.on_device + self._coming - self.allowance
 
     # ---- in
 
@@ -131,6 +136,21 @@ class Vault:
         for _, stored in known:
             stored.pins -= 1
 
+    def ready(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
+        """Have what is pinned on the device, and no more there than may be, where others can make
+        room: so what is on the device grows no faster than it can leave."""
+        ways = [self.bring(known)]
+        if self.limit is not None:
+            ways.append(self.shrink())
+        while ways:
+            for way in tuple(ways):  # both directions at once
+                try:
+                    next(way)
+                except StopIteration:
+                    ways.remove(way)
+            if ways:
+                yield
+
     def bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
         """Have what is pinned on the device."""
         while any(stored.moving for _, stored in known):
@@ -141,6 +161,8 @@ class Vault:
         begin_ns = time.perf_counter_ns()
         for _, stored in away:
             stored.moving = True
+        coming = sum(stored.nbytes for _, stored in away)
+        self._coming += coming
         made: list[dict[Any, torch.Tensor]] = []
         done = None
         try:
@@ -153,6 +175,7 @@ class Vault:
                 segment.parts, stored.here = parts, True
                 self.on_device += stored.nbytes
         finally:
+            self._coming -= coming
             for _, stored in away:
                 stored.moving = False
             if not all(stored.here for _, stored in away):  # a copy may still write into these
@@ -179,18 +202,21 @@ class Vault:
             session, [one for one, stored in self._stored.items() if stored.session == session]
         )
         try:
-            yield from self.bring(known)
+            yield from self.ready(known)
         finally:
             self.unpin(known)
 
     # ---- out
 
     def shrink(self) -> Iterator[None]:
-        """Move what was not used for longest to host memory, until no more is here than may be."""
+        """Move what was not used for longest to host memory, until no more is here than may be, or
+        nothing more can go."""
+        while self.shrinking:
+            yield
         self.shrinking = True
         try:
-            while self.on_device > self.allowance:
-                batch = self._oldest(self.on_device - self.allowance)
+            while self._excess > 0:
+                batch = self._oldest(self._excess)
                 if not batch or not (yield from self._move_out(batch)):
                     return
         finally:

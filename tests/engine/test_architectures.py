@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from djinn_zmq.engine import models
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.stepping import Stepper, same_bits
 from djinn_zmq.wire.messages import Load
 from tests.engine.architectures import NAMES, PROMPT_LENGTH, VOCAB_SIZE, prompts, tiny_model
@@ -133,7 +134,7 @@ def test_it_loads_from_a_directory(name: str, tmp_path) -> None:
     written = tiny_model(name, torch.bfloat16)
     written.save_pretrained(tmp_path)
     by_itself = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
-    served = models.load(Load(name.lower(), str(tmp_path), "auto"), CPU, lambda *_: None)
+    served = models.load(Load(name.lower(), str(tmp_path), "auto"), Cpu(), lambda *_: None)
     ids = prompts(2)
     assert same_bits(served.stepper.plain(ids), logits_of(by_itself, ids))
     info = served.info

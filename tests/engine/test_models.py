@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import djinn_zmq
 from djinn_zmq.engine import models
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import DjinnError, ModelRefused, NoTokenizer, PromptError, UnknownModel
@@ -23,13 +24,12 @@ from djinn_zmq.wire.messages import Load
 from tests.engine.architectures import VOCAB_SIZE, prompts, tiny_model
 
 TINY = Path(djinn_zmq.__file__).parent / "models" / "tiny"
-CPU = torch.device("cpu")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 A_WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
 def load(directory: Any, dtype: str = "auto") -> ServedModel:
-    return models.load(Load("it", str(directory), dtype), CPU, lambda *_: None)
+    return models.load(Load("it", str(directory), dtype), Cpu(), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def sentence_of(error: type[DjinnError], directory: Any, dtype: str = "auto") ->
 
 def test_the_stages_of_a_load_are_told_with_the_size(written: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    models.load(Load("it", str(written), "auto"), CPU, lambda *stage: told.append(stage))
+    models.load(Load("it", str(written), "auto"), Cpu(), lambda *stage: told.append(stage))
     stages, done, totals = zip(*told, strict=True)
     assert stages[0].startswith("it: reading weights (") and stages[0].endswith("KiB)")
     assert stages[1:] == ("it: checking that stops are exact", "it: reading its tokenizer")

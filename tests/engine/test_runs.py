@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine import replies
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.jobs import EngineSession, Job
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel, load
@@ -37,7 +38,7 @@ NO_EDITS: tuple[wire.Edit, ...] = ()
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     path = tmp_path_factory.mktemp("gemma2")
     tiny_model("Gemma2", torch.bfloat16).save_pretrained(path)
-    return load(Load("it", str(path), "auto"), CPU, lambda *_: None)
+    return load(Load("it", str(path), "auto"), Cpu(), lambda *_: None)
 
 
 @pytest.fixture

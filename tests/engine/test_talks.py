@@ -6,6 +6,7 @@ The reference is a copy of the model made before a Stepper put its stubs in.
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine import models
 from djinn_zmq.engine.branches import TalkJob
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.jobs import EngineSession, Part, Turns
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
@@ -51,7 +53,7 @@ def both(name: str, dtype: Any) -> tuple[ServedModel, Any]:
     """A served model, and the same untouched."""
     folder = _folder / f"{name}-{dtype}"
     tiny_model(name, dtype).save_pretrained(folder)
-    served = models.load(Load(name, str(folder), "auto"), CPU, lambda *_: None)
+    served = models.load(Load(name, str(folder), "auto"), Cpu(), lambda *_: None)
     own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     return served, own
 
@@ -539,3 +541,49 @@ def test_a_model_whose_cached_steps_are_not_exact_serves_no_sessions(keeping: Ke
     refused = ServedModel(msgspec_replace(served.info, no_sessions=why), served.stepper, None, CPU)
     with pytest.raises(NoSessions, match='"Llama" serves no sessions: its cached steps are not'):
         Talk(keeping, refused).run(prompts(1))
+
+
+def test_layers_that_go_on_from_a_past_run_under_what_makes_them_reproducible() -> None:
+    """As on a GPU, where PyTorch's first choice of attention over a past is not."""
+    from djinn_zmq.engine import cached
+    from djinn_zmq.engine.caches import Account
+    from djinn_zmq.engine.stepping import Stepper
+
+    entered: list[int] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    stepper = Stepper(tiny_model("Llama"), noted)
+    assert cached.check(stepper, VOCAB_SIZE, CPU, 64) == ""
+    entered.clear()
+    caches, account = stepper.caches, Account()
+    ids = prompts(1)
+    for past, times in ((None, 0), (caches.blank(0), 0), (caches.blank(64), stepper.num_layers)):
+        recording = stepper.record(ids, past)
+        entered.clear()
+        hidden = recording.embedded.clone()
+        for index in range(stepper.num_layers):
+            hidden = stepper.step(index, hidden, recording)
+        assert len(entered) == times
+        entered.clear()
+    grown = caches.blank(0)
+    stepper.plain(ids, grown)
+    assert not entered
+    stepper.plain(ids[:, :1], grown)
+    assert entered
+    assert account.nbytes == 0
+
+
+def test_a_model_whose_steps_differ_from_run_to_run_is_found_out() -> None:
+    from djinn_zmq.engine import cached
+    from djinn_zmq.engine.stepping import Stepper
+
+    stepper = Stepper(tiny_model("Llama"))
+    assert cached._check_long(stepper, stepper.caches, VOCAB_SIZE, CPU, 64) == ""
+    plain, calls = stepper.plain, iter(range(10**6))
+    stepper.plain = lambda *args, **options: plain(*args, **options) + next(calls) % 3
+    why = cached._check_long(stepper, stepper.caches, VOCAB_SIZE, CPU, 64)
+    assert why == "a step behind 63 tokens came out otherwise 6 times of 8"

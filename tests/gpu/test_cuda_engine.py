@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import djinn_zmq as djinn
 from djinn_zmq.engine import shapes
@@ -61,6 +62,32 @@ def test_edits_and_replacements_reach_the_gpu(server):
     wanted[0, -1] = (wanted[0, -1].astype(np.float32) * 0.5).astype(whole.dtype)
     assert np.asarray(edited.hidden).tobytes() == wanted.tobytes()
     assert point.resume([djinn.Patch(point)]).logits.tobytes() == untouched
+
+
+def test_a_generation_behind_a_long_past_gives_the_plain_models_bits_every_time(server):
+    """cuDNN's attention over a past does not: the plain model takes PyTorch's own for its steps."""
+    model, steps = server.model("llama-2-13b"), 6
+    prompt = np.random.default_rng(5).integers(0, 32000, 700)
+    plain = shapes.make("llama-2-13b", "auto", torch.device("cuda:0")).eval()
+    wanted, cache = [], transformers.DynamicCache(config=plain.config)
+    with torch.inference_mode():
+        ids = torch.from_numpy(prompt)[None].cuda()
+        for step in range(steps):
+            torch.backends.cuda.enable_cudnn_sdp(step == 0)
+            logits = plain(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            wanted.append(logits[:, -1].cpu().view(torch.uint8).numpy().tobytes())
+            ids = logits[:, -1].float().argmax(-1, keepdim=True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    del plain, logits
+    torch.cuda.empty_cache()  # other servers use this GPU, too
+    for stop in (None, 0, 2, 5):
+        where = {} if stop is None else {"stop_at": 20, "steps": stop}
+        with model.session() as session:
+            going = session.generate(prompt, steps, logits="last", ends=(), **where)
+            made = [token.logits.tobytes() for token in going]
+            if stop is not None:
+                made += [token.logits.tobytes() for token in going.resume()]
+        assert made == wanted, stop
 
 
 def test_checkpoints_outlive_a_killed_gpu_engine(server):
