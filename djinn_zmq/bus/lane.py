@@ -96,6 +96,7 @@ class Lane:
         self._high_water = settings.high_water
         self._backlog: deque[bytes] = deque()
         self._coming: list[bytes] = []  # records of a message that is not whole yet
+        self.unrung = False  # something was sent, and the bell left for later
         self.closed = False
 
     @classmethod
@@ -120,9 +121,10 @@ class Lane:
 
     # ---- sending
 
-    def send(self, pieces: Sequence[Piece]) -> None:
+    def send(self, pieces: Sequence[Piece], *, ring: bool = True) -> None:
         """Pass a message on, now or when there is room. Never waits.
 
+        ring: False leaves the bell to the next `send`, or to `ring`: the other side is not woken yet.
         Raises Busy where the backlog is full, ProtocolError where the other side lies about room.
         """
         count = len(pieces)
@@ -135,10 +137,10 @@ class Lane:
         if not self._out.put(record):
             self._put_back(count, record[RECORD.size :])
             return
-        try:
-            os.eventfd_write(self._their_bell, 1)
-        except BlockingIOError:
-            pass  # its count is full, by whatever mischief: it is being rung already
+        if ring:
+            self.ring()
+        else:
+            self.unrung = True
 
     def _put_back(self, count: int, whole: bytes) -> None:
         if len(self._backlog) > self._high_water:
@@ -162,12 +164,16 @@ class Lane:
             self._backlog.popleft()
         if self._backlog:
             self._out.ask_for_room()
-        self._ring()
+        self.ring()
         return not self._backlog
 
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+    def ring(self) -> None:
+        """Have the other side look at what was sent."""
+        self.unrung = False
+        try:
             os.eventfd_write(self._their_bell, 1)
+        except BlockingIOError:
+            pass  # its count is full, by whatever mischief: it is being rung already
 
     # ---- receiving
 
@@ -184,7 +190,7 @@ class Lane:
             if whole is not None:
                 return _pieces(self._count, whole)
         if self._in.room_wanted():
-            self._ring()
+            self.ring()
         if self._backlog:  # the bell may have told of room
             self.flush()
         return None

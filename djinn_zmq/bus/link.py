@@ -38,9 +38,16 @@ class Link:
 
         On the engine's end waits for room, and raises Lost where the server is gone.
         """
+        self._send([envelope, frame, *buffers], ring=True)
+
+    def post(self, frame: bytes) -> None:
+        """The same for a message that can wait for the next one to ring, or for `Lane.ring`."""
+        self._send([b"", frame], ring=False)
+
+    def _send(self, pieces: Sequence[Piece], *, ring: bool) -> None:
         while True:
             try:
-                self.lane.send([envelope, frame, *buffers])
+                self.lane.send(pieces, ring=ring)
                 return
             except Busy as exc:
                 if self._server is None:

@@ -19,7 +19,7 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.sweep import Sweep, memory_of
 from djinn_zmq.client.tiers import Tiered
-from djinn_zmq.errors import EditError, LayerError, RequestError
+from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
@@ -228,7 +228,7 @@ class Run:
         self.state: str = reply.state
         self.layer: int = reply.layer
         self.spans = Spans()
-        self.ids = np.array(view(reply.ids, message.buffers))
+        self.ids = _ids_of(message, way)
         self.checkpoints = along(session, reply.checkpoints, self.ids, way)
         self.mark: Mark | None = None
         if reply.branch:
@@ -319,6 +319,16 @@ class Run:
     def __repr__(self) -> str:
         kept = ", ".join(map(str, self.checkpoints)) or "none"
         return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
+
+
+def _ids_of(message: Message, way: "Way") -> np.ndarray:
+    """The prompt of a run: int64 (batch, positions)."""
+    ids: Tensor | None = message.meta.ids
+    if ids is not None:
+        return np.array(view(ids, message.buffers))
+    if way.previous is None:
+        raise ProtocolError("a run that begins at its tokens was answered without them")
+    return way.previous._ids
 
 
 class Way(NamedTuple):

@@ -82,5 +82,6 @@ class Answers:
         self.send(envelope, codec.failure(header, error))
 
     def tell(self, op: Op, meta: Any, session: int = 0) -> None:
-        """A notice to the server."""
-        self._link.send(b"", codec.encode(op, meta, session=session))
+        """A notice to the server: it lies there before an answer that is sent after it, and wakes the
+        server after that one, when the loop rings."""
+        self._link.post(codec.encode(op, meta, session=session))

@@ -102,6 +102,7 @@ class Job:
     held: Plan | None = None  # where a debugger holds it
     edit: Change | None = None  # of what flows into the first layer
     fresh: bool = False  # it starts at the token ids
+    ids_known: bool = False  # its client has them, with the checkpoint it goes on from
     stopped: bool = False
     id: int = field(default_factory=new_id)
     kept: list[Kept] = field(default_factory=list)

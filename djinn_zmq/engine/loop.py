@@ -138,6 +138,8 @@ class EngineLoop:
         self._answers.tell(Op.READY, ready)
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
+                if self._link.lane.unrung:
+                    self._link.lane.ring()
                 self._poll.turn(0 if self._chores else self._turns.until_s())
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():

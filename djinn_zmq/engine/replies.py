@@ -40,7 +40,7 @@ def of_run(job: Job) -> tuple[RunReply, Buffers]:
     logits_id = 0
     with job.watch.span("encode"):
         checkpoints = tuple(job.kept)
-        ids = place(job.ids, buffers)
+        ids = None if job.ids_known else place(job.ids, buffers)
         if job.logits_kept is not None:
             logits, logits_id = job.logits_kept.tensor, job.logits_kept.id
         elif job.logits is not None and job.wanted.logits == "top":

@@ -95,7 +95,8 @@ class Runner:
             check_logits(asked.wanted, model, len(entry.ids))
             start = Start(layer, entry.place)
             planned = self.planner.plan(asked.wanted, asked.edits, start, model, entry.ids)
-        job = Job(session, model, entry.ids, layer, asked.wanted, shared, watch, *planned)
+        wanted = asked.wanted
+        job = Job(session, model, entry.ids, layer, wanted, shared, watch, *planned, ids_known=True)
         opening = self.opening(job, entry, asked, buffers)
         return job, self.settling(job, self._work(job, opening, start))
 

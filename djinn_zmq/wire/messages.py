@@ -212,7 +212,7 @@ class RunReply(msgspec.Struct, **message(Op.RUN)):
     run: int
     state: str
     layer: int  # layers executed
-    ids: Tensor  # int64 (batch, positions)
+    ids: Tensor | None  # int64 (batch, positions); None: those of the checkpoint it went on from
     checkpoints: tuple[Kept, ...]
     logits: Tensor | None  # "last": (batch, vocab); "all": (batch, positions, vocab)
     logits_id: int  # where the logits are kept in a slot: to READ and RELEASE; else 0

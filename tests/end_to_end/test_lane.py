@@ -306,7 +306,7 @@ def test_a_client_whose_ring_lies_is_dropped_and_the_others_go_on(served, lie):
             tiny.ping()
             (lane,) = lanes_of(server)
             lie(lane)
-            lane._ring()
+            lane.ring()
             until(server.connection.lanes.disturbed, "the liar is told")
             with pytest.raises(errors.Lost):
                 tiny.ping()
