@@ -24,7 +24,7 @@ from djinn_zmq.engine.conditions import Moment
 from djinn_zmq.engine.jobs import Given, Halt, Halting, Job
 from djinn_zmq.engine.places import BEFORE, Place, input_of, output_of
 from djinn_zmq.engine.plans import Key, Plan, Start, Watch
-from djinn_zmq.engine.stepping import Recording, same_bits
+from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, RunError, StopError
 from djinn_zmq.wire.messages import Kept
 
@@ -73,7 +73,7 @@ def recorded(
     made = yield from zone.run(None, record or (lambda: stepper.record(plain.ids)))
     if made is None:
         return plain
-    if given is not None and not _same_arguments(plain, made):
+    if given is not None and not plain.same_arguments(made):
         # Checkpoints further on could not be resumed exactly.
         raise EditError(
             f"{given.path}: this model's layers are given more than the hidden state that depends "
@@ -369,21 +369,3 @@ def _with_input(
     if args:
         return (new, *args[1:]), kwargs
     return args, {**kwargs, next(iter(kwargs)): new}
-
-
-def _same_arguments(one: Recording, other: Recording) -> bool:
-    for (args, kwargs), (args_too, kwargs_too) in zip(one.arguments, other.arguments, strict=True):
-        if kwargs.keys() != kwargs_too.keys() or len(args) != len(args_too):
-            return False
-        pairs = [*zip(args, args_too, strict=True), *((kwargs[k], kwargs_too[k]) for k in kwargs)]
-        if not all(_same(*pair) for pair in pairs):
-            return False
-    return True
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and same_bits(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return True  # numbers, flags and None come from the configuration

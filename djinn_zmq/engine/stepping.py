@@ -54,6 +54,10 @@ class Recording:
                         tensors[id(item)] = item.nbytes
         return sum(tensors.values())
 
+    def same_arguments(self, other: "Recording") -> bool:
+        """Are layers given the same, bit for bit, beside the hidden state?"""
+        return _same(self.arguments, other.arguments)
+
 
 class Stepper:
     def __init__(
@@ -261,6 +265,19 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(_bytes(one), _bytes(other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """What layers are given: tensors, containers, numbers; of anything else, caches say, the kind."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return same_bits(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other) if isinstance(one, (bool, int, float, str)) else True
 
 
 def same_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

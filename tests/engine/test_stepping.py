@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from djinn_zmq.engine.stepping import Stepper, find_layers, same_bits
+from djinn_zmq.engine.stepping import Recording, Stepper, find_layers, same_bits
 from djinn_zmq.errors import ModelRefused
 from tests.engine.architectures import VOCAB_SIZE, prompts, tiny_model
 
@@ -394,3 +394,16 @@ def test_the_bits_of_scalars_empty_and_strided_tensors_can_be_compared() -> None
     square = torch.arange(9.0).reshape(3, 3)
     assert same_bits(square.T, square.T.contiguous())
     assert not same_bits(square.T, square)
+
+
+def test_layers_that_are_given_another_number_are_not_given_the_same() -> None:
+    """Else a recording of one row would serve a batch of two whose layers are told of their size."""
+    ids, mask = prompts(1), torch.ones(1, 1, 3, 3)
+
+    def given(**more: Any) -> Recording:
+        return Recording(ids, ids, [((mask.clone(), None), {"rows": 1, "scale": (0.5,), **more})])
+
+    assert given().same_arguments(given())
+    assert given(cache=object()).same_arguments(given(cache=object()))
+    for other in ({"rows": 2}, {"rows": None}, {"scale": (0.25,)}, {"flag": False}):
+        assert not given().same_arguments(given(**other)), other
