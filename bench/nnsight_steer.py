@@ -18,7 +18,7 @@ NAME = "nnsight"
 def cases(plain: Plain, layers: list[int]) -> Found:
     """One forward with a vector added at the last position after layer N, to the logits."""
     if importlib.util.find_spec("nnsight") is None:
-        return [NotMeasured(NAME, "nnsight is not installed (pip install nnsight)")]
+        return [NotMeasured(NAME, "nnsight is not installed (pip install 'djinn-zmq[nnsight]')")]
     from nnsight import NNsight  # type: ignore[import-not-found,unused-ignore]
 
     wrapped = NNsight(plain.model)

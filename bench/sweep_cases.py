@@ -80,11 +80,13 @@ class Nnsight:
 
     def __init__(self, grid: Grid) -> None:
         if importlib.util.find_spec("nnsight") is None:
-            raise ImportError("nnsight is not installed (pip install nnsight)")
-        from nnsight import LanguageModel  # type: ignore[import-not-found,unused-ignore]
+            raise ImportError("nnsight is not installed (pip install 'djinn-zmq[nnsight]')")
+        from nnsight import TransformersModel  # type: ignore[import-not-found,unused-ignore]
 
         self.grid = grid
-        self.model = LanguageModel(grid.model, tokenizer=grid.tokenizer)
+        # Token ids, as the other cases are given: text would be cut into tokens for every cell.
+        self.ids = grid.corrupted
+        self.model = TransformersModel(grid.model, task="text-generation", tokenizer=grid.tokenizer)
 
     def traces(self, cells: list[Place]) -> Logits:
         """One trace a cell."""
@@ -93,7 +95,7 @@ class Nnsight:
         with torch.inference_mode():
             for layer, position in cells:
                 clean = grid.hidden[layer - 1][:, position]
-                with model.trace(grid.prompts[1], use_cache=False, logits_to_keep=1):
+                with model.trace(self.ids, use_cache=False, logits_to_keep=1):
                     model.model.layers[layer - 1].output[:, position] = clean
                     logits = model.lm_head.output[:, -1].save()
                 found[layer, position] = logits[0].float().numpy()
@@ -109,7 +111,7 @@ class Nnsight:
             out = list().save()  # noqa: C408  nnsight gives a list its save
             for layer, position in cells:
                 clean = grid.hidden[layer - 1][:, position]
-                with tracer.invoke(grid.prompts[1]):
+                with tracer.invoke(self.ids):
                     model.model.layers[layer - 1].output[:, position] = clean
                     out.append(model.lm_head.output[:, -1])
         return {cell: row[0].float().numpy() for cell, row in zip(cells, out, strict=True)}
