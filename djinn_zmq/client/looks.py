@@ -200,7 +200,9 @@ class Looks:
         return Diff(norms, cosine, float(largest), at, bool(same))
 
     def attention(self, layer: int | None = None) -> Any:
-        """Attention weights: (batch, heads, positions, positions), rows are queries.
+        """Attention weights: (batch, heads, positions, keys), rows are queries.
+
+        keys: the positions, and in a session before them those of the past that the layer holds.
 
         layer: as stops count, the one after which a stop at this number comes; by default the next
         that would run. Computed by running that layer once more with eager attention; raises

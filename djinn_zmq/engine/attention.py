@@ -15,28 +15,37 @@ from djinn_zmq.errors import RequestError
 
 
 def weights(
-    stepper: Stepper, name: str, index: int, hidden: torch.Tensor, ids: torch.Tensor
+    stepper: Stepper,
+    name: str,
+    index: int,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    cache: Any = None,
 ) -> torch.Tensor:
-    """(batch, heads, positions, positions), rows are queries, of layer *index* (0-based).
+    """(batch, heads, positions, keys), rows are queries, of layer *index* (0-based).
 
+    keys: the positions, and before them those of the past that the layer holds.
     hidden: (batch, positions, hidden_size), what flows into the layer; this call's own.
-    ids: int64 (batch, positions). name: the model's, for the error.
+    ids: int64 (batch, positions). name: the model's, for the error. cache: a dynamic one with the
+    past, which is written to; None: there is no past.
     Raises RequestError where the architecture gives none.
     """
     model: Any = stepper.model
     own = model.config._attn_implementation
+    held = 0 if cache is None else _held(cache.layers[index])
+    shape = (ids.shape[1], held + ids.shape[1])
     found: list[torch.Tensor] = []
 
     def look(module: Any, args: Any, out: Any) -> None:
         # Beside the output in a tuple; a bare tensor of this shape could be something else.
         rest = out[1:] if isinstance(out, tuple) else ()
-        found.extend(one for one in rest if _is_square(one, ids))
+        found.extend(one for one in rest if _are_weights(one, len(ids), shape))
 
     hooks = [module.register_forward_hook(look) for module in stepper.layers[index].modules()]
     try:
         if own != "eager":
             model.set_attn_implementation("eager")
-        arguments = stepper.record(ids)
+        arguments = stepper.record(ids, cache)
         _ask_for_weights(arguments.arguments[index][1])
         stepper.step(index, hidden, arguments)
     finally:
@@ -44,7 +53,9 @@ def weights(
             hook.remove()
         if model.config._attn_implementation != own:
             model.set_attn_implementation(own)
-    if not found or bool(found[-1].triu(1).any()):  # weights on what comes later: not this model's
+    if not found or bool(
+        found[-1].triu(1 + held).any()
+    ):  # weights on what comes later: not this model's
         raise RequestError(
             f'"{name}": layer {index + 1}, a {type(stepper.layers[index]).__name__}, gives no '
             "attention weights"
@@ -52,11 +63,16 @@ def weights(
     return found[-1]
 
 
-def _is_square(data: Any, ids: torch.Tensor) -> bool:
+def _held(layer: Any) -> int:
+    """How many positions of the past a cache's layer holds keys of."""
+    keys = getattr(layer, "keys", None)
+    return 0 if keys is None else int(keys.shape[2])
+
+
+def _are_weights(data: Any, batch: int, shape: tuple[int, int]) -> bool:
     if not isinstance(data, torch.Tensor) or data.ndim != 4 or not data.is_floating_point():
         return False
-    batch, positions = ids.shape
-    return data.shape[0] == batch and data.shape[2:] == (positions, positions)
+    return data.shape[0] == batch and data.shape[2:] == shape
 
 
 def _ask_for_weights(kwargs: dict[str, Any]) -> None:

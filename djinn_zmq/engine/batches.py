@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from djinn_zmq.engine.caches import Working
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.stepping import Recording, same_bits
+from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import SweepTooLarge
 from djinn_zmq.settings import MIB, format_bytes
 
@@ -44,7 +45,10 @@ class Rows:
         self._one = one
         self._by_count: dict[int, Recording] = {1: one}
         # Most models hand their layers what does not depend on the batch: then one serves all.
-        self.free = _same_arguments(one, self.recording(2)) if free is None else free
+        self.free = one.same_arguments(self.recording(2)) if free is None else free
+
+    def begin(self, count: int) -> None:
+        """A batch of *count* branches comes: nothing is to be made ready."""
 
     def recording(self, count: int) -> Recording:
         """For *count* copies of the prompt."""
@@ -67,8 +71,32 @@ class Rows:
         return self._stepper.tail(ids, hidden, last=True)[:, -1]
 
 
+class PastRows:
+    """Rows that go on from one past, each batch of them with a cache of its own."""
+
+    def __init__(self, model: ServedModel, ids: torch.Tensor, open: Callable[[], Working]) -> None:
+        """ids: int64 (1, positions), those behind the past. open: makes a cache for one row."""
+        self._stepper = model.stepper
+        self._ids = ids
+        self._open = open
+        self._recording: Recording
+
+    def begin(self, count: int) -> None:
+        working = self._open()
+        working.spread(count)
+        self._ids = self._ids[:1].repeat(count, 1)
+        self._recording = self._stepper.record(self._ids, working.cache)
+
+    def step(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self._stepper.step(index, hidden, self._recording)
+
+    def tail(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, vocab): the last position's."""
+        return self._stepper.tail(self._ids, hidden, last=True)[:, -1]
+
+
 def through(
-    rows: Rows, joining: Joining, first: int, last: int, counted: Counted, step: Step
+    rows: Rows | PastRows, joining: Joining, first: int, last: int, counted: Counted, step: Step
 ) -> Generator[None, None, torch.Tensor]:
     """Logits (rows, vocab) of all that join from *first* on; yields before each layer."""
     hidden: torch.Tensor | None = None
@@ -86,14 +114,17 @@ def through(
     return rows.tail(hidden)
 
 
-def rows_at_once(model: ServedModel, batch: int, positions: int, asked: int, free: int) -> int:
+def rows_at_once(
+    model: ServedModel, batch: int, positions: int, asked: int, free: int, past_nbytes: int = 0
+) -> int:
     """How many branches of (batch, positions) one batch may hold.
 
     asked: bytes that the caller allows; 0: no word. free: bytes that are free on the device.
+    past_nbytes: keys and values that each goes on from.
     Raises SweepTooLarge, with sizes, where not even one fits.
     """
     limit = min(asked or BATCH_NBYTES, free // 2)
-    each = batch * _row_nbytes(model, positions)
+    each = batch * _row_nbytes(model, positions) + past_nbytes
     if each > limit:
         raise SweepTooLarge(
             f"one branch of {batch} × {positions} tokens takes about {format_bytes(each)}: "
@@ -112,21 +143,3 @@ def _row_nbytes(model: ServedModel, positions: int) -> int:
     layer = positions * (6 * config.hidden_size + 3 * wide) * size
     attention = 2 * getattr(config, "num_attention_heads", 1) * positions**2 * size
     return layer + attention + 3 * 8 * model.info.vocab_size
-
-
-def _same_arguments(one: Recording, two: Recording) -> bool:
-    return all(
-        _same(a, b)
-        for pair in zip(one.arguments, two.arguments, strict=True)
-        for a, b in ((pair[0][0], pair[1][0]), (pair[0][1], pair[1][1]))
-    )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and same_bits(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    return one is other or type(one) is type(other)

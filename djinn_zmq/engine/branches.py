@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.caches import Past, Segment, Working
-from djinn_zmq.engine.jobs import Job
+from djinn_zmq.engine.jobs import EngineSession, Job
+from djinn_zmq.engine.keeping import Entry
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
+from djinn_zmq.errors import Lost, RequestError
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import Inline, Tensor
@@ -40,6 +42,22 @@ class Midway:
     branch: Branch  # its past: before the forward; its ids: with the forward's own
     below: tuple[Segment, ...]  # what the layers executed have added
     step: int | None  # of a generation; None: of a run
+
+
+def midway_of(entry: Entry, session: EngineSession) -> Midway:
+    """What a checkpoint of a session goes on with. Raises RequestError, Lost."""
+    if entry.session != session.id or entry.layer < 0:
+        raise RequestError("only a checkpoint of this session can be gone on from")
+    if entry.midway is None and not entry.past:
+        raise RequestError(
+            "a checkpoint of a plain run has no past to generate from: run its prompt in a session"
+        )
+    if entry.midway is None:
+        raise Lost(
+            f"checkpoint {entry.id:x} goes on from the keys and values of "
+            f"{entry.past} tokens, which died with their engine: run them again"
+        )
+    return entry.midway
 
 
 @dataclass(slots=True, eq=False)

@@ -111,6 +111,16 @@ class Caches:
         self.name = next((name for name in ("cache", "past_key_values") if name in takes), "")
         self._config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
 
+    @property
+    def position_nbytes(self) -> int:
+        """What the keys and values of one position take in all layers, at least about."""
+        config = self._config
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        of_keys = getattr(config, "num_key_value_heads", None) or heads
+        itemsize: int = self.model.dtype.itemsize  # type: ignore[union-attr, operator]
+        return 2 * config.num_hidden_layers * of_keys * size * itemsize
+
     def blank(self, static: int) -> Any:
         """static: positions of a static cache; 0: a dynamic one."""
         if static:
@@ -160,6 +170,25 @@ class Working:
     def taken(self) -> tuple[Segment, ...]:
         """What has been cut of the forward under way, for those who stopped in it."""
         return tuple(self._taken)
+
+    def spread(self, count: int) -> None:
+        """Make it the cache of *count* rows, which go on from one past side by side. It comes to no
+        value then: it is thrown away behind the forward."""
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) in _DYNAMIC:
+                if layer.is_initialized:  # it grows by `cat`: until then the rows share one copy
+                    layer.keys = layer.keys.expand(count, -1, -1, -1)
+                    layer.values = layer.values.expand(count, -1, -1, -1)
+            elif index >= len(self._taken):  # below that nothing is read
+                for name, key in self.past.segments[index].parts:
+                    held = getattr(layer, name)
+                    data = held if key is None else held[key]
+                    if data.ndim > 1:  # else it is a count
+                        data = data.repeat(count, *[1] * (data.ndim - 1))
+                    if key is None:
+                        setattr(layer, name, data)
+                    else:
+                        held[key] = data
 
     def begin(self, count: int) -> None:
         """A forward of *count* positions comes, or the rest of one."""

@@ -38,19 +38,25 @@ class _Ready(NamedTuple):
 
 
 def ready(
-    condition: Condition, model: ServedModel, ids: np.ndarray, *, generates: bool = False
+    condition: Condition,
+    model: ServedModel,
+    ids: np.ndarray,
+    *,
+    generates: bool = False,
+    last_step: int | None = None,
 ) -> Test:
     """The test of *condition* for runs that begin with *ids*.
 
-    generates: tokens and steps are still to come. Raises StopError for a condition that can never
-    hold, with the reason.
+    generates: tokens and steps are still to come, up to *last_step* where that is known. Raises
+    StopError for a condition that can never hold, with the reason.
     """
     count = sum(map(len, condition))
     if count > TESTS_LIMIT:
         raise StopError(f"a condition of {count} tests: at most {TESTS_LIMIT}")
     if not all(condition):
         raise StopError("a condition of no tests")
-    ways = [[_make(test, model, ids, generates) for test in way] for way in condition]
+    last = last_step if generates else 0
+    ways = [[_make(test, model, ids, generates, last) for test in way] for way in condition]
     never = [next((one.never for one in way if one.never), "") for way in ways]
     if all(never):
         raise StopError(f"a condition that can never hold: {'; '.join(dict.fromkeys(never))}")
@@ -58,14 +64,16 @@ def ready(
     return lambda value, moment: any(all(test(value, moment) for test in way) for way in tests)
 
 
-def _make(test: wire.Test, model: ServedModel, ids: np.ndarray, generates: bool) -> _Ready:
+def _make(
+    test: wire.Test, model: ServedModel, ids: np.ndarray, generates: bool, last_step: int | None
+) -> _Ready:
     if isinstance(test, HasNaN):
         return _Ready(lambda value, moment: bool(value.isnan().any()), "")
     if isinstance(test, Norm):
         return _norm(test)
     if isinstance(test, Token):
         return _token(test, model, ids, generates)
-    return _step(test.number, generates)
+    return _step(test.number, generates, last_step)
 
 
 def _norm(condition: Norm) -> _Ready:
@@ -113,8 +121,9 @@ def _ids_of(token: int | str, model: ServedModel) -> set[int]:
     return found
 
 
-def _step(number: int, generates: bool) -> _Ready:
+def _step(number: int, generates: bool, last: int | None) -> _Ready:
     never = ""
-    if number < 0 or (number > 0 and not generates):
-        never = f"there is no step {number}" + ("" if generates else ": a plain run is step 0")
+    if number < 0 or (last is not None and number > last):
+        there_are = "" if last is None else f": this generation has steps 0 to {last}"
+        never = f"there is no step {number}{there_are if generates else ': a plain run is step 0'}"
     return _Ready(lambda value, moment: moment.step == number, never)

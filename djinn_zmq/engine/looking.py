@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine import attention
+from djinn_zmq.engine.branches import midway_of
 from djinn_zmq.engine.jobs import EngineSession, Job
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.measuring import axes_behind, norms
@@ -181,15 +182,23 @@ class Looker:
             raise LayerError(
                 f'layer {view.layer} does not exist: "{model.info.name}" has layers 1 to {last}'
             )
-        if entry.midway is not None or entry.past:
-            raise RequestError(
-                "the attention of a session's checkpoint reaches into a past: look at it in a plain run"
-            )
+        midway = midway_of(entry, job.session) if entry.past else None
         if view.layer <= layer:
             raise LayerError(f"layer {view.layer} lies behind the checkpoint after layer {layer}")
 
         def work() -> Iterator[None]:
-            recording = self._runner.recording(job)
+            cache = None
+            if midway is None:
+                recording = self._runner.recording(job)
+            else:
+                branch, below = midway.branch, midway.below
+                yield from self._runner.pin(job, branch.past, below)
+                ids = torch.from_numpy(job.ids).to(model.device)
+                caches, account = model.stepper.caches, job.session.account
+                own = caches.open(branch.past, branch.static, account, below)
+                recording = model.stepper.record(ids, own.cache)
+                # Of a static cache some keys are not there yet, and sliding layers roll theirs.
+                cache = caches.open(branch.past, 0, account, below).cache
             hidden = yield from self._runner.lend(job, entry)
             for index in range(layer, view.layer - 1):
                 with job.watch.span("compute"):
@@ -198,7 +207,12 @@ class Looker:
             with job.watch.span("compute"):
                 job.seen.append(
                     attention.weights(
-                        model.stepper, model.info.name, view.layer - 1, hidden, recording.ids
+                        model.stepper,
+                        model.info.name,
+                        view.layer - 1,
+                        hidden.clone(),
+                        recording.ids,
+                        cache,
                     )
                 )
 

@@ -61,6 +61,7 @@ class Start(NamedTuple):
     fresh: bool = False  # at the token ids
     step: int | None = None  # of a generation: more tokens and steps are to come
     again: bool = False  # a generation that goes on: it stopped here, and looks further
+    last_step: int | None = None  # of a generation that begins
 
 
 class Planned(NamedTuple):
@@ -121,6 +122,7 @@ class _Planning:
         self._plan = Plan(Moment(ids, start.step or 0))
         self._generates = start.step is not None
         self._again = start.again
+        self._last_step = start.last_step
         self._from: Key = (BEFORE, -1) if start.fresh else (start.layer, -1)
         self._where = f"the checkpoint after layer {start.layer}"
         if start.place:
@@ -179,7 +181,13 @@ class _Planning:
         for one in asked:
             test = None
             if one.when:
-                test = conditions.ready(one.when, self._model, self._ids, generates=self._generates)
+                test = conditions.ready(
+                    one.when,
+                    self._model,
+                    self._ids,
+                    generates=self._generates,
+                    last_step=self._last_step,
+                )
             if one.at == "":
                 if test is None:
                     raise StopError("a Break with neither a place nor a condition")

@@ -7,11 +7,13 @@ with its reply, and a resume is a new run that starts further up.
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from djinn_zmq.engine import editing, inside
+from djinn_zmq.engine.caches import Past, Segment
 from djinn_zmq.engine.jobs import Change, EngineSession, Given, Halt, Halting, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
@@ -252,6 +254,19 @@ class Runner:
             job.watch.add("prefetch", time.perf_counter_ns() - begin_ns)
         with job.watch.span("restore"):
             return self._keeping.hidden(entry)
+
+    def pin(self, job: Job, past: Past, below: Sequence[Segment]) -> Iterator[None]:
+        """Have the keys and values that *job* goes on from on the device, until it ends."""
+        vault = self._keeping.vault
+        segments = [segment for node in past.chain() for segment in node.segments]
+        pins = vault.pin(job.session.id, [*segments, *below])
+        job.ends.append(partial(vault.unpin, pins))
+        here = all(stored.here for _, stored in pins)
+        if not here or vault.pressed:
+            begin_ns = time.perf_counter_ns()
+            yield from vault.ready(pins)
+            what = "evict" if here else "prefetch"
+            job.watch.add(what, time.perf_counter_ns() - begin_ns)
 
     # ---- the work
 

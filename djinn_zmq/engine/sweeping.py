@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine import editing, inside
-from djinn_zmq.engine.batches import Rows, Step, rows_at_once, through
+from djinn_zmq.engine.batches import PastRows, Rows, Step, rows_at_once, through
+from djinn_zmq.engine.branches import Midway, midway_of
+from djinn_zmq.engine.caches import Working
 from djinn_zmq.engine.grids import SweepJob, TraceJob
 from djinn_zmq.engine.jobs import EngineSession, Given, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
@@ -55,14 +57,12 @@ class Sweeper:
             entry = self._keeping.find(asked.checkpoint, session.owner)
             if entry.layer < 0 or entry.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be swept")
-            if entry.past:
-                raise RequestError(
-                    "a checkpoint that goes on from a past cannot be swept: resume its branches"
-                )
+            midway = midway_of(entry, session) if entry.past else None
             if not asked.branches:
                 raise RequestError("a sweep of no branches")
             _check_results(asked.results, model)
-            at_once = self._at_once(model, entry.ids.shape, asked.memory)
+            past_nbytes = 0 if midway is None else _past_nbytes(midway, entry.layer)
+            at_once = self._at_once(model, entry.ids.shape, asked.memory, past_nbytes)
             place = self._runner.place_of(entry, model)
             job = SweepJob(
                 session,
@@ -80,11 +80,14 @@ class Sweeper:
             rests = self._runner.rests(entry, session)
             self._runner.hold(job, [entry, *sources.values(), *rests])
             ready = self._ready(job, entry, asked.branches, buffers, sources)
-            work = self._sweep(job, rests, entry, place, ready, at_once)
+            work = self._sweep(job, rests, entry, place, midway, ready, at_once)
         return job, self._runner.settling(job, work)
 
-    def _at_once(self, model: ServedModel, shape: tuple[int, ...], memory: int) -> int:
-        return rows_at_once(model, shape[0], shape[1], memory, self._keeping.device.free_nbytes())
+    def _at_once(
+        self, model: ServedModel, shape: tuple[int, ...], memory: int, past_nbytes: int = 0
+    ) -> int:
+        free = self._keeping.device.free_nbytes()
+        return rows_at_once(model, shape[0], shape[1], memory, free, past_nbytes)
 
     def _ready(
         self,
@@ -115,10 +118,12 @@ class Sweeper:
         rests: Sequence[Entry],
         entry: Entry,
         place: Place | None,
+        midway: Midway | None,
         checking: Generator[None, None, list[editing.Ready]],
         at_once: int,
     ) -> Turns:
-        """rests: inside of a layer, what *entry* rests on, nearest first."""
+        """rests: inside of a layer, what *entry* rests on, nearest first. midway: the past that it
+        goes on from, where there is one."""
         job.advance("start")
         ready = yield from checking
         value = yield from self._runner.lend(job, entry)
@@ -127,10 +132,17 @@ class Sweeper:
             base = yield from self._runner.lend(job, rest)
             if rest.place:
                 before.insert(0, Given(self._runner.named(rest.place, job.model), base))
-        rows = self._rows_of(job.model, job.ids, job)
+        rows: Rows | PastRows
+        if midway is None:
+            rows = self._rows_of(job.model, job.ids, job)
+        else:
+            yield from self._runner.pin(job, midway.branch.past, midway.below)
+            rows = _rows_behind(job, midway)
         depth = job.model.stepper.num_layers
         for first in range(0, len(ready), at_once):
             chunk = ready[first : first + at_once]
+            with job.watch.span("record"):
+                rows.begin(len(chunk))
             with job.watch.span("edit"):
                 edited = _copies(value, len(chunk))
                 extent = len(value)
@@ -148,7 +160,7 @@ class Sweeper:
         yield from self._runner.until_done(job)
         job.advance("finish")
 
-    def _step(self, job: SweepJob, rows: Rows, given: Sequence[Given]) -> Step:
+    def _step(self, job: SweepJob, rows: Rows | PastRows, given: Sequence[Given]) -> Step:
         """From a checkpoint inside a layer, that layer runs with the edited values handed in."""
         place = given[-1].place
         if place is None:
@@ -291,6 +303,23 @@ class Sweeper:
                 outcomes = outcomes_of(chosen, batch, job.results, buffers)
             job.done += len(part)
             yield Part(kind(tuple(part), outcomes, job.done, job.total), buffers)
+
+
+def _rows_behind(job: SweepJob, midway: Midway) -> PastRows:
+    caches, branch = job.model.stepper.caches, midway.branch
+    account = job.session.account
+
+    def open() -> Working:
+        return caches.open(branch.past, branch.static, account, midway.below)
+
+    return PastRows(job.model, torch.from_numpy(job.ids).to(job.model.device), open)
+
+
+def _past_nbytes(midway: Midway, layer: int) -> int:
+    """What the layers from *layer* on hold of the past, for each row of a batch."""
+    past, static = midway.branch.past, midway.branch.static
+    nbytes = sum(one.nbytes for node in past.chain() for one in node.segments[layer:])
+    return nbytes if not static else nbytes * static // max(1, past.length)
 
 
 def _copies(data: torch.Tensor, count: int) -> torch.Tensor:

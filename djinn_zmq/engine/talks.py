@@ -8,7 +8,6 @@ branches go on from one past side by side and never see each other.
 """
 
 import sys
-import time
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine import inside, replies
-from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob
+from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob, midway_of
 from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
@@ -25,7 +24,8 @@ from djinn_zmq.engine.plans import Start
 from djinn_zmq.engine.runs import FRAME_LIMIT, Opening, Runner, check_logits
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
-from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError
+from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError, StopError
+from djinn_zmq.settings import format_bytes
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
 from djinn_zmq.wire.messages import BRANCH, Kept, Resume, Wanted
@@ -54,7 +54,7 @@ class Talker:
     ) -> tuple[TalkJob, Turns]:
         """A job for a run behind a branch's tokens. Raises RequestError, Lost; nothing is done yet."""
         with watch.span("decode"):
-            start = _start(asked, session, model)
+            start = self._start(asked, session, model)
             tokens = self._with_prompt(asked, start, buffers, session, model)
             if tokens.shape[1] == start.past.length:
                 raise PromptError("an empty prompt cannot be run")
@@ -78,7 +78,7 @@ class Talker:
         if entry.midway is None and not entry.past:
             return self._runner.resume(asked, buffers, session, model, watch, shared=shared)
         with watch.span("decode"):
-            midway = _midway(entry, session)
+            midway = midway_of(entry, session)
             at = Start(entry.layer, entry.place)
             self._check(asked.wanted, at, model, entry.ids)
             _check_skips_nothing(asked.edits)
@@ -102,8 +102,8 @@ class Talker:
             entry = midway = None
             if asked.checkpoint:
                 entry = self._keeping.find(asked.checkpoint, session.owner)
-                midway = _midway(entry, session)
-            start = _start(asked, session, model) if midway is None else midway.branch
+                midway = midway_of(entry, session)
+            start = self._start(asked, session, model) if midway is None else midway.branch
             tokens = self._with_prompt(asked, start, buffers, session, model)
             if not tokens.size:
                 raise PromptError("neither text nor token ids: nothing to generate from")
@@ -111,7 +111,12 @@ class Talker:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
             _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             _check_logits_fit(asked.wanted, model)
-            at = Start(0, fresh=True, step=0)
+            last = None
+            if entry is None:  # else its numbers are those of the generation that stopped
+                most = asked.max_new_tokens or _room(tokens.shape[1], start.static, model)
+                last = most - 1
+                _check_steps(asked.steps, last)
+            at = Start(0, fresh=True, step=0, last_step=last)
             self._check(asked.wanted, at, model, tokens[:, start.past.length :])
             _check_skips_nothing(asked.edits)
         job = self._job(start, start.ids, session, model, watch, asked.wanted, shared, midway)
@@ -125,6 +130,44 @@ class Talker:
         if entry is not None:
             opening = self._runner.opening(job, entry, asked, buffers)
         return job, self._runner.settling(job, self._generate(job, opening, tokens))
+
+    def _start(
+        self, asked: Continue | Generate, session: EngineSession, model: ServedModel
+    ) -> Branch:
+        """What is gone on from. Raises Lost, NoSessions, RequestError."""
+        if model.info.no_sessions:
+            raise NoSessions(f'"{model.info.name}" serves no sessions: {model.info.no_sessions}')
+        if asked.branch:
+            branch = session.branches.get(asked.branch)
+            if branch is None:
+                raise Lost(
+                    f"branch {asked.branch:x} is gone: it was released, or the engine that held its "
+                    "keys and values died"
+                )
+            return branch
+        if asked.static:
+            self._check_static(asked.static, model)
+        nothing = model.stepper.caches.nothing(session.account)
+        return Branch(np.zeros((1, 0), np.int64), nothing, asked.static)
+
+    def _check_static(self, count: int, model: ServedModel) -> None:
+        """Raises RequestError for a static cache of *count* positions that cannot be."""
+        if count < 0:
+            raise RequestError(f"a static cache of {count} positions: at least 1")
+        limit = model.info.max_positions
+        if limit and count > limit:
+            raise RequestError(
+                f'a static cache of {count} positions: "{model.info.name}" takes at most {limit}'
+            )
+        nbytes, free = (
+            count * model.stepper.caches.position_nbytes,
+            self._keeping.device.free_nbytes(),
+        )
+        if nbytes > free:
+            raise RequestError(
+                f"a static cache of {count} positions takes {format_bytes(nbytes)}: "
+                f"{format_bytes(free)} are free"
+            )
 
     def _check(self, wanted: Wanted, at: Start, model: ServedModel, ids: np.ndarray) -> None:
         """Raises RequestError for what cannot be wanted of a run that begins so."""
@@ -210,7 +253,8 @@ class Talker:
             job.tokens = tokens
             logits = yield from self._step(job, None)
         ends = job.model.ends if job.asked.ends is None else job.asked.ends
-        made, most = 0, job.asked.max_new_tokens or _room(job)
+        room = _room(job.tokens.shape[1], job.start.static, job.model)
+        made, most = 0, job.asked.max_new_tokens or room
         while not job.reason:
             assert logits is not None and job.step is not None
             token = job.sampler.draw(logits)
@@ -235,16 +279,9 @@ class Talker:
 
     def _begin(self, job: TalkJob) -> Iterator[None]:
         """Have the past where the layers read it, and a cache to go on from it with."""
-        vault, start = self._keeping.vault, job.start
-        past = [segment for node in start.past.chain() for segment in node.segments]
-        pins = vault.pin(job.session.id, [*past, *job.below])
-        job.ends += [partial(self._track, job), partial(vault.unpin, pins)]
-        here = all(stored.here for _, stored in pins)
-        if not here or vault.pressed:
-            begin_ns = time.perf_counter_ns()
-            yield from vault.ready(pins)
-            what = "evict" if here else "prefetch"
-            job.watch.add(what, time.perf_counter_ns() - begin_ns)
+        start = job.start
+        job.ends.append(partial(self._track, job))
+        yield from self._runner.pin(job, start.past, job.below)
         with job.watch.span("restore"):
             caches = job.model.stepper.caches
             job.working = caches.open(start.past, start.static, job.session.account, job.below)
@@ -331,39 +368,6 @@ class Talker:
         session.branches[job.ended.id] = branch
 
 
-def _start(asked: Continue | Generate, session: EngineSession, model: ServedModel) -> Branch:
-    """What is gone on from. Raises Lost, NoSessions."""
-    if model.info.no_sessions:
-        raise NoSessions(f'"{model.info.name}" serves no sessions: {model.info.no_sessions}')
-    if not asked.branch:
-        if asked.static < 0:
-            raise RequestError(f"a static cache of {asked.static} positions: at least 1")
-        nothing = model.stepper.caches.nothing(session.account)
-        return Branch(np.zeros((1, 0), np.int64), nothing, asked.static)
-    branch = session.branches.get(asked.branch)
-    if branch is None:
-        raise Lost(
-            f"branch {asked.branch:x} is gone: it was released, or the engine that held its keys "
-            "and values died"
-        )
-    return branch
-
-
-def _midway(entry: Entry, session: EngineSession) -> Midway:
-    if entry.session != session.id or entry.layer < 0:
-        raise RequestError("only a checkpoint of this session can be gone on from")
-    if entry.midway is None and not entry.past:
-        raise RequestError(
-            "a checkpoint of a plain run has no past to generate from: run its prompt in a session"
-        )
-    if entry.midway is None:
-        raise Lost(
-            f"checkpoint {entry.id:x} goes on from the keys and values of "
-            f"{entry.past} tokens, which died with their engine: run them again"
-        )
-    return entry.midway
-
-
 def _check_room(count: int, static: int, model: ServedModel, new: int = 1) -> None:
     """Raises PromptError where more tokens would be run than the model, or the cache, takes.
 
@@ -396,10 +400,18 @@ def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:
             )
 
 
-def _room(job: TalkJob) -> int:
-    """How many tokens may be generated until the model, or the cache, takes no more."""
-    limits = [limit for limit in (job.model.info.max_positions, job.start.static) if limit]
-    return min(limits, default=sys.maxsize) - job.tokens.shape[1] + 1
+def _room(count: int, static: int, model: ServedModel) -> int:
+    """How many tokens may be generated behind *count* until the model, or the cache, takes no more."""
+    limits = [limit for limit in (model.info.max_positions, static) if limit]
+    return min(limits, default=sys.maxsize) - count + 1
+
+
+def _check_steps(steps: tuple[int, ...], last: int) -> None:
+    """Raises StopError where none of them can come."""
+    if steps and min(steps) > last:
+        raise StopError(
+            f"steps {', '.join(map(str, sorted(steps)))}: this generation has steps 0 to {last}"
+        )
 
 
 def _wanted_in(job: TalkJob, midway: bool) -> Wanted:

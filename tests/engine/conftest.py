@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,8 +30,8 @@ def _as_in_the_engine() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def keeping() -> Iterator[Any]:
+@contextmanager
+def keeping_with(limits: Settings) -> Iterator[Any]:
     """With a server that numbers arenas and has none of its own."""
     from djinn_zmq.bus.lease import LeaseSocket
     from djinn_zmq.engine.keeping import Keeping
@@ -50,8 +51,14 @@ def keeping() -> Iterator[Any]:
 
     thread = threading.Thread(target=number_arenas)
     thread.start()
-    keeping = Keeping(Settings(host_memory=128 * KIB, arena=128 * KIB), lease, 0)
+    keeping = Keeping(limits, lease, 0)
     yield keeping
     keeping.close()
     lease.close()
     thread.join()
+
+
+@pytest.fixture
+def keeping() -> Iterator[Any]:
+    with keeping_with(Settings(host_memory=128 * KIB, arena=128 * KIB)) as one:
+        yield one

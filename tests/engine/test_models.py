@@ -366,5 +366,5 @@ def test_where_the_hub_has_no_address_its_ids_are_looked_for_in_the_cache_alone(
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
     with pytest.raises(UnknownModel, match="not there"):
-        models.load(Load("it", "some/model", "auto"), torch.device("cpu"), lambda *_: None)
+        models.load(Load("it", "some/model", "auto"), Cpu(), lambda *_: None)
     assert asked == [not there]

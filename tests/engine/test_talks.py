@@ -3,11 +3,8 @@
 The reference is a copy of the model made before a Stepper put its stubs in.
 """
 
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,79 +13,43 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import StaticCache
 
-from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client.indexing import index_of
-from djinn_zmq.engine import models
-from djinn_zmq.engine.branches import TalkJob
-from djinn_zmq.engine.devices import Cpu
-from djinn_zmq.engine.jobs import EngineSession, Part, Turns
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.engine.talks import Talker
 from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, StopError
-from djinn_zmq.settings import MIB, Settings
-from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
-from djinn_zmq.wire.messages import Granted, Kept, Load, Resume, Wanted
+from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
-from djinn_zmq.wire.talks import Continue, Generate, Sampling
+from djinn_zmq.wire.talks import Sampling
 from djinn_zmq.wire.tensors import inline
 from tests.engine.architectures import NAMES, PROMPT_LENGTH, VOCAB_SIZE, prompts, tiny_model
+from tests.engine.conftest import keeping_with
+from tests.engine.talking import (
+    LIMITS,
+    NEW,
+    STATIC,
+    Talk,
+    bits,
+    both,
+    own_cache_name,
+    reference,
+)
 
 CPU = torch.device("cpu")
-LIMITS = Settings(host_memory=8 * MIB, arena=1 * MIB)
-NEW = 6
-GREEDY = Sampling(0.0, 0, 1.0, None)
-NO_WISH = Wanted(None, (), "last", 0)
-STATIC = 40
-BEGINNING = (0, 0, 0)
-
-
-@cache
-def both(name: str, dtype: Any) -> tuple[ServedModel, Any]:
-    """A served model, and the same untouched."""
-    folder = _folder / f"{name}-{dtype}"
-    tiny_model(name, dtype).save_pretrained(folder)
-    served = models.load(Load(name, str(folder), "auto"), Cpu(), lambda *_: None)
-    own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    return served, own
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    global _folder
-    _folder = tmp_path_factory.mktemp("models")
+def _forget_the_models() -> Iterator[None]:
     yield
     both.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def keeping() -> Iterator[Keeping]:
-    """With a server that numbers arenas and has none of its own."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server, lease = LeaseSocket(ours), LeaseSocket(theirs)
-
-    def number_arenas() -> None:
-        number = 0
-        try:
-            while True:
-                server.receive()
-                number += 1
-                server.send(Granted(number))
-        except Lost:
-            server.close()
-
-    thread = threading.Thread(target=number_arenas)
-    thread.start()
-    keeping = Keeping(LIMITS, lease, 0)
-    yield keeping
-    keeping.close()
-    lease.close()
-    thread.join()
+    with keeping_with(LIMITS) as one:
+        yield one
 
 
 @pytest.fixture(autouse=True)
@@ -96,99 +57,6 @@ def _gives_all_back(keeping: Keeping) -> Iterator[None]:
     yield
     keeping.drop(list(keeping.entries))
     assert keeping.pool.used == 0
-
-
-class Talk:
-    """A session on the engine, driven as the loop would."""
-
-    numbers = iter(range(1, 10**6))
-
-    def __init__(self, keeping: Keeping, model: ServedModel, static: int = 0) -> None:
-        self.model, self.static = model, static
-        self.session = EngineSession(next(self.numbers), "me", model.info.name)
-        self.runner = Runner(keeping)
-        self.talker = Talker(keeping, self.runner)
-        self.branch = 0
-        self.kept: list[Kept] = []
-
-    def drive(self, job: TalkJob, turns: Turns) -> Iterator[Part]:
-        for part in turns:
-            if part is not None:
-                self.kept += part.meta.checkpoints
-                yield part
-        self.kept += job.kept
-        if job.branch:
-            self.branch = job.branch
-
-    def done(self, pair: tuple[TalkJob, Turns]) -> TalkJob:
-        for _ in self.drive(*pair):
-            pass
-        return pair[0]
-
-    def run(self, ids: Any, wanted: Wanted = NO_WISH) -> TalkJob:
-        asked = Continue(self.branch, self.static, "", inline(np.asarray(ids)), wanted)
-        return self.done(
-            self.talker.run(asked, (), self.session, self.model, Stopwatch(), shared=False)
-        )
-
-    def resume(self, checkpoint: int, wanted: Wanted = NO_WISH, edits: tuple = ()) -> TalkJob:
-        asked = Resume(checkpoint, None, edits, wanted)
-        pair = self.talker.resume(asked, (), self.session, self.model, Stopwatch(), shared=False)
-        return self.done(pair)
-
-    def begin(
-        self, ids: Any = None, new: int = NEW, *, wanted: Wanted = NO_WISH, checkpoint: int = 0,
-        edits: tuple = (), steps: tuple[int, ...] = (), sampling: Sampling = GREEDY,
-        ends: tuple[int, ...] = (), branch: int | None = None,
-    ) -> tuple[TalkJob, Turns]:  # fmt: skip
-        asked = Generate(
-            self.branch if branch is None else branch, self.static, checkpoint, None, edits, "",
-            None if ids is None else inline(np.asarray(ids)), wanted, steps, new, sampling, ends,
-        )  # fmt: skip
-        return self.talker.generate(asked, (), self.session, self.model, Stopwatch(), shared=False)
-
-    def generate(self, ids: Any = None, new: int = NEW, **more: Any) -> "Heard":
-        job, turns = self.begin(ids, new, **more)
-        return Heard(job, list(self.drive(job, turns)))
-
-
-class Heard:
-    """What a generation said."""
-
-    def __init__(self, job: TalkJob, parts: list[Part]) -> None:
-        self.job = job
-        self.tokens = [part.meta.id for part in parts]
-        self.logits = [bits(part) for part in parts]
-        self.reason = job.reason
-
-
-def bits(part: Part) -> bytes:
-    where = part.meta.logits.where
-    return bytes(where.data if hasattr(where, "data") else part.buffers[where.index])
-
-
-def raw(logits: Any) -> bytes:
-    return logits.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def reference(own: Any, ids: Any, new: int = NEW, static: int = 0, **more: Any) -> Any:
-    """The tokens and logits of the model by itself."""
-    config = own.config.get_text_config(decoder=True)
-    if static:
-        more[own_cache_name(own)] = StaticCache(config=config, max_cache_len=static)
-    out = own.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-        eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
-        **({"do_sample": False} | more),
-    )  # fmt: skip
-    return out.sequences[0, ids.shape[1] :].tolist(), [raw(one.to(own.dtype)) for one in out.logits]
-
-
-def own_cache_name(own: Any) -> str:
-    import inspect
-
-    takes = inspect.signature(own.forward).parameters
-    return next(name for name in ("cache", "past_key_values") if name in takes)
 
 
 EVERY = [(name, torch.float32, static) for name in NAMES for static in (0, STATIC)]
@@ -496,6 +364,31 @@ def test_more_tokens_than_the_model_or_its_cache_takes_are_refused(
     assert talk.generate(prompts(1, 2), 3).reason == "length"
     with pytest.raises(PromptError, match="41 tokens: the session's static cache has 40 places"):
         Talk(keeping, talk.model, STATIC).run(prompts(1, 41))
+    with pytest.raises(RequestError, match='cache of 65 positions: "Llama" takes at most 64'):
+        Talk(keeping, talk.model, 65).run(prompts(1))
+    endless = both("Bloom", torch.float32)[0]
+    with pytest.raises(RequestError, match=r"cache of 1000000000000 positions takes .* are free"):
+        Talk(keeping, endless, 10**12).generate(prompts(1))
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_a_step_that_cannot_come_is_refused_and_one_that_has_passed_is_not(
+    talk: Talk, name: str
+) -> None:
+    there_are = f"this generation has steps 0 to {NEW - 1}"
+    with pytest.raises(StopError, match=f"can never hold: there is no step {NEW}: {there_are}"):
+        talk.generate(prompts(1), wanted=stops(Break(1, ((Step(NEW),),))))
+    with pytest.raises(StopError, match=f"steps 8, 9: {there_are}"):
+        talk.generate(prompts(1), wanted=Wanted(1, (), "last", 0), steps=(9, 8))
+    at = stops(Break(1, ((Step(2),),)), Break(2, ((Step(2),),)))
+    heard = talk.generate(prompts(1), wanted=at)
+    tokens = heard.tokens
+    for layer in (1, 2):
+        (point,) = heard.job.kept
+        assert (heard.reason, point.layer, heard.job.step) == ("stop", layer, 2)
+        heard = talk.generate(None, NEW - len(tokens), checkpoint=point.id, wanted=at)
+        tokens = tokens + heard.tokens
+    assert heard.reason == "length" and len(tokens) == NEW
 
 
 @pytest.mark.parametrize("name", ["Llama"])
