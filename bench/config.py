@@ -32,6 +32,7 @@ def _one_of(allowed: Sequence[str], default: Sequence[str]) -> Any:
 class ResumeLatency:
     """The resume experiment. model: a shape (random weights), a served name, a directory, a hub id.
 
+    device: "cpu", "cuda:N", or "auto": a named server's, else a GPU where there is one.
     layers: to stop at; empty: five, spread over the model. max_length: tokens of the prompt.
     repeat: rounds in which all cases take their turn, every second one backwards: an even number is
     fair. per_turn: timed calls in each turn.
@@ -42,7 +43,7 @@ class ResumeLatency:
     """
 
     model: str = "llama-2-13b"
-    device: str = "cuda:0"
+    device: str = "auto"
     dtype: str = "auto"
     threads: int = 1
     layers: tuple[int, ...] = ()

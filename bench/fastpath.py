@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from bench.parts import ROOT, Part, pack, run
-from bench.plain import config_of
+from bench.plain import config_of, device_of
 from djinn_zmq.probe import command, schema, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, NotMeasured, Results, write
@@ -353,6 +353,7 @@ def main(
     """
     begin = time.monotonic()
     chosen = _chosen(names)
+    device_of(device)
     count = config_of(shape).num_hidden_layers
     layers = layers or tuple(sorted({max(1, round(part * count)) for part in SPREAD}))
     folder = folder.resolve()

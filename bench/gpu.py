@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from bench.parts import ROOT, Part, pack, run
+from bench.plain import device_of
 from djinn_zmq.probe import command
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import NotMeasured, Results, write
@@ -85,6 +86,7 @@ def main(
     Exit status 0 where every part ran to its end and found what it is to find.
     """
     begin = time.monotonic()
+    device_of(device)
     for name in ("decompose", "tools", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()

@@ -16,7 +16,7 @@ import torch
 
 import djinn_zmq as djinn
 from bench import config, pressure_report
-from bench.plain import Plain, bits, config_of, kv_nbytes
+from bench.plain import Plain, bits, config_of, device_of, kv_nbytes
 from bench.pressure_config import MemoryPressure
 from djinn_zmq.client.server import Server
 from djinn_zmq.engine import shapes
@@ -71,6 +71,7 @@ class Pressure:
         self._seen = 0  # the number of the last event that was looked at
         self._stack = stack
         self._begin = time.monotonic()
+        device_of(asked.device)
         self.config = config_of(asked.model)
         self.layer = self._layer()
         self.served = self._serve()

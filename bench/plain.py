@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from djinn_zmq.engine import shapes
+from djinn_zmq.errors import RequestError
 from djinn_zmq.probe.device_time import waits
 from djinn_zmq.server.catalog import Catalog
 
@@ -100,6 +101,19 @@ def _steps_reproducibly(_: Any, args: Any, options: dict[str, Any]) -> None:
     past = options.get("past_key_values")
     over_past = past is not None and past.get_seq_length() > 0
     torch.backends.cuda.enable_cudnn_sdp(not over_past)
+
+
+def device_of(asked: str, served: str | None = None) -> str:
+    """The device to measure on. asked: "cpu", "cuda:N" or "auto": that of *served*, the model's of a
+    server that runs already, else a GPU where there is one. Raises RequestError where it is not here.
+    """
+    count = torch.cuda.device_count()
+    chosen = (served or ("cuda:0" if count else "cpu")) if asked == "auto" else asked
+    if chosen != "cpu" and (torch.device(chosen).index or 0) >= count:
+        raise RequestError(
+            f'there is no GPU here that this program can use for "{chosen}": say cpu'
+        )
+    return chosen
 
 
 def config_of(model: str) -> Any:

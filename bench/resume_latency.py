@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from bench import (
 from bench.cases import Found, Timed, working
 from bench.config import ResumeLatency
 from bench.kept_rounds import KeptRounds
-from bench.plain import Plain
+from bench.plain import Plain, device_of
 from djinn_zmq.engine import shapes
 from djinn_zmq.errors import LayerError, Lost
 from djinn_zmq.probe import command, features, pinning, progress, serving
@@ -74,7 +74,7 @@ def _many(name: str, allowed: Sequence[str], about: str) -> Any:
 @click.option("--max-length", type=int, help="Tokens of the prompt.")
 @click.option("--server", help="A running server, HOST:PORT or an endpoint. [an own one]")
 @click.option("--key", type=click.Path(), help="Your key file, for a server that wants one.")
-@click.option("--device", help='For an own server and the baselines: "cpu" or "cuda:N".')
+@click.option("--device", help='For an own server and the baselines: "cpu" or "cuda:N". [auto]')
 @click.option("--dtype", help="Type of the weights; auto: as they are stored.")
 @click.option("--threads", type=int, help="On a CPU: of the engine, and of the baselines.")
 @click.option("--warmup", type=int, help="Untimed calls of each case.")
@@ -161,9 +161,12 @@ class _Bench:
         self._stack = stack
         self._clients = [os.getpid()]
         self._servers: list[int] = []
+        if asked.server is None:
+            self.asked = asked = self._on(device_of(asked.device))
         endpoints, name = self._serve()
         self.djinn = djinn_resume.connect(endpoints, asked, name, stack)
         model = self.djinn.first.model
+        self.asked = asked = self._on(device_of(asked.device, model.device))
         self.layers = _layers(asked.layers, model.num_layers, model.name)
         ids = np.random.default_rng(SEED).integers(0, model.vocab_size, (1, asked.max_length))
         self.ids = ids
@@ -177,6 +180,10 @@ class _Bench:
             "activation_nbytes": self.plain.activation_nbytes,
             "on": model.device,
         }
+
+    def _on(self, device: str) -> ResumeLatency:
+        self.results.settings["device"] = device
+        return replace(self.asked, device=device)
 
     def _serve(self) -> tuple[dict[str, str], str]:
         asked = self.asked

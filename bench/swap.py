@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import djinn_zmq as djinn
-from bench.plain import config_of, kv_nbytes
+from bench.plain import config_of, device_of, kv_nbytes
 from djinn_zmq.client.server import Server
 from djinn_zmq.client.talk import Session
 from djinn_zmq.engine import shapes
@@ -229,6 +229,7 @@ def main(shape: str, device: str, positions: int, rounds: int, path: Path | None
     turns. Target: at least 0.9 of the bare rate each way.
     """
     torch.set_num_threads(1)
+    device_of(device)
     config = config_of(shape)
     nbytes = kv_nbytes(config, positions, config.num_hidden_layers)
     results = Results(

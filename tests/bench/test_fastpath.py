@@ -59,7 +59,7 @@ def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkey
     }
     monkeypatch.setattr(fastpath, "parts", lambda asked, folder: made)
     ended = CliRunner().invoke(
-        fastpath.main, ["--shape=tiny", "--parts=import,noop", f"--out={tmp_path}"]
+        fastpath.main, ["--shape=tiny", "--device=cpu", "--parts=import,noop", f"--out={tmp_path}"]
     )
     assert ended.exit_code == 1
     assert "not all there: no-op" in ended.stderr and "there_is_none" in ended.stdout
@@ -74,7 +74,11 @@ def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--parts=nop"], '"nop": the parts are resume-0, noop'), (["--shape=huge"], '"huge"')],
+    [
+        (["--parts=nop"], '"nop": the parts are resume-0, noop'),
+        (["--shape=huge", "--device=cpu"], '"huge"'),
+        (["--device=cuda:77"], "no GPU here"),
+    ],
 )
 def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, options, words):
     ended = CliRunner().invoke(fastpath.main, [*options, f"--out={tmp_path}"])

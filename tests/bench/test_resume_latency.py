@@ -95,6 +95,7 @@ def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_
     [
         (["--layers", "5"], 'layer 5 does not exist: "tiny" has 4 layers (0-4)'),
         (["--server=127.0.0.1:1"], "no server answers at tcp://127.0.0.1:1"),
+        (["--device=cuda:77"], 'no GPU here that this program can use for "cuda:77": say cpu'),
         (["--repeat=0"], "repeat is 0: it must be at least 1"),
         (["--config=no-such.yaml"], "no-such.yaml cannot be read: No such file or directory"),
         (["--model=nobody/nothing/never"], "nobody/nothing/never"),
@@ -120,13 +121,15 @@ def test_a_wrong_key_in_the_file_is_named_with_those_that_are_allowed(tmp_path):
     assert 'there is no key "layrs": allowed are baselines' in ended.stderr
 
 
-def test_each_baseline_is_a_command_of_its_own(tmp_path, served):
+def test_each_baseline_is_a_command_of_its_own_on_the_device_of_the_named_server(tmp_path, served):
+    options = [one for one in TINY if one != "--device=cpu"]
     ended = subprocess.run(
-        [sys.executable, "-m", "bench.recompute", *TINY, "--repeat=2", "--layers", "1", "2", "3",
+        [sys.executable, "-m", "bench.recompute", *options, "--repeat=2", "--layers", "1", "2", "3",
          f"--server={served.tcp}", f"--output-dir={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "recompute_latency.json").read_text())
     assert {one["labels"]["baseline"] for one in found["samples"]} == {"recompute"}
+    assert found["settings"]["device"] == "cpu"
     assert not (tmp_path / "djinn_resume_latency.json").exists()
