@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from djinn_zmq.errors import (
     UnknownCheckpoint,
     UnknownSession,
 )
+from tests.end_to_end.conftest import until
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 TINY = "djinn_zmq/models/tiny"
@@ -216,6 +218,78 @@ def test_two_sessions_generating_and_stopping_at_once_say_what_each_says_alone(t
     with tiny.session() as one, tiny.session() as other:
         together = list(zip(talk(one, FRANCE), talk(other, GERMANY), strict=True))
     assert [list(each) for each in zip(*together, strict=True)] == alone
+
+
+def test_four_clients_generating_and_stopping_at_once_say_what_each_says_alone(served):
+    def talk(prompt: str) -> list[tuple[int, bytes]]:
+        with served.connect() as server, server.model("tiny").session() as session:
+            heard = []
+            for _ in range(3):
+                generation = session.generate(prompt, 5, ends=(), logits="last", stop_at=2)
+                heard += said(generation)
+                while generation.stopped:
+                    generation = generation.resume()
+                    heard += said(generation)
+            return heard
+
+    prompts = [FRANCE, GERMANY, " ann and tom went out .", "the"]
+    alone = [talk(prompt) for prompt in prompts]
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(talk, prompts)) == alone
+    assert len({tuple(heard) for heard in alone}) == 4
+
+
+def test_a_stop_in_a_conversation_is_swept_and_its_attention_reaches_back(session):
+    session.run(FRANCE)
+    stopped = session.generate(" .", 5, ends=(), stop_at=2, steps=2)
+    stopped.finish()
+    point = stopped.checkpoint
+    branches = [[], djinn.Zero(), [djinn.Scale(0.5)]]
+    outcomes = point.sweep(branches).all()
+    for outcome, edits in zip(outcomes, branches, strict=True):
+        alone = point.resume(edits).logits.astype(np.float32)
+        apart = np.abs(outcome.logits.astype(np.float32) - alone).max()
+        assert apart <= 2.0**-7 * np.abs(alone).max()  # bfloat16
+    weights = point.attention(4).astype(np.float32)
+    assert weights.shape == (1, 4, 1, point.position)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=0.02)
+
+
+CTRL_C = """
+import sys, djinn_zmq as djinn
+with djinn.connect(sys.argv[1]) as server, server.model("tiny").session() as session:
+    start = session.run("the").mark
+    whole = [token.id for token in session.generate(max_new_tokens=200, ends=())]
+    print("ready", flush=True)
+    try:
+        while True:
+            session.back(start)
+            for token in session.generate(max_new_tokens=200, ends=()):
+                pass
+    except KeyboardInterrupt:
+        pass
+    taken = session.ids[1:].tolist()
+    assert taken == whole[: len(taken)], (taken, whole)
+    session.back(start)
+    again = [token.id for token in session.generate(max_new_tokens=200, ends=())]
+    print("the same" if again == whole else again, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_ctrl_c_in_a_generation_ends_it_and_the_session_goes_on(served, tiny):
+    for _ in range(2):  # it comes at another moment each time
+        with subprocess.Popen(
+            [sys.executable, "-c", CTRL_C, served.endpoint],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout.readline() == "ready\n"
+            until(lambda: tiny.ping() == "running", "it generates")
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "the same\n"
+            until(lambda: tiny.ping() == "idle", "nothing goes on")
+            process.stdin.close()
+            assert process.wait(WAIT_S) == 0
 
 
 def test_sampling_goes_on_from_its_seed_and_a_branch_draws_its_own(session):

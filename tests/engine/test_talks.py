@@ -148,12 +148,17 @@ def test_an_edit_in_the_middle_of_a_generation_holds_for_that_branch_alone(
     assert again.logits == edited.logits
 
 
-@SOME
+MANY = [*FEW, "GPTNeoX", "Gemma3Text", "Qwen3", "Phi3", "Bloom", "Falcon", "OPT", "GptOss"]
+
+
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("static", [0, STATIC], ids=["dynamic", "static"])
 def test_a_restart_from_a_layer_is_as_if_the_edit_had_been_made_by_the_model_itself(
-    talk: Talk, name: str
+    keeping: Keeping, name: str, static: int
 ) -> None:
     """KV-correct: the layers above see the edit in this step's keys and values, and in all later."""
-    own = both(name, torch.float32)[1]
+    served, own = both(name, torch.float32)
+    talk = Talk(keeping, served, static)
     decoder = own.get_decoder()
     layers = next(c for c in decoder.children() if isinstance(c, torch.nn.ModuleList))
     calls = 0
@@ -168,7 +173,7 @@ def test_a_restart_from_a_layer_is_as_if_the_edit_had_been_made_by_the_model_its
 
     hook = layers[0].register_forward_hook(scale_in_step_2)
     try:
-        tokens, logits = reference(own, prompts(1))
+        tokens, logits = reference(own, prompts(1), static=static)
     finally:
         hook.remove()
     heard = talk.generate(prompts(1), wanted=Wanted(1, (), "last", 0), steps=(2,))
