@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import published
+from bench.manual_offload import HIDDEN, PREALLOCATED, THEN
 from djinn_zmq.probe import schema, tables
 from djinn_zmq.probe.results import SCHEMA, write_json
 
@@ -19,6 +20,7 @@ FILE = "capabilities.json"
 MARKDOWN = "capabilities.md"
 COLUMNS = ("recompute", "manual offload", "eager, all kept", "nnsight", "prototype", "Djinn")
 NOTHING = "not measured yet"
+BY_HAND = f"{HIDDEN}, {PREALLOCATED}, {THEN}"  # the variant
 
 Found = Mapping[str, Sequence[schema.File]]
 
@@ -46,6 +48,7 @@ BY_DESIGN = {
 }
 NNSIGHT = "nnsight 0.8 documentation"
 PROTOTYPE = "the prototype's README, experiment 3"
+NOT_STATED = cited("not stated", f"{PROTOTYPE}, which does not say")
 
 
 def rows(found: Found) -> dict[str, dict[str, Cell]]:
@@ -54,8 +57,8 @@ def rows(found: Found) -> dict[str, dict[str, Cell]]:
         **_measured_rows(found),
         "unedited result equals the plain model's bits": {
             **{name: cited("yes: it is the plain model", file) for name, file in BY_DESIGN.items()},
-            "nnsight": NOT_YET,
-            "prototype": NOT_YET,
+            "nnsight": cited("yes: it runs the model's own forward", NNSIGHT),
+            "prototype": NOT_STATED,
             "Djinn": _exact(found),
         },
         "program writes CUDA or bookkeeping of its own": {
@@ -79,19 +82,19 @@ def rows(found: Found) -> dict[str, dict[str, Cell]]:
             "manual offload": cited("by hand", "bench/manual_offload.py"),
             "eager, all kept": cited("by hand", "bench/eager.py"),
             "nnsight": cited("each a forward", NNSIGHT),
-            "prototype": NOT_YET,
+            "prototype": NOT_STATED,
             "Djinn": cited("yes", "tests/end_to_end/test_first_pause.py"),
         },
         "what was saved survives the death of its process": {
             **{name: cited("no: it is the same process", file) for name, file in BY_DESIGN.items()},
             "nnsight": cited("no: it is the same process", NNSIGHT),
-            "prototype": NOT_YET,
+            "prototype": NOT_STATED,
             "Djinn": cited("yes: kill -9 of the engine", "tests/end_to_end/test_failure.py"),
         },
         "others are served while one is stopped": {
             **{name: cited("no: one process, one user", file) for name, file in BY_DESIGN.items()},
             "nnsight": cited("no: one process, one user", NNSIGHT),
-            "prototype": NOT_YET,
+            "prototype": NOT_STATED,
             "Djinn": _others(found),
         },
         "edits travel as data, not as pickled code": {
@@ -130,10 +133,12 @@ def _measured_rows(found: Found) -> dict[str, dict[str, Cell]]:
         }
         table[f"edit and go on to the logits, first and last layer ({about}; {where})"] = {
             "recompute": _ends(one, "eager", "whole forward"),
-            "manual offload": NOT_YET,
+            "manual offload": _ends(one, "manual_offload", BY_HAND),
             "eager, all kept": _ends(one, "eager", "layers N+1..L and head"),
             "nnsight": _ends(one, "nnsight", "steered forward"),
-            "prototype": NOT_YET,
+            "prototype": cited(
+                f"~{published.RESUME_MS[1]:g} ms, whole ({published.HARDWARE})", PROTOTYPE
+            ),
             "Djinn": _ends(one, "djinn", f"{way}, to logits, edited none"),
         }
     return table

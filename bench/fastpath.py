@@ -153,7 +153,7 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
     shape, device, tokens = asked.shape, asked.device, asked.positions
     found = {}
     for idle_ms in IDLE_MS:
-        more = ("--without", "KV", "each call", "device time", "keeps every",
+        more = ("--without", "KV", "each call", "device time", "keeps every", "then layers",
                 "--transports", "lane", "ipc", "--tiers", "device", "host",
                 "--edits", "none", "in_place", "row_in_place",
                 "--layers", *map(str, asked.layers))  # fmt: skip

@@ -15,6 +15,7 @@ from djinn_zmq.probe.results import NotMeasured
 
 NAME = "manual_offload"
 PREALLOCATED, PER_CALL = "preallocated", "allocated in each call"
+THEN = "then layers N+1..L and head"
 HIDDEN, WITH_KV = "hidden state", "hidden state and KV"
 
 
@@ -33,7 +34,8 @@ class Pairs:
 
 
 def cases(plain: Plain, layers: list[int]) -> Found:
-    """The activation, alone and with the keys and values of layers 1..N, from host memory."""
+    """The activation, alone and with the keys and values of layers 1..N, from host memory; and the
+    activation with the layers that follow it."""
     hidden, cache = Pairs([], []), Pairs([], [])
     hidden.add(plain.hidden[0], plain.cuda)
     hidden.host[0].copy_(plain.hidden[0])
@@ -53,7 +55,18 @@ def cases(plain: Plain, layers: list[int]) -> Found:
         for kind, pairs in what.items():
             for how, copy in ((PREALLOCATED, _copy), (PER_CALL, _allocate_and_copy)):
                 found += _timed(plain, layer, f"{kind}, {how}", copy, pairs)
+        found.append(_whole(plain, layer, hidden))
     return found
+
+
+def _whole(plain: Plain, layer: int, hidden: Pairs) -> Timed:
+    """What by hand compares with a resume to the logits."""
+
+    def call() -> None:
+        _copy(hidden, plain)
+        plain.from_layer(layer, hidden.device[0])
+
+    return Timed(NAME, f"{HIDDEN}, {PREALLOCATED}, {THEN}", layer, call)
 
 
 def _timed(

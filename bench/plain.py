@@ -69,9 +69,12 @@ class Plain:
         """Embedding and layers 1..N: what has to be run again to have the activation."""
         self._run(self.layers[:layer], self.decoder, wait, input_ids=self.ids)
 
-    def from_layer(self, layer: int, *, wait: bool = True) -> None:
-        """Layers N+1..L, norm and head, on an activation that is in its place."""
-        self._run(self.layers[layer:], self.model, wait, inputs_embeds=self.hidden[layer])
+    def from_layer(
+        self, layer: int, hidden: torch.Tensor | None = None, *, wait: bool = True
+    ) -> None:
+        """Layers N+1..L, norm and head, on *hidden*; None: what came out of layer N, in its place."""
+        hidden = self.hidden[layer] if hidden is None else hidden
+        self._run(self.layers[layer:], self.model, wait, inputs_embeds=hidden)
 
     def _run(self, layers: Sequence[Any], module: Any, wait: bool, **inputs: Any) -> None:
         whole = self.decoder.layers, self.decoder.config.num_hidden_layers

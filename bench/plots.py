@@ -42,6 +42,12 @@ READY = {
 LOGITS = {
     ("nnsight", "steered forward"): ("nnsight, steered forward", "#6a5acd", "^", "-."),
     ("eager", "layers N+1..L and head"): ("plain model, layers N+1..L", "#1b3a57", "o", "-"),
+    ("manual_offload", "hidden state, preallocated, then layers N+1..L and head"): (
+        "manual offload, then the same layers",
+        "#8a8a8a",
+        "v",
+        "--",
+    ),
     ("djinn", "lane, to logits, edited none"): ("Djinn, lane", "#c1440e", "D", "-"),
     ("djinn", "ipc, to logits, edited none"): ("Djinn, ipc", "#d98d4f", "s", "-."),
     ("djinn", "tcp, to logits, edited none"): ("Djinn, tcp", "#e8b96a", "P", "--"),
@@ -58,14 +64,17 @@ def crossover(found: schema.File) -> Figure:
     by_variant = _by_variant(found)
     if not found.machine.gpus:
         where = "copy in host memory (no GPU)"
-        ready = {
-            key: (label.replace("manual offload", where), *style)
-            for key, (label, *style) in READY.items()
-        }
+        ready, logits = (
+            {
+                key: (label.replace("manual offload", where), *style)
+                for key, (label, *style) in drawn.items()
+            }
+            for drawn in (READY, LOGITS)
+        )
     else:
-        ready = READY
+        ready, logits = READY, LOGITS
     depths = sorted({layer for series in by_variant.values() for layer in series if layer >= 0})
-    for axes, wanted in ((left, ready), (right, LOGITS)):
+    for axes, wanted in ((left, ready), (right, logits)):
         for key, style in wanted.items():
             if key in by_variant:
                 _line(axes, by_variant[key], depths, style)
