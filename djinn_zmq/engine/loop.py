@@ -30,6 +30,7 @@ from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
+from djinn_zmq.engine.tracing import Tracer
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Busy,
@@ -70,6 +71,7 @@ class EngineLoop:
         self._runner = Runner(self._keeping)
         self._looker = Looker(self._keeping, self._runner)
         self._sweeper = Sweeper(self._keeping, self._runner)
+        self._tracer = Tracer(self._keeping, self._runner)
         self._talker = Talker(self._keeping, self._runner)
         self._mover = Mover(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
@@ -121,7 +123,7 @@ class EngineLoop:
             Op.RESUME: self._talker.resume,
             Op.LOOK: self._looker.begin,
             Op.SWEEP: self._sweeper.sweep,
-            Op.TRACE: self._sweeper.trace,
+            Op.TRACE: self._tracer.trace,
             Op.CONTINUE: self._talker.run,
             Op.GENERATE: self._talker.generate,
             Op.MOVE: self._mover.move,

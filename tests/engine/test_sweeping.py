@@ -16,6 +16,7 @@ from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.engine.sweeping import Sweeper
+from djinn_zmq.engine.tracing import Tracer
 from djinn_zmq.errors import EditError, PromptError, RequestError, SweepTooLarge
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
@@ -66,6 +67,11 @@ def sweeper(keeping: Keeping, runner: Runner) -> Sweeper:
     return Sweeper(keeping, runner)
 
 
+@pytest.fixture
+def tracer(keeping: Keeping, runner: Runner) -> Tracer:
+    return Tracer(keeping, runner)
+
+
 def done(made: tuple[Job, Any]) -> Job:
     job, turns = made
     for _ in turns:
@@ -109,7 +115,7 @@ def sweep(sweeper: Sweeper, model: ServedModel, number: int, branches: Any, **mo
     return outcomes(sweeper.sweep(asked, (), MINE, model, Stopwatch(), shared=False))
 
 
-def trace(sweeper: Sweeper, model: ServedModel, clean: Any, corrupted: Any, **more: Any) -> Any:
+def trace(tracer: Tracer, model: ServedModel, clean: Any, corrupted: Any, **more: Any) -> Any:
     asked = sweeps.Trace(
         inline(clean.numpy()),
         inline(corrupted.numpy()),
@@ -118,7 +124,7 @@ def trace(sweeper: Sweeper, model: ServedModel, clean: Any, corrupted: Any, **mo
         more.get("results", ALL),
         more.get("memory", 0),
     )
-    return outcomes(sweeper.trace(asked, (), MINE, model, Stopwatch(), shared=False))
+    return outcomes(tracer.trace(asked, (), MINE, model, Stopwatch(), shared=False))
 
 
 def close(found: Any, expected: Any) -> None:
@@ -143,13 +149,13 @@ def test_a_sweep_equals_one_resume_a_branch_at_every_layer(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trace_equals_one_patched_resume_a_cell(
-    name: str, runner: Runner, sweeper: Sweeper
+    name: str, runner: Runner, tracer: Tracer
 ) -> None:
     model = served(name)
     clean, corrupted = prompts(1), prompts(1).clone()
     corrupted[0, 4] = (corrupted[0, 4] + 1) % VOCAB_SIZE
     positions = ((4,), (2,), (-1,), (4, 7))
-    job, found, _ = trace(sweeper, model, clean, corrupted, positions=positions)
+    job, found, _ = trace(tracer, model, clean, corrupted, positions=positions)
     depth = model.stepper.num_layers
     assert job.layers == tuple(range(depth + 1)) and len(found) == 4 * (depth + 1)
     for layer in job.layers:
@@ -198,7 +204,9 @@ def test_in_bfloat16_a_sweep_differs_no_more_than_the_plain_models_own_batches_d
     assert worst <= max(own, rounding)
 
 
-def test_a_sweep_too_large_for_memory_is_cut_into_batches(runner: Runner, sweeper: Sweeper) -> None:
+def test_a_sweep_too_large_for_memory_is_cut_into_batches(
+    runner: Runner, sweeper: Sweeper, tracer: Tracer
+) -> None:
     model = served("Bloom")
     number = stopped(runner, model, 1)
     whole = sweep(sweeper, model, number, BRANCHES)[1]
@@ -212,13 +220,13 @@ def test_a_sweep_too_large_for_memory_is_cut_into_batches(runner: Runner, sweepe
         SweepTooLarge, match=r"one branch of 2 × 11 tokens .* may be used, .* are free"
     ):
         sweep(sweeper, model, number, BRANCHES, memory=one - 1)
-    grid = trace(sweeper, model, prompts(1), prompts(1) * 2 % VOCAB_SIZE, memory=one)[0]
+    grid = trace(tracer, model, prompts(1), prompts(1) * 2 % VOCAB_SIZE, memory=one)[0]
     assert grid.cost.batches > 10
 
 
-def test_a_trace_of_one_prompt_with_itself_runs_nothing_twice(sweeper: Sweeper) -> None:
+def test_a_trace_of_one_prompt_with_itself_runs_nothing_twice(tracer: Tracer) -> None:
     model = served("Llama")
-    job, found, _ = trace(sweeper, model, prompts(1), prompts(1))
+    job, found, _ = trace(tracer, model, prompts(1), prompts(1))
     assert (job.unchanged, job.cost.batches) == (44, 0)
     assert job.cost.layers == 2 * 3  # both prompts, once
     close(found[17], model.stepper.plain(prompts(1))[:, -1])
@@ -242,7 +250,7 @@ def test_top_and_tokens_are_what_the_logits_say(runner: Runner, sweeper: Sweeper
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
-    runner: Runner, sweeper: Sweeper
+    runner: Runner, sweeper: Sweeper, tracer: Tracer
 ) -> None:
     model = served("Llama")
     number = stopped(runner, model, 1)
@@ -257,11 +265,11 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
             RequestError,
             "at norm, outside of the layers",
         ),
-        (lambda: trace(sweeper, model, ids, ids[:, :9]), PromptError, "11 tokens, .* one 9"),
-        (lambda: trace(sweeper, model, prompts(2), ids), PromptError, "2 prompts"),
-        (lambda: trace(sweeper, model, ids, ids, layers=(4,)), RequestError, "layer 4 does not"),
-        (lambda: trace(sweeper, model, ids, ids, positions=((),)), RequestError, "no positions"),
-        (lambda: trace(sweeper, model, ids, ids, positions=((11,),)), RequestError, "position 11"),
+        (lambda: trace(tracer, model, ids, ids[:, :9]), PromptError, "11 tokens, .* one 9"),
+        (lambda: trace(tracer, model, prompts(2), ids), PromptError, "2 prompts"),
+        (lambda: trace(tracer, model, ids, ids, layers=(4,)), RequestError, "layer 4 does not"),
+        (lambda: trace(tracer, model, ids, ids, positions=((),)), RequestError, "no positions"),
+        (lambda: trace(tracer, model, ids, ids, positions=((11,),)), RequestError, "position 11"),
         (
             lambda: sweep(sweeper, model, number, BRANCHES, results=sweeps.Results("all", 0, ())),
             RequestError,
