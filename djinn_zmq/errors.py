@@ -83,6 +83,12 @@ class StopError(RequestError):
     code = "stop"
 
 
+class NotServed(RequestError):
+    """Something of a model in one's own process that a served one does not do, by name."""
+
+    code = "not-served"
+
+
 class SweepTooLarge(RequestError):
     """Not even one branch of a sweep fits the memory there is. The sentence carries sizes."""
 

@@ -6,7 +6,7 @@ F2  memory, then bus on it             + zmq (bus)
 F3  server  engine  client             none imports another; torch only in engine
 F4  probe
 F5  cli
-The package's own face (`__init__`, `aio`, `hf`) stands at the client's edge.
+The package's own face (`__init__`, `aio`) and `hf`, which has torch, stand at the client's edge.
 
 Lazy imports and those for type checking count as well.
 """
@@ -32,7 +32,8 @@ BELOW["memory"] = GROUND | {"wire"}
 BELOW["bus"] = GROUND | {"wire", "memory"}
 BELOW["server"] = BELOW["engine"] = BELOW["client"] = GROUND | {"wire", "memory", "bus"}
 BELOW["face"] = BELOW["client"] | {"client"}
-BELOW["probe"] = BELOW["face"] | {"server", "engine", "face"}
+BELOW["hf"] = BELOW["face"]
+BELOW["probe"] = BELOW["face"] | {"server", "engine", "face", "hf"}
 BELOW["cli"] = BELOW["probe"] | {"probe"}
 
 # What each room may import from outside. Rooms that are not named are free.
@@ -42,8 +43,8 @@ OUTSIDE["memory"] = {"numpy"}
 OUTSIDE["bus"] = {"zmq", "numpy"}
 
 HEAVY = {"torch", "transformers", "accelerate", "cupy"}
-TORCH_ROOMS = {"engine"}
-TORCH_MODULES = {f"{PACKAGE}.{name}" for name in ("hf", "probe.device_time", "client.cuda")}
+TORCH_ROOMS = {"engine", "hf"}
+TORCH_MODULES = {f"{PACKAGE}.{name}" for name in ("probe.device_time", "client.cuda")}
 
 
 def modules() -> dict[str, Path]:

@@ -36,6 +36,7 @@ from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import NOT_A_REPLY, Header, Message
+from djinn_zmq.wire.forwards import Forwarded
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
@@ -430,6 +431,10 @@ class Connection:
             for seen in meta.seen:
                 if seen.id:
                     self.forget(session, seen.id)
+        elif isinstance(meta, Forwarded):
+            for number in (meta.past, *(output.id for output in meta.outputs)):
+                if number:
+                    self.forget(session, number)
         elif isinstance(meta, messages.Uploaded):
             self.forget(session, meta.id)
 

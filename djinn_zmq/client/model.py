@@ -11,6 +11,7 @@ from djinn_zmq.client import tiers
 from djinn_zmq.client.batch import edits_of_each, made
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
+from djinn_zmq.client.forwards import Asked, card, forward
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
@@ -176,6 +177,14 @@ class Model:
             memory_of(memory),
             timeout_s,
         )
+
+    def forward(self, asked: Asked) -> Any:
+        """The model's forward as transformers has it: what `djinn_zmq.hf` asks for."""
+        return self.drive(forward(self._session, asked))
+
+    def card(self) -> Any:
+        """The files of its config and tokenizer, and its attention implementation."""
+        return self.drive(card(self._session))
 
     def ping(self) -> Any:
         """To the model's engine and back: "idle" or "running"."""

@@ -6,6 +6,7 @@ times. `talks` makes new ones of old ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from djinn_zmq.engine.keeping import Entry
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import Lost, RequestError
+from djinn_zmq.wire.forwards import Forward
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import Inline, Tensor
@@ -33,6 +35,7 @@ class Branch:
     logits: torch.Tensor | None = None  # (1, vocab), behind the last token if the past is of all
     generator: torch.Tensor | None = None  # the sampler's state
     unspelled: int = 0  # tokens at the end that are within a character
+    bound: str = ""  # why nothing but a program's forwards can go on from it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +45,7 @@ class Midway:
     branch: Branch  # its past: before the forward; its ids: with the forward's own
     below: tuple[Segment, ...]  # what the layers executed have added
     step: int | None  # of a generation; None: of a run
+    bound: str = ""  # why nothing but the forward itself can go on from it
 
 
 def midway_of(entry: Entry, session: EngineSession) -> Midway:
@@ -57,6 +61,8 @@ def midway_of(entry: Entry, session: EngineSession) -> Midway:
             f"checkpoint {entry.id:x} goes on from the keys and values of "
             f"{entry.past} tokens, which died with their engine: run them again"
         )
+    if entry.midway.bound:
+        raise RequestError(entry.midway.bound)
     return entry.midway
 
 
@@ -111,3 +117,44 @@ class TalkJob(Job):
         if layer < 0:
             return None
         return Midway(self.stand(self.working.past), self.working.below(layer), self.step)
+
+
+@dataclass(slots=True, eq=False)
+class ForwardJob(TalkJob):
+    """A program's own forward, see `forwards`. `ids` and `tokens` have as many rows as it asks for."""
+
+    call: Forward = field(kw_only=True)
+    arguments: dict[str, Any] = field(kw_only=True)  # of the model's forward, beside ids and cache
+    wished: dict[str, Any] = field(kw_only=True)  # those that concern only what comes out
+    bound: str = field(kw_only=True)  # as in Midway
+    layers: list[torch.Tensor] = field(
+        default_factory=list
+    )  # what flowed into each and out of the last, if wanted
+    outcome: list[tuple[str, int, torch.Tensor]] = field(default_factory=list)  # as in wire.Output
+    apart: dict[int, Kept] = field(default_factory=dict)  # by their place there
+    kind: str = ""
+
+    @property
+    def cache(self) -> Any:
+        """What the model's forward is given to keep keys and values in."""
+        return self.working.cache if self.call.cached else None
+
+    @property
+    def can_halt(self) -> bool:
+        return not self.call.cached or self.working.past.length == self.working.length
+
+    def rewinder(self, layer: int) -> Callable[[], None]:
+        return self.working.rewinder(layer) if self.call.cached else lambda: None
+
+    def midway(self, layer: int) -> Midway | None:
+        if layer < 0:
+            return None
+        if self.call.cached:
+            return Midway(
+                self.stand(self.working.past), self.working.below(layer), None, self.bound
+            )
+        return Midway(self.stand(self.start.past), (), None, self.bound) if self.bound else None
+
+    def passed(self, hidden: torch.Tensor) -> None:
+        if self.call.hidden:
+            self.layers.append(hidden)

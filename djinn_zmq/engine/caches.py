@@ -244,6 +244,11 @@ class Working:
             self.past = Past(self.past, segments, self.length)
         return self.past
 
+    def whole(self, length: int) -> Past:
+        """The past between two forwards, *length* positions, as one piece that shares nothing."""
+        layers = range(len(self.cache.layers))
+        return Past(None, [self._cut(index, 0, length, length) for index in layers], length)
+
     def _cut(self, index: int, start: int, end: int, length: int) -> Segment:
         """Positions [start, end) of a layer that has had *length*, as far as it still holds them."""
         layer = self.cache.layers[index]

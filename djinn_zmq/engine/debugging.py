@@ -59,7 +59,9 @@ _log = logging.getLogger(__name__)
 NO_RUN = Wanted(None, (), "none", 0)
 NO_IDS = np.zeros((1, 0), np.int64)
 BREAKS_LIMIT = 256
-HELD = frozenset({Op.RUN, Op.RESUME, Op.CONTINUE, Op.GENERATE})  # what stops at breakpoints
+HELD = frozenset(
+    {Op.RUN, Op.RESUME, Op.CONTINUE, Op.GENERATE, Op.FORWARD}
+)  # what stops at breakpoints
 
 
 @dataclass(slots=True, eq=False)

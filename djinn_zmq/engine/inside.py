@@ -29,6 +29,7 @@ from djinn_zmq.errors import EditError, RunError, StopError
 from djinn_zmq.wire.messages import Kept
 
 Keep = Callable[..., Kept]  # (job, data, layer, place=, base=)
+Tail = Callable[[torch.Tensor], Any]  # the last layer's output → what comes of it
 FIRST: Key = (BEFORE, -1)
 
 
@@ -94,6 +95,7 @@ def through(
     plan, stepper = _plan_of(job), job.model.stepper
     if plan.given is None and not begun:
         hidden = yield from _between(job, hidden, keep, arrived=job.fresh)
+        job.passed(hidden)
     while not job.stopped and job.layer != stepper.num_layers:
         yield None
         attend(job)
@@ -107,6 +109,7 @@ def through(
         if not job.stopped:
             job.layer += 1
             hidden = yield from _between(job, hidden, keep, arrived=True)
+            job.passed(hidden)
     return hidden
 
 
@@ -122,10 +125,16 @@ def _hooked_layer(job: Job, hidden: torch.Tensor, recording: Recording, keep: Ke
 
 
 def tail(
-    job: Job, hidden: torch.Tensor, recording: Recording, keep: Keep, *, last: bool = False
-) -> Generator[Halt | None, None, torch.Tensor | None]:
+    job: Job,
+    hidden: torch.Tensor,
+    recording: Recording,
+    keep: Keep,
+    *,
+    last: bool = False,
+    own: Tail | None = None,
+) -> Generator[Halt | None, None, Any]:
     """logits (batch, positions, vocab), or the last position's; None where the run stopped on the
-    way to them."""
+    way to them. own: gives something else, by calling the model."""
     stepper = job.model.stepper
     attend(job)
     if _concerns(job, stepper.num_layers):
@@ -135,11 +144,13 @@ def tail(
             with job.watch.span(
                 "compute"
             ):  # the model's own way: the short one calls fewer modules
+                if own is not None:
+                    return own(hidden.clone())
                 return stepper.own_tail(recording.ids, hidden.clone(), last=last)
 
         return (yield from zone.run(hidden, compute))
     with job.watch.span("compute"):
-        return stepper.tail(recording.ids, hidden, last=last)
+        return own(hidden) if own is not None else stepper.tail(recording.ids, hidden, last=last)
 
 
 def handed_in(job: Job, given: Sequence[Given], compute: Callable[[], torch.Tensor]) -> Any:

@@ -139,6 +139,9 @@ class Job:
         """What a checkpoint after *layer* needs beside the hidden state: nothing, here."""
         return None
 
+    def passed(self, hidden: torch.Tensor) -> None:
+        """*hidden* is what flows on after `layer` layers, edits of a debugger's made."""
+
     def advance(self, event: str) -> None:
         self.state = states.advance(states.RUN, self.state, event)
 

@@ -17,10 +17,11 @@ from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.lease import LeaseSocket, close_all
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import MANY, Poll
-from djinn_zmq.engine import models, replies
+from djinn_zmq.engine import cards, models, replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
 from djinn_zmq.engine.devices import Broken, Device
+from djinn_zmq.engine.forwards import Forwarder
 from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.lanes import Lanes
@@ -73,6 +74,7 @@ class EngineLoop:
         self._sweeper = Sweeper(self._keeping, self._runner)
         self._tracer = Tracer(self._keeping, self._runner)
         self._talker = Talker(self._keeping, self._runner)
+        self._forwarder = Forwarder(self._keeping, self._runner, self._talker)
         self._mover = Mover(self._keeping, self._runner)
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
@@ -109,6 +111,8 @@ class EngineLoop:
             Op.TRACE: self._run,
             Op.CONTINUE: self._run,
             Op.GENERATE: self._run,
+            Op.FORWARD: self._run,
+            Op.CARD: self._card,
             Op.MOVE: self._run,
             Op.HOLD: self._run,
             Op.RESTORE: self._run,
@@ -126,6 +130,7 @@ class EngineLoop:
             Op.TRACE: self._tracer.trace,
             Op.CONTINUE: self._talker.run,
             Op.GENERATE: self._talker.generate,
+            Op.FORWARD: self._forwarder.begin,
             Op.MOVE: self._mover.move,
             Op.HOLD: self._mover.hold,
             Op.RESTORE: self._mover.restore,
@@ -407,6 +412,12 @@ class EngineLoop:
         if ids.size > PIECES_LIMIT:
             raise PromptError(f"{ids.size} tokens to spell out: at most {PIECES_LIMIT} at once")
         meta, buffers = replies.of_tokens(ids, model.pieces(ids))
+        self._answers.answer(envelope, message.header, meta, buffers)
+
+    def _card(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        meta, buffers = cards.of(self._model_of(session))
         self._answers.answer(envelope, message.header, meta, buffers)
 
     def _away(

@@ -6,13 +6,14 @@ import msgspec
 import numpy as np
 import torch
 
-from djinn_zmq.engine.branches import TalkJob
+from djinn_zmq.engine.branches import ForwardJob, TalkJob
 from djinn_zmq.engine.grids import SweepJob, TraceJob
 from djinn_zmq.engine.jobs import DoneJob, Job
 from djinn_zmq.engine.keeping import NAMES
 from djinn_zmq.engine.looking import LookJob
 from djinn_zmq.engine.moving import HoldJob, MoveJob, RestoreJob
 from djinn_zmq.engine.ranking import log_norm_of, top_of
+from djinn_zmq.wire.forwards import Forwarded, Output
 from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import RunReply, TokensReply
 from djinn_zmq.wire.sweeps import Outcomes, Results, SweepReply, TraceReply
@@ -24,6 +25,8 @@ Buffers = list[bytes | memoryview]
 
 def of(job: Job) -> tuple[msgspec.Struct, Buffers]:
     """What *job* has come to."""
+    if isinstance(job, ForwardJob):
+        return of_forward(job)
     if isinstance(job, TalkJob) and job.asked is not None:
         return of_generation(job)
     if isinstance(job, (MoveJob, HoldJob, RestoreJob, DoneJob)):
@@ -105,6 +108,21 @@ def of_generation(job: TalkJob) -> tuple[Generated, Buffers]:
         spans=job.watch.with_rest("queue", first=True),
     )
     return reply, buffers
+
+
+def of_forward(job: ForwardJob) -> tuple[Forwarded, Buffers]:
+    """The reply to a FORWARD."""
+    buffers: Buffers = []
+    with job.watch.span("encode"):
+        outputs = tuple(
+            Output(name, place, job.apart[index].tensor, job.apart[index].id)
+            if index in job.apart
+            else Output(name, place, place_torch(data, buffers), 0)
+            for index, (name, place, data) in enumerate(job.outcome)
+        )
+    length = job.tokens.shape[1] if job.call.cached else 0
+    spans = job.watch.with_rest("queue", first=True)
+    return Forwarded(job.id, job.kind, outputs, job.branch, length, spans), buffers
 
 
 def of_look(job: LookJob) -> tuple[LookReply, Buffers]:

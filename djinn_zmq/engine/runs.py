@@ -342,6 +342,7 @@ class Runner:
             hidden = yield from inside.through(job, hidden.clone(), recording, self.keep)
             return hidden
         stepper, first = job.model.stepper, job.layer
+        job.passed(hidden)
         yield from self._keep_if_wanted(job, hidden, unchanged)
         while job.layer != (stepper.num_layers if job.stop_at is None else job.stop_at):
             yield None
@@ -355,6 +356,7 @@ class Runner:
             with job.watch.span("compute"):
                 hidden = stepper.step(job.layer, hidden, recording, lent=job.layer == first)
                 job.layer += 1
+            job.passed(hidden)
             yield from self._keep_if_wanted(job, hidden)
         job.stopped = job.stop_at is not None
         return hidden

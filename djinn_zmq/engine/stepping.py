@@ -12,10 +12,11 @@ record or a tail they pass straight through.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from djinn_zmq.errors import ModelRefused
 
 CHECK_SHAPES = ((1, 7), (2, 5))  # (batch, positions) of the self-check's prompts
 CHECK_SEED = 20
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Noted(Exception):
@@ -81,7 +83,8 @@ class Stepper:
         # Layers that change their input, or hand it on (num_layers: the tail). Found by `check`.
         self._touching: set[int] = set()
         self.caches = Caches(model)
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.kind = ""  # the class of the model's outputs; found by `check`
+        self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for index, layer in enumerate(self.layers):
             layer.forward = self._stub(index)
 
@@ -109,37 +112,47 @@ class Stepper:
         """
         return self._logits(ids, cache, last=last)
 
-    def _logits(self, ids: torch.Tensor, cache: Any = None, *, last: bool = False) -> torch.Tensor:
-        options = {} if cache is None else {self.caches.name: cache}
-        if last and self._keeps_last:
+    def _logits(
+        self,
+        ids: torch.Tensor,
+        cache: Any = None,
+        *,
+        last: bool = False,
+        arguments: Mapping[str, Any] = NOTHING,
+    ) -> torch.Tensor:
+        options = {**arguments} if cache is None else {**arguments, self.caches.name: cache}
+        if last and self.keeps_last:
             options["logits_to_keep"] = 1
         with self._over(cache is not None and self.caches.over_past(cache)):
-            logits: torch.Tensor = self.model(
-                input_ids=ids, use_cache=cache is not None, **options
-            ).logits
+            output = self.model(input_ids=ids, use_cache=cache is not None, **options)
+        self.kind = type(output).__name__
+        logits: torch.Tensor = output.logits
         return logits[:, -1:] if last else logits
 
     def _over(self, past: bool) -> AbstractContextManager[object]:
         return self._reproducibly() if past else nullcontext()
 
-    def record(self, ids: torch.Tensor, cache: Any = None) -> Recording:
+    def record(
+        self, ids: torch.Tensor, cache: Any = None, arguments: Mapping[str, Any] = NOTHING
+    ) -> Recording:
         """What the model hands to its layers. Runs none of them.
 
         ids: int64 (batch, positions), on the model's device. cache: one of `caches`, for a prompt
         that goes on from a past; the layers that are then stepped write into it.
+        arguments: what else the model's forward is called with.
         """
-        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded: list[torch.Tensor] = []
 
         def note(index: int, *args: Any, **kwargs: Any) -> Any:
-            if index != len(arguments):
-                raise ModelRefused(f"its forward calls layer {index} in place {len(arguments)}")
+            if index != len(noted):
+                raise ModelRefused(f"its forward calls layer {index} in place {len(noted)}")
             if not args or not isinstance(args[0], torch.Tensor):
                 raise ModelRefused("its layers are not given hidden states as first argument")
             hidden, args = args[0], args[1:]
             if index == 0:
                 embedded.append(hidden)
-            arguments.append((args, kwargs))
+            noted.append((args, kwargs))
             if index == self.num_layers - 1:
                 raise _Noted
             return self._as_layer_output(index, hidden)
@@ -147,16 +160,14 @@ class Stepper:
         over_past = cache is not None and self.caches.over_past(cache)
         self._at_layer = note
         try:
-            self._logits(ids, cache)
+            self._logits(ids, cache, arguments=arguments)
         except _Noted:
             pass
         finally:
             self._at_layer = self._pass_through
-        if len(arguments) != self.num_layers or not embedded:
-            raise ModelRefused(
-                f"its forward calls {len(arguments)} of its {self.num_layers} layers"
-            )
-        return Recording(ids, embedded[0], arguments, over_past)
+        if len(noted) != self.num_layers or not embedded:
+            raise ModelRefused(f"its forward calls {len(noted)} of its {self.num_layers} layers")
+        return Recording(ids, embedded[0], noted, over_past)
 
     def step(
         self, index: int, hidden: torch.Tensor, recording: Recording, *, lent: bool = False
@@ -206,6 +217,26 @@ class Stepper:
         self._at_layer = hand_on
         try:
             return self._logits(ids, last=last)
+        finally:
+            self._at_layer = self._pass_through
+
+    def outputs(
+        self, ids: torch.Tensor, layers: Sequence[torch.Tensor], arguments: Mapping[str, Any]
+    ) -> Any:
+        """All that the model's forward gives, as transformers' own output, by calling the model.
+
+        layers: what each layer has given; or of the last one alone, where *arguments* ask for
+        nothing that looks at the others.
+        """
+
+        def hand_on(index: int, embedded: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            behind = self.num_layers - 1 - index
+            given = layers[-1 - behind] if behind < len(layers) else embedded
+            return self._as_layer_output(index, given)
+
+        self._at_layer = hand_on
+        try:
+            return self.model(input_ids=ids, use_cache=False, **arguments)
         finally:
             self._at_layer = self._pass_through
 

@@ -54,11 +54,11 @@ class Talker:
     ) -> tuple[TalkJob, Turns]:
         """A job for a run behind a branch's tokens. Raises RequestError, Lost; nothing is done yet."""
         with watch.span("decode"):
-            start = self._start(asked, session, model)
+            start = self.start(asked.branch, asked.static, session, model)
             tokens = self._with_prompt(asked, start, buffers, session, model)
             if tokens.shape[1] == start.past.length:
                 raise PromptError("an empty prompt cannot be run")
-            _check_room(tokens.shape[1], start.static, model)
+            check_room(tokens.shape[1], start.static, model)
             self._check(asked.wanted, Start(0, fresh=True), model, tokens[:, start.past.length :])
         job = self._job(start, tokens, session, model, watch, asked.wanted, shared)
         return job, self._runner.settling(job, self._run(job, None))
@@ -103,13 +103,17 @@ class Talker:
             if asked.checkpoint:
                 entry = self._keeping.find(asked.checkpoint, session.owner)
                 midway = midway_of(entry, session)
-            start = self._start(asked, session, model) if midway is None else midway.branch
+            start = (
+                midway.branch
+                if midway is not None
+                else self.start(asked.branch, asked.static, session, model)
+            )
             tokens = self._with_prompt(asked, start, buffers, session, model)
             if not tokens.size:
                 raise PromptError("neither text nor token ids: nothing to generate from")
             if asked.max_new_tokens < 0:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
-            _check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
+            check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             _check_logits_fit(asked.wanted, model)
             last = None
             if entry is None:  # else its numbers are those of the generation that stopped
@@ -131,24 +135,35 @@ class Talker:
             opening = self._runner.opening(job, entry, asked, buffers)
         return job, self._runner.settling(job, self._generate(job, opening, tokens))
 
-    def _start(
-        self, asked: Continue | Generate, session: EngineSession, model: ServedModel
+    def start(
+        self,
+        number: int,
+        static: int,
+        session: EngineSession,
+        model: ServedModel,
+        *,
+        bound: bool = False,
     ) -> Branch:
-        """What is gone on from. Raises Lost, NoSessions, RequestError."""
+        """What is gone on from: branch *number*, or a beginning. Raises Lost, NoSessions, RequestError.
+
+        bound: by a program's forward.
+        """
         if model.info.no_sessions:
             raise NoSessions(f'"{model.info.name}" serves no sessions: {model.info.no_sessions}')
-        if asked.branch:
-            branch = session.branches.get(asked.branch)
+        if number:
+            branch = session.branches.get(number)
             if branch is None:
                 raise Lost(
-                    f"branch {asked.branch:x} is gone: it was released, or the engine that held its "
+                    f"branch {number:x} is gone: it was released, or the engine that held its "
                     "keys and values died"
                 )
+            if bool(branch.bound) != bound:
+                raise RequestError(branch.bound or "a conversation's branch is no past of forwards")
             return branch
-        if asked.static:
-            self._check_static(asked.static, model)
+        if static:
+            self._check_static(static, model)
         nothing = model.stepper.caches.nothing(session.account)
-        return Branch(np.zeros((1, 0), np.int64), nothing, asked.static)
+        return Branch(np.zeros((1, 0), np.int64), nothing, static)
 
     def _check_static(self, count: int, model: ServedModel) -> None:
         """Raises RequestError for a static cache of *count* positions that cannot be."""
@@ -226,7 +241,7 @@ class Talker:
     def _run(self, job: TalkJob, opening: Opening | None) -> Turns:
         """One forward, or the rest of one, and the logits that are wanted."""
         job.advance("start")
-        yield from self._begin(job)
+        yield from self.begin(job)
         # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
         whole = job.step is None and job.wanted.logits != "none"
         logits = yield from self._forward(job, opening, last=not whole)
@@ -243,7 +258,7 @@ class Talker:
         """*tokens*: with the prompt. opening: where a forward is to be finished first."""
         assert job.asked is not None and job.sampler is not None
         job.advance("start")
-        yield from self._begin(job)
+        yield from self.begin(job)
         logits = job.start.logits
         if opening is not None:
             logits = yield from self._step(job, opening)
@@ -277,7 +292,7 @@ class Talker:
         yield from self._runner.until_done(job)
         job.advance("stop" if job.reason == "stop" else "finish")
 
-    def _begin(self, job: TalkJob) -> Iterator[None]:
+    def begin(self, job: TalkJob) -> Iterator[None]:
         """Have the past where the layers read it, and a cache to go on from it with."""
         start = job.start
         job.ends.append(partial(self._track, job))
@@ -368,7 +383,7 @@ class Talker:
         session.branches[job.ended.id] = branch
 
 
-def _check_room(count: int, static: int, model: ServedModel, new: int = 1) -> None:
+def check_room(count: int, static: int, model: ServedModel, new: int = 1) -> None:
     """Raises PromptError where more tokens would be run than the model, or the cache, takes.
 
     new: tokens to come, of which the last is not run.

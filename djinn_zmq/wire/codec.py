@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from djinn_zmq.errors import DjinnError, ProtocolError, from_wire
-from djinn_zmq.wire import attach, messages, sweeps, talks, tiers
+from djinn_zmq.wire import attach, forwards, messages, sweeps, talks, tiers
 from djinn_zmq.wire.edits import tensors_in
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import VERSION, Flag
@@ -207,6 +207,9 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     sweeps.Swept: lambda meta: sweeps.tensors_of(meta.outcomes),
     sweeps.Traced: lambda meta: sweeps.tensors_of(meta.outcomes),
     sweeps.TraceReply: lambda meta: (meta.ids, *sweeps.tensors_of(meta.base)),
+    forwards.Forward: forwards.tensors_of,
+    forwards.Forwarded: lambda meta: (output.tensor for output in meta.outputs),
+    forwards.CardReply: lambda meta: (piece for file in meta.files for piece in file.pieces),
     attach.GoOn: lambda meta: (meta.hidden, *tensors_in(meta.edits)),
     attach.Stopped: lambda meta: (
         meta.before,

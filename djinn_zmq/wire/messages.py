@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import msgspec
 
-from djinn_zmq.wire import attach, tiers
+from djinn_zmq.wire import attach, forwards, tiers
 from djinn_zmq.wire.edits import Edit, Index
 from djinn_zmq.wire.looks import Look, LookReply
 from djinn_zmq.wire.ops import Op, Spans, message
@@ -358,6 +358,8 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.DROP: Drop,
     Op.ADOPT: Adopt,
     Op.MOVED: tiers.Moved,
+    Op.FORWARD: forwards.Forward,
+    Op.CARD: forwards.Card,
     Op.ATTACH: attach.Attach,
     Op.BREAKS: attach.Breaks,
     Op.GO_ON: attach.GoOn,
@@ -394,6 +396,8 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.AWAY: tiers.AwayReply,
     Op.RESTORE: tiers.RestoreReply,
     Op.LOAD: Loaded,
+    Op.FORWARD: forwards.Forwarded,
+    Op.CARD: forwards.CardReply,
     Op.ATTACH: attach.Detached,
     Op.BREAKS: Done,
     Op.GO_ON: Done,

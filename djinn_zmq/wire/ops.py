@@ -39,6 +39,8 @@ class Op(IntEnum):
     GENERATE = 24  # answered in parts, a token each
     MORE = 25  # one way: the client takes so many more parts of an answer
     CONTINUE = 26  # a run that goes on from a branch of a session
+    FORWARD = 56  # a program's own call of the model
+    CARD = 57  # the files that make a model's config and tokenizer
     # server ↔ engine
     READY = 32  # engine: the process is up
     LOAD = 33
@@ -66,7 +68,7 @@ class Op(IntEnum):
 TO_ENGINE = frozenset(
     {Op.RUN, Op.RESUME, Op.CANCEL, Op.TOKENS, Op.LOOK, Op.MORE, Op.CONTINUE, Op.GENERATE}
     | {Op.SWEEP, Op.TRACE, Op.MOVE, Op.HOLD, Op.AWAY, Op.RESTORE}
-    | {Op.ATTACH, Op.BREAKS, Op.GO_ON, Op.RUNS}
+    | {Op.ATTACH, Op.BREAKS, Op.GO_ON, Op.RUNS, Op.FORWARD, Op.CARD}
 )
 
 

@@ -1,0 +1,296 @@
+"""A program's own forwards: the model's forward with the arguments it was called with, stepped.
+
+The past is a value like a conversation's, of as many rows as the program has; each call that keeps keys
+and values makes a new one, of one piece. What beams, batches and assistants do to it (other rows, fewer
+positions) is done by transformers' own methods, on a cache made of it for the call.
+"""
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from djinn_zmq.engine import inside
+from djinn_zmq.engine.branches import NO_TENSOR, Branch, ForwardJob
+from djinn_zmq.engine.caches import Past
+from djinn_zmq.engine.jobs import EngineSession, Halt, Turns
+from djinn_zmq.engine.keeping import Keeping, new_id
+from djinn_zmq.engine.models import ServedModel
+from djinn_zmq.engine.plans import Start
+from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
+from djinn_zmq.engine.talks import Talker, check_room
+from djinn_zmq.errors import PromptError, RequestError
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.forwards import Crop, Forward, Repeat
+from djinn_zmq.wire.messages import BRANCH, Kept, Wanted
+from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Tensor
+
+ALL = Wanted(None, (), "all", 0)
+FRAMES_LIMIT = 32  # of one reply; what is over goes in slots
+IGNORED = -100  # a label that does not count
+MASKED = (
+    "the checkpoint is of a program's forward with a mask, positions or several rows of its own: it can "
+    "be looked at, but only that forward goes on from it"
+)
+OF_FORWARDS = "a past that a program's forwards made: only these go on from it"
+
+
+class Forwarder:
+    """Makes jobs of forwards and works on them."""
+
+    def __init__(self, keeping: Keeping, runner: Runner, talker: Talker) -> None:
+        self._keeping = keeping
+        self._runner = runner
+        self._talker = talker
+
+    def begin(
+        self,
+        asked: Forward,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        model: ServedModel,
+        watch: Stopwatch,
+        *,
+        shared: bool,
+    ) -> tuple[ForwardJob, Turns]:
+        """Raises PromptError, RequestError for what the model cannot be called with; Lost, NoSessions."""
+        with watch.span("decode"):
+            ids = self._keeping.ids_sent(asked.ids, buffers, session.owner)
+            model.check_ids(ids)
+            if asked.cached or asked.past:
+                start = self._talker.start(asked.past, 0, session, model, bound=True)
+            else:
+                start = Branch(np.zeros((1, 0), np.int64), Past(None, (), 0), 0)
+            if asked.past and not asked.cached:
+                raise RequestError(
+                    "a forward behind a past, without a cache: use_cache=False with one"
+                )
+            tokens = start.ids if asked.past else np.zeros((len(ids), 0), np.int64)
+            for change in asked.changes:
+                tokens = self._changed(change, tokens, buffers, session)
+            if len(tokens) != len(ids):
+                raise PromptError(f"{len(ids)} rows of ids behind a past of {len(tokens)}")
+            past, count = tokens.shape[1], ids.shape[1]
+            check_room(past + count, 0, model)
+            load = partial(self._keeping.load_sent, buffers=buffers, owner=session.owner)
+            arguments, default = self._arguments(asked, ids, past, model, load)
+            wished = self._wished(asked, ids, model, load)
+            bound = "" if default and (len(ids) == 1 or not asked.cached) else MASKED
+        job = ForwardJob(
+            session,
+            model,
+            ids,
+            0,
+            ALL,
+            shared,
+            watch,
+            start=start,
+            below=(),
+            tokens=np.concatenate([tokens, ids], axis=1),
+            call=asked,
+            arguments=arguments,
+            wished=wished,
+            bound=bound,
+        )
+        rows = [self._rows(change, buffers, session) for change in asked.changes]
+        return job, self._runner.settling(job, self._work(job, rows))
+
+    # ---- what it is called with, checked: on a GPU a wrong index ends the process
+
+    def _changed(
+        self,
+        change: Any,
+        tokens: np.ndarray,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+    ) -> np.ndarray:
+        """The past's tokens after *change*."""
+        count, length = tokens.shape
+        if not length:
+            raise RequestError("there is no past to change")
+        if isinstance(change, Crop):
+            if not 0 <= change.count <= length:
+                raise RequestError(f"a past of {length} positions without {change.count} of them")
+            return tokens[:, : length - change.count]
+        if isinstance(change, Repeat):
+            if not 1 <= change.times <= 1024:
+                raise RequestError(f"rows of a past {change.times} times: 1 to 1024")
+            return np.repeat(tokens, change.times, axis=0)
+        rows = self._keeping.ids_sent(change.rows, buffers, session.owner)
+        if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= count:
+            raise RequestError(f"rows {rows.tolist()} of a past of {count} rows")
+        return tokens[rows]
+
+    def _rows(
+        self, change: Any, buffers: Sequence[bytes | memoryview], session: EngineSession
+    ) -> tuple[Any, np.ndarray | None]:
+        """*change*, and the rows that it names: the message's buffers do not outlive it."""
+        if isinstance(change, (Crop, Repeat)):
+            return change, None
+        return change, self._keeping.ids_sent(change.rows, buffers, session.owner)
+
+    def _arguments(
+        self, asked: Forward, ids: np.ndarray, past: int, model: ServedModel, load: Any
+    ) -> tuple[dict[str, Any], bool]:
+        """What goes with the ids; and is it what a call without would have meant?"""
+        arguments, default = {}, True
+        if asked.mask is not None:
+            mask = load(asked.mask)
+            if not mask.ndim or mask.shape[0] not in (1, len(ids)):
+                raise RequestError(f"attention_mask {tuple(mask.shape)} for {len(ids)} rows of ids")
+            arguments["attention_mask"] = mask
+            default = mask.ndim == 2 and bool((mask == 1).all())
+        if asked.positions is not None:
+            positions = load(asked.positions)
+            limit = model.info.max_positions
+            if positions.dtype != torch.int64 or positions.shape not in (
+                (1, ids.shape[1]),
+                ids.shape,
+            ):
+                raise RequestError(
+                    f"position_ids {positions.dtype} {tuple(positions.shape)}: int64, (1, "
+                    f"{ids.shape[1]}) or {ids.shape}"
+                )
+            if int(positions.min()) < 0 or (limit and int(positions.max()) >= limit):
+                raise PromptError(
+                    f"position_ids {int(positions.min())} to {int(positions.max())}: "
+                    f'"{model.info.name}" has 0 to {limit - 1}'
+                )
+            arguments["position_ids"] = positions
+            own = torch.arange(past, past + ids.shape[1], device=positions.device)
+            default = default and bool((positions == own).all())
+        return arguments, default
+
+    def _wished(
+        self, asked: Forward, ids: np.ndarray, model: ServedModel, load: Any
+    ) -> dict[str, Any]:
+        wished: dict[str, Any] = {}
+        if asked.hidden:
+            wished["output_hidden_states"] = True
+        if isinstance(asked.keep, Tensor):
+            keep = load(asked.keep)
+            extent = ids.shape[1]
+            if keep.dtype != torch.int64 or keep.ndim != 1 or not keep.numel():
+                raise RequestError(f"logits_to_keep {keep.dtype} {tuple(keep.shape)}: int64 (n,)")
+            if int(keep.min()) < -extent or int(keep.max()) >= extent:
+                raise RequestError(f"logits_to_keep {keep.tolist()} of {extent} positions")
+            wished["logits_to_keep"] = keep
+        elif asked.keep:
+            if asked.keep < 0:
+                raise RequestError(f"logits_to_keep {asked.keep}: at least 0")
+            wished["logits_to_keep"] = asked.keep
+        if wished.get("logits_to_keep") is not None and not model.stepper.keeps_last:
+            raise RequestError(f'"{model.info.name}" takes no logits_to_keep')
+        if asked.labels is not None:
+            labels = load(asked.labels)
+            if labels.dtype != torch.int64 or labels.shape != ids.shape:
+                raise RequestError(
+                    f"labels {str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}: int64 {ids.shape}, as the ids"
+                )
+            counted = labels[labels != IGNORED]
+            if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < (
+                model.info.vocab_size
+            ):
+                raise RequestError(
+                    f"labels {int(counted.min())} to {int(counted.max())}: 0 to "
+                    f"{model.info.vocab_size - 1}, or {IGNORED} for what does not count"
+                )
+            wished["labels"] = labels
+        return wished
+
+    # ---- the work
+
+    def _work(self, job: ForwardJob, changes: list[tuple[Any, np.ndarray | None]]) -> Turns:
+        job.advance("start")
+        if job.call.cached:
+            yield from self._talker.begin(job)
+            job.working.begin(job.ids.shape[1])
+        if changes:
+            with job.watch.span("restore"):
+                self._change(job, changes)
+        logits = yield from self._forward(job)
+        if job.call.cached:
+            job.working.finish()
+            self._end(job)
+        with job.watch.span("copy"):
+            self._take(job, logits)
+        yield from self._runner.until_done(job)
+        job.advance("finish")
+
+    def _change(self, job: ForwardJob, changes: list[tuple[Any, np.ndarray | None]]) -> None:
+        """Another past for the job: its own, with the *changes*."""
+        cache, caches = job.working.cache, job.model.stepper.caches
+        try:
+            for change, rows in changes:
+                if rows is not None:
+                    cache.reorder_cache(torch.from_numpy(rows).to(job.model.device))
+                elif isinstance(change, Repeat):
+                    cache.batch_repeat_interleave(change.times)
+                elif change.count:
+                    cache.crop(-change.count)
+        except Exception as exc:
+            raise RequestError(f"its past cannot be changed so: {exc}") from exc
+        length = job.tokens.shape[1] - job.ids.shape[1]
+        past = job.working.whole(length) if length else caches.nothing(job.session.account)
+        job.working = caches.open(past, 0, job.session.account)
+        job.working.begin(job.ids.shape[1])
+
+    def _forward(self, job: ForwardJob) -> Generator[Halt | None, None, torch.Tensor | Any]:
+        stepper, keep = job.model.stepper, self._runner.keep
+        job.fresh = True
+        if job.session.attached is not None:
+            inside.attend(job, Start(0, fresh=True))
+        ids = torch.from_numpy(job.ids).to(job.model.device)
+
+        def record() -> Any:
+            return stepper.record(ids, job.cache, job.arguments)
+
+        with job.watch.span("record"):
+            recording = record()
+        if job.plan is not None:
+            recording = yield from inside.recorded(job, recording, keep, record)
+        hidden = yield from self._runner.through(job, recording.embedded, recording)
+        yield None
+        last = job.wished.keys() == {"logits_to_keep"} and job.call.keep == 1
+        own = None if last or not job.wished else partial(self._outputs, job, ids)
+        if job.plan is not None:
+            return (yield from inside.tail(job, hidden, recording, keep, last=last, own=own))
+        with job.watch.span("compute"):
+            return own(hidden) if own else stepper.tail(ids, hidden, last=last, lent=True)
+
+    def _outputs(self, job: ForwardJob, ids: torch.Tensor, hidden: torch.Tensor) -> Any:
+        layers = [*job.layers[1:-1], hidden]
+        found = job.model.stepper.outputs(ids, layers, job.wished)
+        if job.layers:  # the model's own, just now, knew of no positions and no edits
+            found["hidden_states"] = (job.layers[0], *found["hidden_states"][1:])
+        return found
+
+    def _take(self, job: ForwardJob, found: Any) -> None:
+        """What travels, and how."""
+        job.kind = job.model.stepper.kind
+        if isinstance(found, torch.Tensor):
+            job.outcome.append(("logits", -1, found))
+        else:
+            for name in ("loss", "logits"):
+                if (value := found.get(name)) is not None:
+                    job.outcome.append((name, -1, value))
+            states = found.get("hidden_states") or ()
+            job.outcome += [("hidden_states", place, one) for place, one in enumerate(states)]
+        room, frames = (SLOT_FROM if job.shared else FRAME_LIMIT), 0
+        for place, (_, _, data) in enumerate(job.outcome):
+            if data.nbytes <= INLINE_LIMIT:
+                continue
+            if data.nbytes > room or frames == FRAMES_LIMIT:
+                job.apart[place] = self._runner.keep(job, data, -1)
+                job.kept.append(job.apart[place])
+            else:
+                frames += 1
+
+    def _end(self, job: ForwardJob) -> None:
+        past = job.working.past = job.working.whole(job.tokens.shape[1])
+        session = job.session
+        branch = Branch(job.tokens, past, 0, bound=OF_FORWARDS)
+        job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length, tiers=())
+        session.branches[job.ended.id] = branch

@@ -1,0 +1,183 @@
+"""A cache that is elsewhere: transformers' cache object in a program, the keys and values on the server.
+
+It names a past there. What generation does to a cache (other rows for beams, fewer positions after a
+wrong guess) is noted, and done on the server with the next forward. Whatever would have to hand out keys
+and values raises NotServed.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from djinn_zmq.client.forwards import Change, Past
+from djinn_zmq.errors import NotServed
+from djinn_zmq.hf.tensors import to_numpy
+from djinn_zmq.wire.forwards import Crop, Repeat
+
+
+class RemoteCache(DynamicCache):
+    """Made by a RemoteCausalLM's forward, or out of an empty DynamicCache that it is given."""
+
+    session: int  # of the model that made it; 0: of none yet
+
+    def __init__(self) -> None:
+        self._become(windows=False)
+
+    @classmethod
+    def adopt(cls, cache: Any, config: Any) -> "RemoteCache":
+        """*cache* itself, which is one of these from now on. Raises NotServed for what cannot be.
+
+        A program goes on with the object it gave, so another one would not do.
+        """
+        if type(cache) is not DynamicCache:
+            raise NotServed(
+                f"a {type(cache).__name__} as cache: the keys and values of a served model stay on the "
+                "server, in a DynamicCache's way; give a new DynamicCache or none"
+            )
+        if cache.get_seq_length():
+            raise NotServed(
+                "a DynamicCache with keys and values in it: those of a served model are on the server; "
+                "give a new DynamicCache or none"
+            )
+        if getattr(cache, "offloading", False):
+            raise NotServed("an offloading cache: the keys and values are on the server")
+        own = DynamicCache(config=config).layers
+        given = [type(layer) for layer in cache.layers] or [DynamicLayer] * len(own)
+        if given != [type(layer) for layer in own]:
+            raise NotServed(
+                "a cache with other layers than the model's own, which has some with a window: make it "
+                "with DynamicCache(config=model.config)"
+            )
+        windows = any(kind is not DynamicLayer for kind in given)
+        if any(getattr(layer, "record_past", False) for layer in cache.layers):
+            raise NotServed("a cache that records what leaves its window")
+        cache.__class__ = cls
+        cache._become(windows)
+        return cache
+
+    @classmethod
+    def made(cls, config: Any) -> "RemoteCache":
+        return cls.adopt(DynamicCache(config=config), config)
+
+    def _become(self, windows: bool) -> None:
+        self.__dict__.clear()
+        self.session = 0
+        self.windows = windows  # do some layers forget what is behind a window?
+        self.past: Past | None = None
+        self.changes: list[Change] = []  # to be made with the next forward
+        self._length = 0
+        self._rows = 0
+
+    def take(self, past: Past, rows: int) -> None:
+        """A forward has been through it."""
+        self.session, self.past, self.changes = past.session, past, []
+        self._length, self._rows = past.length, rows
+
+    # ---- what transformers asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return self._rows or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._length > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.windows
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]
+
+    def __len__(self) -> int:
+        return 0 if self.past is None else 1
+
+    def __repr__(self) -> str:
+        return f"<cache on the server: {self._length} positions of {self._rows} rows>"
+
+    # ---- what generation does to it
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self._length:
+            rows = to_numpy("beam_idx", beam_idx, torch.int64).reshape(-1)
+            self.changes.append(np.ascontiguousarray(rows))
+            self._rows = len(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = torch.as_tensor(indices)
+        self.reorder_cache(rows.nonzero() if rows.dtype == torch.bool else rows % (self._rows or 1))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._length and repeats != 1:
+            self.changes.append(Repeat(int(repeats)))
+            self._rows *= int(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise NotServed(
+                f"crop({tokens_to_remove}): a negative number, of the positions to leave out at the end"
+            )
+        if count and self.windows:
+            raise NotServed("crop of a cache with a window: what has left it is gone")
+        count = min(count, self._length)
+        if count:
+            self.changes.append(Crop(count))
+            self._length -= count
+
+    def activate_past_recording(self) -> None:
+        if self.windows:
+            raise NotServed(
+                "taking tokens back from a cache with a window: what has left it is gone"
+            )
+
+    def reset(self) -> None:
+        self._become(self.windows)
+
+    def __deepcopy__(self, memo: Any = None) -> Self:
+        """Another name for the same past: what is done to one does not show in the other."""
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__dict__, changes=list(self.changes))
+        return copy
+
+    __copy__ = __deepcopy__
+
+    # ---- what it does not have
+
+    @property
+    def layers(self) -> Any:
+        raise Elsewhere("cache.layers: the keys and values are on the server")
+
+    def __iter__(self) -> Any:
+        raise NotServed("iterating over a cache: the keys and values are on the server")
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        raise NotServed("cache.update: the keys and values are on the server")
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
+        raise NotServed("cache.get_mask_sizes: masks are made on the server")
+
+    def __reduce__(self) -> Any:
+        raise NotServed("a cache that is on the server cannot be pickled")
+
+
+class Elsewhere(NotServed, AttributeError):
+    """An attribute that a model or a cache in this process would have."""

@@ -1,0 +1,349 @@
+"""Hugging Face's own code on a served model gives what it gives on the model itself, bit for bit; what a
+served model cannot do is refused by name."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from djinn_zmq.errors import NotServed, PromptError, RequestError
+from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
+from tests.engine.architectures import tiny_model
+
+TINY = str(resources.files("djinn_zmq") / "models" / "tiny")
+OTHERS = [
+    "Gemma2",
+    "GPT2",
+]  # windows shorter than the prompt and full layers by turns; learned positions
+PROMPT = [[5, 9, 31, 7, 11, 40, 8]]
+PADDED = [[0, 0, 0, 5, 9, 31, 7], [21, 9, 31, 7, 11, 40, 8]]  # on the left
+MASK = [[0, 0, 0, 1, 1, 1, 1], [1] * 7]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server under test: their number shows in the last bit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pair(served, tmp_path_factory):
+    """By name: the plain model, and the served one in transformers' terms."""
+    with served.connect() as server:
+
+        @cache
+        def made(name: str):
+            folder = TINY
+            if name != "tiny":
+                folder = str(tmp_path_factory.mktemp(name))
+                tiny_model(name).save_pretrained(folder)
+            plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+            return plain, RemoteCausalLM.of(server.model("tiny" if name == "tiny" else folder))
+
+        yield made
+
+
+@pytest.fixture(params=["tiny", *OTHERS])
+def models(request, pair):
+    return pair(request.param)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def both(models, ask):
+    """What *ask* gives, or raises, with the plain model and with the served one."""
+    found = []
+    for model in models:
+        torch.manual_seed(7)
+        try:
+            with torch.inference_mode():
+                found.append(ask(model))
+        except Exception as exc:  # noqa: BLE001
+            found.append(exc)
+    return found
+
+
+# ---- forward
+
+
+CALLS = {
+    "ids alone": lambda ids, mask: {"input_ids": ids},
+    "with labels": lambda ids, mask: {"input_ids": ids, "labels": ids.clone()},
+    "with hidden states": lambda ids, mask: {"input_ids": ids, "output_hidden_states": True},
+    "without a cache": lambda ids, mask: {"input_ids": ids, "use_cache": False},
+    "as a padded batch": lambda ids, mask: {"input_ids": mask[0], "attention_mask": mask[1]},
+    "with positions": lambda ids, mask: {
+        "input_ids": mask[0],
+        "attention_mask": mask[1],
+        "position_ids": (mask[1].cumsum(-1) - 1).clamp(min=0),
+        "labels": mask[0].masked_fill(mask[1] == 0, -100),
+        "output_hidden_states": True,
+    },
+    "of the last three": lambda ids, mask: {"input_ids": ids, "logits_to_keep": 3},
+    "of some": lambda ids, mask: {"input_ids": ids, "logits_to_keep": torch.tensor([1, 4])},
+    "as a tuple": lambda ids, mask: {"input_ids": ids, "return_dict": False},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_forward_gives_the_models_own_output(models, call: str) -> None:
+    arguments = CALLS[call](torch.tensor(PROMPT), (torch.tensor(PADDED), torch.tensor(MASK)))
+    own, remote = both(models, lambda model: model(**arguments))
+    assert type(own) is type(remote), remote
+    if isinstance(own, tuple):
+        assert same(own[0], remote[0]) and len(own) == len(remote)
+        return
+    assert list(own.keys()) == list(remote.keys())
+    assert same(own.logits, remote.logits)
+    if "labels" in arguments:
+        assert same(own.loss, remote.loss)
+    if "output_hidden_states" in arguments:
+        assert all(map(same, own.hidden_states, remote.hidden_states))
+        assert len(own.hidden_states) == len(remote.hidden_states)
+
+
+def test_a_cache_goes_on_branches_and_is_cropped_on_the_server(pair) -> None:
+    def ask(model):
+        first = model(torch.tensor(PROMPT))
+        kept = first.past_key_values
+        other = copy.deepcopy(kept)
+        found = [model(torch.tensor([[3]]), past_key_values=kept).logits]
+        found.append(model(torch.tensor([[4, 6]]), past_key_values=other).logits)
+        kept.crop(-3)
+        kept.batch_repeat_interleave(3)
+        kept.reorder_cache(torch.tensor([2, 0, 1, 1]))
+        found.append(model(torch.tensor([[5], [6], [7], [8]]), past_key_values=kept).logits)
+        kept.batch_select_indices(torch.tensor([3, 0]))
+        found.append(model(torch.tensor([[5], [6]]), past_key_values=kept).logits)
+        return [*found, torch.tensor([kept.get_seq_length(), other.get_seq_length()])]
+
+    own, remote = both(pair("tiny"), ask)
+    assert all(map(same, own, remote)), (own, remote)
+
+
+def test_a_programs_own_empty_cache_becomes_a_name_for_the_one_on_the_server(models) -> None:
+    def ask(model):
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor(PROMPT), past_key_values=cache)
+        return model(torch.tensor([[3]]), past_key_values=cache).logits
+
+    own, remote = both(models, ask)
+    assert same(own, remote)
+
+
+# ---- generate
+
+
+class Upto(transformers.StoppingCriteria):
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
+
+
+class Less(transformers.LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores - 3 * torch.nn.functional.one_hot(input_ids[:, -1], scores.shape[1])
+
+
+GENERATES = {
+    "greedily": {},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.9},
+    "sampling by typical_p, min_p, eta and epsilon": {
+        "do_sample": True, "typical_p": 0.8, "min_p": 0.01, "eta_cutoff": 1e-3, "epsilon_cutoff": 1e-3,
+    },
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "by beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    "by beams that sample": {"num_beams": 3, "do_sample": True, "early_stopping": True},
+    "with penalties": {
+        "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "encoder_repetition_penalty": 1.2,
+    },
+    "with tokens forbidden, forced and biased": {
+        "bad_words_ids": [[7], [9, 31]], "suppress_tokens": [4, 5], "forced_eos_token_id": 2,
+        "sequence_bias": [[[11], 4.0]], "min_new_tokens": 3,
+    },
+    "with a processor of its own": {"logits_processor": LogitsProcessorList([Less()])},
+    "with a stopping criterion": {"stopping_criteria": StoppingCriteriaList([Upto()])},
+    "with allowed tokens": {"prefix_allowed_tokens_fn": lambda batch, ids: [1 + ids.numel() % 5, 8, 9]},
+    "with guidance": {"guidance_scale": 1.5},
+    "with a prompt's own phrases": {"prompt_lookup_num_tokens": 2},
+    "without a cache": {"use_cache": False},
+    "in chunks": {"prefill_chunk_size": 3},
+    "contrastively": {"penalty_alpha": 0.6, "top_k": 4},
+    "by layers that differ": {"dola_layers": "low"},
+    "with forced words": {"force_words_ids": [[7]], "num_beams": 2},
+    "in groups of beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "with hidden states": {"output_hidden_states": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", GENERATES)
+@pytest.mark.filterwarnings("ignore")
+def test_generate_gives_the_librarys_own_tokens_and_scores(models, how: str) -> None:
+    def ask(model):
+        return model.generate(
+            torch.tensor(PROMPT),
+            max_new_tokens=6,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+            **GENERATES[how],
+        )
+
+    own, remote = both(models, ask)
+    if isinstance(own, Exception):  # the library itself refuses: the same way
+        assert type(remote) is type(own), (own, remote)
+        return
+    if isinstance(remote, NotServed):
+        assert (models[0].config.model_type, how) in REFUSED, remote
+        return
+    assert not isinstance(remote, Exception), remote
+    assert same(own.sequences, remote.sequences)
+    for name in ("scores", "logits"):
+        assert all(map(same, own[name], remote[name]))
+    if "output_hidden_states" in GENERATES[how]:
+        for a, b in zip(own.hidden_states, remote.hidden_states, strict=True):
+            assert all(map(same, a, b))
+
+
+# Tokens are taken back, which a window does not allow on the server.
+REFUSED = {("gemma2", "with a prompt's own phrases")}
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"num_beams": 2}, {"max_length": 9}])
+def test_a_batch_padded_on_the_left_generates_as_the_model_itself(models, how) -> None:
+    def ask(model):
+        padded = {"input_ids": torch.tensor(PADDED), "attention_mask": torch.tensor(MASK)}
+        return model.generate(**padded, **({"max_new_tokens": 5} | how))
+
+    own, remote = both(models, ask)
+    assert same(own, remote)
+
+
+def test_an_assistant_drafts_for_a_served_model_and_a_served_one_drafts(pair) -> None:
+    plain, remote = pair("tiny")
+    ids = torch.tensor(PROMPT)
+    own = plain.generate(ids, max_new_tokens=6, assistant_model=copy.deepcopy(plain))
+    assert same(own, remote.generate(ids, max_new_tokens=6, assistant_model=plain))
+    assert same(own, plain.generate(ids, max_new_tokens=6, assistant_model=remote))
+
+
+def test_a_streamer_gets_the_text_as_it_comes_and_a_generation_goes_on(pair) -> None:
+    _, remote = pair("tiny")
+    tokenizer = tokenizer_of(remote.served)
+
+    def ask(model):
+        streamer = TextIteratorStreamer(tokenizer)
+        given = tokenizer("the capital of france is", return_tensors="pt")
+        done = model.generate(
+            **given, max_new_tokens=4, streamer=streamer, return_dict_in_generate=True
+        )
+        more = torch.cat([done.sequences, given.input_ids], dim=1)
+        again = model.generate(more, max_new_tokens=4, past_key_values=done.past_key_values)
+        return "".join(streamer), again
+
+    own, other = both(pair("tiny"), ask)
+    assert own[0] == other[0] and "paris" in own[0]
+    assert same(own[1], other[1])
+
+
+def test_the_tokenizer_and_the_configs_are_the_models_own(pair) -> None:
+    plain, remote = pair("tiny")
+    own, sent = transformers.AutoTokenizer.from_pretrained(TINY), tokenizer_of(remote.served)
+    assert sent("ann and tom went out .").input_ids == own("ann and tom went out .").input_ids
+    assert sent.get_vocab() == own.get_vocab()
+    assert remote.generation_config.to_dict() == plain.generation_config.to_dict()
+    differing = {"_name_or_path"}
+    for name, value in plain.config.to_dict().items():
+        assert name in differing or remote.config.to_dict()[name] == value, name
+    assert isinstance(remote, type(plain)) and remote.num_parameters() == plain.num_parameters()
+
+
+# ---- what is refused
+
+
+def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
+    _, remote = pair("tiny")
+    ids = torch.tensor(PROMPT)
+    static = transformers.StaticCache(config=remote.config, max_cache_len=20)
+    filled = pair("tiny")[0](ids).past_key_values
+    for act, named in (
+        (lambda: remote(inputs_embeds=torch.zeros(1, 2, 64)), "inputs_embeds"),
+        (lambda: remote(ids, output_attentions=True), "output_attentions"),
+        (lambda: remote(ids, past_key_values=static), "StaticCache"),
+        (lambda: remote(ids, past_key_values=filled), "with keys and values in it"),
+        (lambda: remote(ids, shift_labels=ids), "shift_labels"),
+        (lambda: remote.generate(ids, cache_implementation="static"), "cache_implementation"),
+        (lambda: remote.to(torch.float32), "served in torch.bfloat16"),
+        (remote.train, "train"),
+        (lambda: list(remote.parameters()), "parameters"),
+        (lambda: remote.save_pretrained("x"), "save_pretrained"),
+        (lambda: remote.model.layers, '"model"'),
+        (lambda: remote(ids).past_key_values.layers, "cache.layers"),
+        (lambda: copy.copy(remote(ids).past_key_values).update(ids, ids, 0), "update"),
+    ):
+        with pytest.raises(NotServed, match=named):
+            act()
+    assert not hasattr(remote, "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"input_ids": torch.tensor([[1000]])}, "token id 1000"),
+        ({"input_ids": torch.tensor([[1]]), "position_ids": torch.tensor([[999]])}, "position_ids"),
+        ({"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[999]])}, "labels 999"),
+        ({"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[1, 2]])}, "labels int64"),
+        ({"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(3, 1)}, "attention_mask"),
+        ({"input_ids": torch.tensor([[1]]), "logits_to_keep": torch.tensor([3])}, "logits_to_keep"),
+        ({"input_ids": torch.tensor([1])}, "input_ids of shape"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_and_the_next_call_is_served(
+    pair, arguments, named: str
+) -> None:
+    _, remote = pair("GPT2")
+    with pytest.raises((PromptError, RequestError), match=named):
+        remote(**arguments)
+    assert remote(torch.tensor([[1]])).logits.shape == (1, 1, 99)
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(pair) -> None:
+    _, remote = pair("tiny")
+    cache = remote(torch.tensor(PROMPT)).past_key_values
+    with pytest.raises(PromptError, match="rows"):
+        remote(torch.tensor([[1], [2]]), past_key_values=cache)
+    assert cache.get_seq_length() == 7
+    assert remote(torch.tensor([[1]]), past_key_values=cache).logits.shape[:2] == (1, 1)
+
+
+def test_the_past_goes_with_the_last_that_names_it(pair, served) -> None:
+    _, remote = pair("tiny")
+
+    def held() -> int:
+        sessions = served.status().sessions
+        return next(one.kv for one in sessions if one.id == remote.served.session_id)
+
+    remote(torch.tensor([[1]]), use_cache=False)
+    before = held()
+    out = remote(torch.tensor(PROMPT))
+    assert held() > before
+    del out
+    remote(torch.tensor([[1]]), use_cache=False)  # carries what was forgotten
+    assert held() == before
