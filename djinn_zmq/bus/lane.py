@@ -36,6 +36,7 @@ CONTINUED = 1 << 30
 PIECES_LIMIT = BUFFERS_LIMIT + 2  # an envelope, a header with its meta, buffers
 
 Piece = bytes | memoryview
+_ring_bell = os.eventfd_write
 
 _records = [struct.Struct(f"<II{count}I") for count in range(PIECES_LIMIT + 1)]
 _lengths = [struct.Struct(f"<{count}I") for count in range(PIECES_LIMIT + 1)]
@@ -121,7 +122,7 @@ class Lane:
 
     # ---- sending
 
-    def send(self, pieces: Sequence[Piece], *, ring: bool = True) -> None:
+    def send(self, pieces: Sequence[Piece], ring: bool = True) -> None:
         """Pass a message on, now or when there is room. Never waits.
 
         ring: False leaves the bell to the next `send`, or to `ring`: the other side is not woken yet.
@@ -137,10 +138,12 @@ class Lane:
         if not self._out.put(record):
             self._put_back(count, record[RECORD.size :])
             return
+        self.unrung = not ring
         if ring:
-            self.ring()
-        else:
-            self.unrung = True
+            try:
+                _ring_bell(self._their_bell, 1)
+            except BlockingIOError:
+                pass  # its count is full, by whatever mischief: it is being rung already
 
     def _put_back(self, count: int, whole: bytes) -> None:
         if len(self._backlog) > self._high_water:
@@ -170,10 +173,8 @@ class Lane:
     def ring(self) -> None:
         """Have the other side look at what was sent."""
         self.unrung = False
-        try:
-            os.eventfd_write(self._their_bell, 1)
-        except BlockingIOError:
-            pass  # its count is full, by whatever mischief: it is being rung already
+        with contextlib.suppress(BlockingIOError):
+            _ring_bell(self._their_bell, 1)
 
     # ---- receiving
 

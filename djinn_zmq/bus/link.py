@@ -38,16 +38,16 @@ class Link:
 
         On the engine's end waits for room, and raises Lost where the server is gone.
         """
-        self._send([envelope, frame, *buffers], ring=True)
+        self._send([envelope, frame, *buffers], True)
 
     def post(self, frame: bytes) -> None:
         """The same for a message that can wait for the next one to ring, or for `Lane.ring`."""
-        self._send([b"", frame], ring=False)
+        self._send([b"", frame], False)
 
-    def _send(self, pieces: Sequence[Piece], *, ring: bool) -> None:
+    def _send(self, pieces: Sequence[Piece], ring: bool) -> None:
         while True:
             try:
-                self.lane.send(pieces, ring=ring)
+                self.lane.send(pieces, ring)
                 return
             except Busy as exc:
                 if self._server is None:
