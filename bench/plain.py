@@ -20,11 +20,10 @@ class Plain:
 
     def __init__(self, source: str, dtype: str, device: str, ids: np.ndarray, threads: int) -> None:
         """source: of the served model: "random:SHAPE", a directory or a hub id."""
-        torch.set_num_threads(
-            threads
-        )  # the number shows in a CPU's last bits: as many as the engine
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
+        if not self.cuda:  # the number shows in a CPU's last bits: as many as the engine
+            torch.set_num_threads(threads)
         self.wait = waits(self.device)
         self.model = _model(source, dtype, self.device)
         self.ids = torch.from_numpy(ids).to(self.device)

@@ -37,9 +37,8 @@ class Poll:
     def __init__(self, spin_us: int = 0) -> None:
         """spin_us: how long to look at lanes again and again before sleeping, after each message."""
         self._epoll = select.epoll()
-        self._ready: dict[int, Ready] = {}  # by descriptor
-        self._used: dict[Used, int] = {}  # with its descriptor
-        self._lanes: dict[int, Lane] = {}
+        self._watched: dict[int, tuple[Ready, Lane | None]] = {}  # by descriptor
+        self._used: tuple[tuple[Used, int], ...] = ()  # with its descriptor
         self._unheard: set[int] = set()  # those that may have something, though they are silent
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._spin_ns = spin_us * 1000
@@ -57,17 +56,17 @@ class Poll:
     def watch_used(self, source: Used, ready: Ready) -> None:
         """The same for a socket that is also sent on."""
         source.used = True
-        self._used[source] = self._register(source.socket, ready, select.EPOLLIN)
+        fd = self._register(source.socket, ready, select.EPOLLIN)
+        self._used = (*self._used, (source, fd))
 
     def watch_lane(self, lane: Lane, ready: Ready) -> None:
         """The same for a lane: *ready* is called when its other end has rung."""
-        fd = self._register(lane, ready, select.EPOLLIN | select.EPOLLET)
-        self._lanes[fd] = lane
+        fd = self._register(lane, ready, select.EPOLLIN | select.EPOLLET, lane)
         self._unheard.add(fd)  # it may have been written to before
 
-    def _register(self, source: Any, ready: Ready, events: int) -> int:
+    def _register(self, source: Any, ready: Ready, events: int, lane: Lane | None = None) -> int:
         fd = descriptor_of(source)
-        self._ready[fd] = ready
+        self._watched[fd] = ready, lane
         self._epoll.register(fd, events)
         return fd
 
@@ -75,10 +74,9 @@ class Poll:
         """Before *source* is closed."""
         fd = descriptor_of(source)
         self._epoll.unregister(fd)
-        self._ready.pop(fd)
-        self._used = {one: other for one, other in self._used.items() if other != fd}
-        for table in (self._lanes, self._sockets):
-            table.pop(fd, None)
+        self._watched.pop(fd)
+        self._used = tuple(one for one in self._used if one[1] != fd)
+        self._sockets.pop(fd, None)
         self._unheard.discard(fd)
 
     def turn(self, timeout_s: float | None) -> None:
@@ -89,11 +87,11 @@ class Poll:
         costs less than failing to receive. Whoever has more then hands over MANY.
         """
         heard = self._silent_ones() if self._unheard else []
-        for source in self._used:
+        for source, fd in self._used:
             if source.used:
                 source.used = has_message(source.socket)
                 if source.used:
-                    heard.append((self._used[source], 0))
+                    heard.append((fd, 0))
         count = FEW
         if heard:  # a busy source must not keep the others from being heard
             count = MANY
@@ -101,24 +99,25 @@ class Poll:
         else:
             heard = self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s)
         for fd, _ in heard:
-            ready = self._ready.get(fd)
-            if ready is None:  # unwatched by the one before it
+            watched = self._watched.get(fd)
+            if watched is None:  # unwatched by the one before it
                 continue
+            ready, lane = watched
             ready(count)
-            lane = self._lanes.get(fd)
-            if lane is not None and lane.unfinished():
+            if lane is not None and not lane.closed and lane.unfinished():
                 self._unheard.add(fd)
 
     def _silent_ones(self) -> list[tuple[int, int]]:
         fds, self._unheard = self._unheard, set()
-        return [(fd, 0) for fd in fds if fd in self._lanes or has_message(self._sockets[fd])]
+        sockets = self._sockets
+        return [(fd, 0) for fd in fds if fd not in sockets or has_message(sockets[fd])]
 
     def _spin(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Wait for somebody, awake for the first while of it."""
         limit_ns = time.perf_counter_ns() + self._spin_ns
         while timeout_s != 0 and time.perf_counter_ns() < limit_ns:
-            for fd, lane in self._lanes.items():
-                if lane.unfinished():
+            for fd, (_, lane) in self._watched.items():
+                if lane is not None and lane.unfinished():
                     return [(fd, 0)]
             if found := self._epoll.poll(0):
                 return found

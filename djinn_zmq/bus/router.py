@@ -93,12 +93,17 @@ class Router:
 
         Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
         """
-        who = (_property(first, "Peer-Address"), _property(first, "User-Id") if self._users else "")
-        known = self._known.setdefault(route, who)
-        if known is who:
-            self._fresh.add(route)
-            return True
+        try:
+            address = str(first.get("Peer-Address"))
+            who = (address, str(first.get("User-Id")) if self._users else "")
+        except zmq.ZMQError:  # it has none of these
+            who = ("", "")
+        known = self._known.get(route)
         if known == who:
+            return True
+        if known is None:
+            self._known[route] = who
+            self._fresh.add(route)
             return True
         _log.warning("dropped a message of %s under the route of %s", who, known)
         return False
@@ -143,13 +148,6 @@ class Router:
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
                 _unlink_socket(Path(endpoint.removeprefix("ipc://")))
-
-
-def _property(frame: zmq.Frame, name: str) -> str:
-    try:
-        return str(frame.get(name))
-    except zmq.ZMQError:
-        return ""
 
 
 def _unlink_socket(path: Path) -> None:
