@@ -12,6 +12,7 @@ COMMANDS = {
     "ps": ("djinn_zmq.cli.ps", "Show models, engines, sessions, checkpoints, memory."),
     "stop": ("djinn_zmq.cli.stop", "Stop your server."),
     "pull": ("djinn_zmq.cli.pull", "Bring a real model into the cache."),
+    "exec": ("djinn_zmq.cli.exec", "Run an unmodified Hugging Face program on served models."),
     "keys": ("djinn_zmq.cli.keys", "Make and allow keys for remote clients."),
     "decompose": ("djinn_zmq.cli.decompose", "Show where a resume's time goes, floor by floor."),
     "demo": ("djinn_zmq.cli.demo", "Stop, patch and resume a model, in a minute."),
@@ -28,7 +29,8 @@ class Djinn(click.Group):
         if name not in COMMANDS:
             return None
         module, _ = COMMANDS[name]
-        command: click.Command = getattr(importlib.import_module(module), name)
+        found = vars(importlib.import_module(module))
+        command: click.Command = found[name] if name in found else found[f"{name}_"]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
