@@ -113,9 +113,12 @@ class Caches:
 
     @property
     def position_nbytes(self) -> int:
-        """What the keys and values of one position take in all layers, at least about."""
+        """About what the keys and values of one position take in all layers; 0: the config does not
+        say."""
         config = self._config
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            return 0
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         of_keys = getattr(config, "num_key_value_heads", None) or heads
         itemsize: int = self.model.dtype.itemsize  # type: ignore[union-attr, operator]
