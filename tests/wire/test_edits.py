@@ -60,7 +60,7 @@ def numpys(index: Index) -> tuple[Any, ...]:
     return tuple(written)
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=300)
 @given(INDICES, SHAPES)
 def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[int, ...]) -> None:
     array = np.arange(int(np.prod(shape))).reshape(shape)

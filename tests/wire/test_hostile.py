@@ -96,7 +96,7 @@ def refused_or_usable(frame: bytes, buffers: tuple[bytes, ...] = ()) -> None:
 
 @pytest.mark.parametrize("op, flags", sorted(KINDS), ids=lambda value: str(int(value)))
 def test_every_message_comes_back_as_it_was_sent(op: int, flags: int) -> None:
-    @settings(FUZZ, max_examples=25)
+    @settings(FUZZ, max_examples=15)
     @given(any_of(KINDS[op, flags]), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
     def comes_back(meta: Any, request: int, session: int) -> None:
         frame = encode(op, meta, flags=flags, request=request, session=session)
@@ -149,7 +149,7 @@ def test_a_message_cut_short_anywhere_is_refused(frame: bytes) -> None:
             decode(frame[:length])
 
 
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=300)
 @given(frames(), st.lists(st.integers(0, 2**16), min_size=1, max_size=3))
 def test_flipped_bits_are_refused_or_usable(frame: bytes, places: list[int]) -> None:
     flipped = bytearray(frame)
