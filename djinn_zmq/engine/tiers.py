@@ -36,6 +36,7 @@ from djinn_zmq.wire.tensors import over
 _log = logging.getLogger(__name__)
 
 GROW_AGAIN_S = 1.0  # after the system refused memory
+AT_ONCE = 4  # arenas that are made beside us
 WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
 
 
@@ -67,7 +68,7 @@ class Tiers:
         self._device = device
         self._moved = moved
         self._grow = grow
-        self._growing: Future[OwnArena] | None = None
+        self._growing: list[tuple[Future[OwnArena], int]] = []  # with their bytes
         self._grow_from_s = 0.0  # monotonic: the system had no memory before
         self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
         self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
@@ -112,7 +113,7 @@ class Tiers:
             self.settle()
             if self.pool.ready(nbytes, zone):
                 return
-            if self._growing is not None or self.grow_beside(nbytes, zone):
+            if self._growing or self._grow_beside(nbytes, zone):
                 yield
                 continue
             if self._drop_one() or self.more_room():
@@ -121,30 +122,38 @@ class Tiers:
                 return
             yield
 
-    def grow_beside(self, nbytes: int, zone: str) -> bool:
+    def _grow_beside(self, nbytes: int, zone: str) -> bool:
         """Begin to make an arena with room for *nbytes*. False where there may be none."""
-        if self._growing is not None or time.monotonic() < self._grow_from_s:
+        if len(self._growing) == AT_ONCE or time.monotonic() < self._grow_from_s:
             return False
         size = self.pool.may_grow(nbytes, zone)
-        if not size:
-            return False
-        self._growing = self._grow(size)
-        return True
+        if size:
+            self.pool.coming += size
+            self._growing.append((self._grow(size), size))
+        return bool(size)
+
+    def expect(self, nbytes: int) -> None:
+        """So much will be wanted soon of what nobody maps: make arenas for it, several at once, since a
+        system gives fresh pages slowly (1 GiB/s a thread on one machine)."""
+        missing = nbytes - self.pool.largest("") - self.pool.coming
+        while missing > 0 and self._grow_beside(1, ""):
+            missing -= self._growing[-1][1]
 
     def _grown(self) -> None:
-        if self._growing is None or not self._growing.done():
-            return
-        future, self._growing = self._growing, None
-        try:
-            self.pool.add(future.result())
-        except ArenaFull as exc:  # the system has no more, whatever the limit says
-            _log.warning("no more host memory: %s", exc)
-            self._grow_from_s = time.monotonic() + GROW_AGAIN_S
+        for one in [one for one in self._growing if one[0].done()]:
+            self._growing.remove(one)
+            future, size = one
+            self.pool.coming -= size
+            try:
+                self.pool.add(future.result())
+            except ArenaFull as exc:  # the system has no more, whatever the limit says
+                _log.warning("no more host memory: %s", exc)
+                self._grow_from_s = time.monotonic() + GROW_AGAIN_S
 
     def tend(self, zone: str) -> None:
         """Make the next arena in advance, where the last one is half full."""
-        if not self.pool.ready(self.pool.arena_nbytes // 2, zone):
-            self.grow_beside(1, zone)
+        if not self._growing and not self.pool.ready(self.pool.arena_nbytes // 2, zone):
+            self._grow_beside(1, zone)
 
     def host_slot(self, nbytes: int, session: int) -> Generator[None, None, Lease | None]:
         """A slot for what is not a checkpoint and nobody maps; None where nothing makes room."""
@@ -159,7 +168,10 @@ class Tiers:
             try:
                 return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
             except ArenaFull as exc:
-                if not self._drop_one() and not self.more_room():
+                if self._growing:  # they have what the limit leaves: the first is soon there
+                    self._growing[0][0].exception()
+                    self._grown()
+                elif not self._drop_one() and not self.more_room():
                     return None, exc
 
     def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
@@ -511,8 +523,10 @@ class Tiers:
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""
-        if self._growing is not None and self._growing.exception() is None:
-            self._growing.result().close()
+        for future, _ in self._growing:
+            if future.exception() is None:
+                future.result().close()
+        self._growing.clear()
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()

@@ -28,9 +28,9 @@ from djinn_zmq.memory.arena import Lease
 
 ALIGNED = 512  # bytes: each tensor in a slot begins at a multiple
 BATCH_NBYTES = 256 << 20  # that leave the device before their memory is let go
-LEAST_SHARE = (
-    4  # of the device's budget, a quarter is for keys and values whatever checkpoints take
-)
+LEAST_SHARE = 4  # a quarter of the device's budget is theirs, whatever checkpoints take
+AHEAD = 2  # times what has to leave now: where some had to, more will
+IN_A_TURN = 8  # segments whose copies in are begun before others get their turn
 
 
 class Moved(NamedTuple):
@@ -139,9 +139,11 @@ class Vault:
     def ready(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
         """Have what is pinned on the device, and no more there than may be, where others can make
         room: so what is on the device grows no faster than it can leave."""
-        ways = [self.bring(known)]
+        coming = sum(stored.nbytes for _, stored in known if not stored.here)
+        self._coming += coming  # so that the way out can begin first: it has to wait more often
+        ways = [self.bring(known, coming)]
         if self.limit is not None:
-            ways.append(self.shrink())
+            ways.insert(0, self.shrink())
         while ways:
             for way in tuple(ways):  # both directions at once
                 try:
@@ -151,8 +153,14 @@ class Vault:
             if ways:
                 yield
 
-    def bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
-        """Have what is pinned on the device."""
+    def bring(self, known: list[tuple[Segment, Stored]], coming: int) -> Iterator[None]:
+        """Have what is pinned on the device. coming: its bytes, which are not coming any more then."""
+        try:
+            yield from self._bring(known)
+        finally:
+            self._coming -= coming
+
+    def _bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
         while any(stored.moving for _, stored in known):
             yield
         away = [(segment, stored) for segment, stored in known if not stored.here]
@@ -161,13 +169,13 @@ class Vault:
         begin_ns = time.perf_counter_ns()
         for _, stored in away:
             stored.moving = True
-        coming = sum(stored.nbytes for _, stored in away)
-        self._coming += coming
         made: list[dict[Any, torch.Tensor]] = []
         done = None
         try:
-            for _, stored in away:
+            for place, (_, stored) in enumerate(away):
                 made.append(self._fill(stored))
+                if place % IN_A_TURN == IN_A_TURN - 1:
+                    yield
             done = self.device.mark()
             while not done():
                 yield
@@ -175,7 +183,6 @@ class Vault:
                 segment.parts, stored.here = parts, True
                 self.on_device += stored.nbytes
         finally:
-            self._coming -= coming
             for _, stored in away:
                 stored.moving = False
             if not all(stored.here for _, stored in away):  # a copy may still write into these
@@ -216,6 +223,7 @@ class Vault:
         self.shrinking = True
         try:
             while self._excess > 0:
+                self.tiers.expect(AHEAD * self._excess)
                 batch = self._oldest(self._excess)
                 if not batch or not (yield from self._move_out(batch)):
                     return

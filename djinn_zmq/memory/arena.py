@@ -285,6 +285,7 @@ class Pool:
         given up for ones of another zone."""
         self.limit = limit
         self.arenas: dict[int, OwnArena] = {}
+        self.coming = 0  # bytes of arenas that are being made elsewhere, to be added
         self.arena_nbytes = min(arena_nbytes, limit)
         self._register = register
         self._name = name
@@ -316,18 +317,18 @@ class Pool:
 
     def ready(self, nbytes: int, zone: str = "") -> bool:
         """Can a slot of *nbytes* be leased without one more arena?"""
-        return nbytes <= self._largest(zone)
+        return nbytes <= self.largest(zone)
 
     def may_grow(self, nbytes: int, zone: str = "") -> int:
         """Bytes of the arena that would be made for a slot of *nbytes*; 0: the limit allows none.
         Gives up empty ones of other zones for it."""
         for empty in self._empty(zone):
-            if self.limit - self.mapped >= max(nbytes, self.arena_nbytes):
+            if self.limit - self.mapped - self.coming >= max(nbytes, self.arena_nbytes):
                 break
             assert self._retire is not None
             self._retire(self.arenas.pop(empty.number))
             empty.close()
-        room = self.limit - self.mapped
+        room = self.limit - self.mapped - self.coming
         return max(nbytes, min(self.arena_nbytes, room)) if nbytes <= room else 0
 
     def _empty(self, zone: str) -> list[OwnArena]:
@@ -341,13 +342,14 @@ class Pool:
     def _of(self, zone: str) -> list[OwnArena]:
         return [one for one in self.arenas.values() if one.zone in (zone, None)]
 
-    def _largest(self, zone: str) -> int:
+    def largest(self, zone: str) -> int:
+        """Bytes of the largest slot that can be leased without one more arena."""
         return max((arena.largest_free for arena in self._of(zone)), default=0)
 
     def full(self, nbytes: int, zone: str = "") -> ArenaFull:
         room = self.limit - self.mapped
         return ArenaFull(
-            f"{format_bytes(nbytes)} asked, {format_bytes(max(self._largest(zone), room))} free in one "
+            f"{format_bytes(nbytes)} asked, {format_bytes(max(self.largest(zone), room))} free in one "
             f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
             f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
         )
