@@ -3,6 +3,7 @@ served model cannot do is refused by name."""
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import resources
 
@@ -18,6 +19,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+import djinn_zmq as djinn
 from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
 from tests.engine.architectures import tiny_model
@@ -273,6 +275,108 @@ def test_the_tokenizer_and_the_configs_are_the_models_own(pair) -> None:
     for name, value in plain.config.to_dict().items():
         assert name in differing or remote.config.to_dict()[name] == value, name
     assert isinstance(remote, type(plain)) and remote.num_parameters() == plain.num_parameters()
+
+
+# ---- held by a debugger
+
+
+PLACES = ["embedding", 0, "layers.1.self_attn", 2, "layers.2.mlp.input", "norm"]
+WAIT_S = 20.0
+
+
+def held(served, remote, stop_at, call, act):
+    """What *call* gives while a debugger has *act* done at each stop."""
+    with (
+        served.connect() as server,
+        ThreadPoolExecutor(1) as program,
+        server.attach(remote.served.session_id, stop_at=stop_at) as attached,
+    ):
+        answer = program.submit(both, [remote], call)
+        while not answer.done():
+            stop = attached.wait(0.05)
+            if stop is not None:
+                act(stop, attached)
+        return answer.result(WAIT_S)[0]
+
+
+def test_a_forward_held_everywhere_and_let_go_gives_the_same_bits(models, served) -> None:
+    ids, mask = torch.tensor(PADDED), torch.tensor(MASK)
+    places = []
+
+    def call(model):
+        done = model(ids, attention_mask=mask, output_hidden_states=True, labels=ids)
+        more = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+        again = model(
+            torch.tensor([[5], [7]]), attention_mask=more, past_key_values=done.past_key_values
+        )
+        return [done.logits, done.loss, *done.hidden_states, again.logits]
+
+    def act(stop, _):
+        places.append(stop.place or stop.layer)
+        assert stop.kind == "forward" and stop.checkpoint.shape[0] == 2
+        stop.continue_()
+
+    plain, remote = models
+    gpt = plain.config.model_type == "gpt2"
+    stops = [0, 2] if gpt else PLACES  # its modules have other names
+    free = both([remote], call)[0]
+    through = held(served, remote, stops, call, act)
+    assert not isinstance(through, Exception), through
+    assert all(map(same, free, through))
+    assert len(places) == 2 * len(stops)
+    assert same(both([plain], call)[0][0], through[0])
+
+
+def test_what_a_debugger_adds_to_a_forward_is_what_a_hook_adds_to_the_model_itself(
+    pair, served
+) -> None:
+    plain, remote = pair("tiny")
+    vector = torch.linspace(-6, 6, 64)
+    ids = tokenizer_of(remote.served)("the capital of france is", return_tensors="pt").input_ids
+
+    def call(model):
+        return model.generate(
+            ids, max_new_tokens=5, return_dict_in_generate=True, output_logits=True
+        )
+
+    def add(module, args, out):
+        handle.remove()  # the first forward alone
+        out[0, -1] = (out[0, -1].float() + vector).to(out.dtype)
+
+    def act(stop, attached):
+        attached.breaks()
+        stop.continue_([djinn.Add(vector.numpy(), at=(0, -1))])
+
+    free = both([remote], call)[0]
+    handle = plain.model.layers[1].register_forward_hook(add)
+    own = both([plain], call)[0]
+    edited = held(served, remote, 2, call, act)
+    assert same(own.sequences, edited.sequences)
+    assert all(map(same, own.logits, edited.logits))
+    assert not same(free.logits[0], edited.logits[0])
+
+
+def test_a_held_forward_can_be_branched_where_it_is_alone_and_looked_at_in_any_case(
+    pair, served
+) -> None:
+    _, remote = pair("tiny")
+    found = []
+
+    def act(stop, _):
+        found.append(stop.checkpoint.top(1)[0].token)
+        try:
+            found.append(stop.checkpoint.resume().logits)
+        except RequestError as exc:
+            found.append(str(exc))
+        stop.continue_()
+
+    ids = torch.tensor(PROMPT)
+    first = remote(ids)
+    more = held(served, remote, 2, lambda model: model(ids[:, :2], cache=first.cache), act)
+    logits = torch.from_numpy(found[1].view("int16")).view(torch.bfloat16)
+    assert same(logits, more.logits[:, -1])
+    held(served, remote, 2, lambda model: model(torch.tensor(PADDED)), act)
+    assert "several rows of its own" in found[3]
 
 
 # ---- what is refused

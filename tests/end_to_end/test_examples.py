@@ -1,0 +1,63 @@
+"""Every example runs on the embedded model and shows what it says it shows."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def run(served, tmp_path) -> Callable[..., str]:
+    """Run an example in a directory of its own; gives what it prints."""
+    environment = os.environ | {"DJINN_ENDPOINT": served.endpoint, "PYTHONPATH": str(ROOT)}
+
+    def start(name: str, *arguments: str) -> str:
+        command = [sys.executable, str(EXAMPLES / name), *arguments]
+        done = subprocess.run(
+            command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return start
+
+
+def test_the_lens_sees_the_answer_come_up_in_the_last_layers(run) -> None:
+    lines = run("logit_lens.py", "the capital of germany is").splitlines()
+    assert [line.split()[2] for line in lines if "after 4" in line] == ["berlin"]
+    assert lines[-1].split()[2] == "berlin"
+
+
+def test_steering_turns_the_answer_with_its_strength(run) -> None:
+    lines = [line for line in run("steering.py").splitlines() if "×" in line]
+    assert "madrid" in lines[0] and "madrid" not in lines[-1]
+
+
+def test_patching_finds_the_layer_that_moves_the_answer_and_draws_it(run, tmp_path) -> None:
+    text = run("activation_patching.py", str(tmp_path))
+    shares = [float(word) for line in text.splitlines() for word in line.split()[1:] if "." in word]
+    assert min(shares) < 0.01 and max(shares) > 0.99
+    assert (tmp_path / "activation_patching.png").read_bytes().startswith(PNG)
+
+
+def test_the_trace_finds_the_subject_early_and_the_last_token_late(run, tmp_path) -> None:
+    rows = run("causal_trace.py").splitlines()[2:-1]
+    first, last = ([float(cell) for cell in row.split()[1:]] for row in (rows[0], rows[-1]))
+    assert (first[3] > 0.9, first[4] < 0.1) == (last[4] > 0.9, last[3] < 0.1) == (True, True)
+    assert (tmp_path / "causal_trace.png").read_bytes().startswith(PNG)
+
+
+def test_every_example_is_in_the_list_and_run_here() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    tests = Path(__file__).read_text()
+    for example in EXAMPLES.glob("*.py"):
+        assert example.name in listed and f'"{example.name}"' in tests
