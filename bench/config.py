@@ -72,6 +72,11 @@ class ResumeLatency:
             raise RequestError(f"layers {list(self.layers)}: a layer is at least 0")
 
 
+def spread(count: int) -> list[int]:
+    """Five of a model's *count* layers: 1, 10, 20, 30 and 40 of 40."""
+    return sorted({max(1, round(part * count)) for part in (0.025, 0.25, 0.5, 0.75, 1.0)})
+
+
 def _at_least(config: Any, name: str, least: int) -> None:
     value = getattr(config, name)
     if value < least:

@@ -25,9 +25,9 @@ from bench.config import ResumeLatency
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.errors import RequestError
-from djinn_zmq.probe import features
 from djinn_zmq.probe.results import NotMeasured
 from djinn_zmq.probe.rungs import resuming
+from djinn_zmq.probe.ways import has_lane
 from djinn_zmq.spans import Spans
 
 NAME = "djinn"
@@ -68,18 +68,19 @@ def connect(
     key = None if config.key is None else Path(config.key)
     for transport in config.transports:
         scheme = "ipc" if transport == "lane" else transport
-        if transport == "lane" and not features.LANE:
-            found.missing.append(NotMeasured("djinn by lane", "this version has no lane"))
-            continue
         if scheme not in endpoints:
             why = f"the server that was named has no {scheme} endpoint for this program"
             found.missing.append(NotMeasured(f"djinn by {transport}", why))
             continue
-        options = features.lane(transport == "lane")
+        lane = transport == "lane"
         server = stack.enter_context(
-            djinn.connect(endpoints[scheme], key=key, progress=None, **options)
+            djinn.connect(endpoints[scheme], key=key, progress=None, lane=lane)
         )
-        found.clients.append(Client(transport, server.model(model)))
+        client = Client(transport, server.model(model))
+        if lane and not has_lane(client.model):
+            found.missing.append(NotMeasured("djinn by lane", "the server gave this client none"))
+            continue
+        found.clients.append(client)
     if not found.clients:
         raise RequestError(
             f"none of the transports {', '.join(config.transports)} is there: nothing to measure"
@@ -109,8 +110,9 @@ def cases(found: Djinn, config: ResumeLatency) -> Found:
     for transport, end, edit, tier in _variants(config, [one.transport for one in found.clients]):
         client = next(one for one in found.clients if one.transport == transport)
         variant = f"{transport}, to {end}, edited {edit}" + (f", from {tier}" if tier else "")
-        why = _unreachable_tier(client, tier) or _impossible_edit(client, edit)
-        if why is not None:
+        on_gpu = client.model.device.startswith("cuda") and transport != "tcp"
+        if edit == "row_in_place" and not on_gpu:
+            why = "only a client on the machine of a GPU can write there"
             chosen.append(NotMeasured(f"{NAME}: {variant}", why))
             continue
         try:
@@ -166,21 +168,9 @@ def _case(
     task = resuming(point, client.model, spans, ready=end == "ready", rewrite=rewrite, **options)
     more = {"transport": client.transport, "end": end, "edit": edit, "tier": tier or point.tier}
     before = task.before
-    if tier is not None and features.TIERS:
+    if tier is not None:
         before = _in_tier(point, tier, before)
     return Timed(NAME, variant, layer, task.call, before, more=more)
-
-
-def _impossible_edit(client: Client, edit: str) -> str | None:
-    """Why the checkpoints of this client cannot be edited so, or None."""
-    if edit == "in_place" and not features.WRITABLE:
-        return "this version has no point.writable"
-    if edit == "row_in_place":
-        if not features.WRITABLE_CUDA:
-            return "this version has no point.writable_cuda"
-        if not client.model.device.startswith("cuda") or client.transport == "tcp":
-            return "only a client on the machine of a GPU can write there"
-    return None
 
 
 def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
@@ -188,7 +178,7 @@ def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
     import torch
 
     if edit == "in_place":
-        view = point.writable()  # type: ignore[attr-defined,unused-ignore]
+        view = point.writable()
         whole = torch.from_numpy(np.asarray(point.hidden).view(np.uint8))
         there = torch.from_numpy(np.asarray(view).view(np.uint8))
 
@@ -197,21 +187,13 @@ def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
 
         return view, rewrite_all
 
-    tensor = point.writable_cuda()  # type: ignore[attr-defined,unused-ignore]
+    tensor = point.writable_cuda()
 
     def rewrite_row() -> None:
         tensor[0, -1] += 0
         torch.cuda.synchronize()  # the edit is complete when the client says so
 
     return tensor, rewrite_row
-
-
-def _unreachable_tier(client: Client, tier: str | None) -> str | None:
-    """Why no checkpoint can be had in *tier*, or None."""
-    kept = next(iter(client.points.values())).tier
-    if features.TIERS or tier in (None, kept):
-        return None
-    return f"checkpoints are kept in the {kept} tier only: this version has no point.evict"
 
 
 def _in_tier(
@@ -223,9 +205,9 @@ def _in_tier(
         if before is not None:
             before()
         if tier == "device":
-            point.prefetch("device")  # type: ignore[attr-defined,unused-ignore]
+            point.prefetch("device")
         else:
-            point.evict(to=tier)  # type: ignore[attr-defined,unused-ignore]
+            point.evict(to=tier)
         if point.tier != tier:
             raise RuntimeError(f"asked for the {tier} tier, the checkpoint is in {point.tier}")
 

@@ -6,143 +6,29 @@ Nothing is measured here: each part is one of the other benchmarks in a process 
 found is put into the table, and into fastpath.json, as soon as the part has ended.
 """
 
-import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bench.budgets import SESSIONS, Line, budgets, into, line_of, rest, table_of
+from bench.config import spread
 from bench.parts import ROOT, Part, pack, run
 from bench.plain import config_of, device_of
 from djinn_zmq.probe import command, schema, tables
 from djinn_zmq.probe.machine import this_machine
-from djinn_zmq.probe.results import Check, NotMeasured, Results, write
+from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.targets import Target
 
 FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
 NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import")
 IDLE_MS = (0, 2, 50)
-SESSIONS, SHARE = 64, 1 / 3  # stopped at once; of the memory they need that the GPU has for them
-SPREAD = (0.025, 0.25, 0.5, 0.75, 1.0)  # of the layers, as bench.resume_latency has it
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A line of the table. part: whose results tell it. pattern: matches the names of its ratios, or
-    what its checks say; what differs between those (the layer) is a column. on_gpu: it is a figure of
-    a GPU's, and without one there is no target."""
-
-    name: str
-    part: str
-    pattern: str
-    on_gpu: bool = True
-
-
-def budgets(idle_ms: int) -> Iterator[Budget]:
-    """Those of a resume, after so much idling."""
-    part = f"resume-{idle_ms}"
-    offload = " / manual offload$"
-    ready = "djinn: lane, to ready, edited"
-    yield Budget("ready, unedited, on the GPU", part, f"{ready} none, from device, .*{offload}")
-    yield Budget("… the same at every layer", part, f"{ready} none, from device takes the same")
-    yield Budget("ready, a row edited in place", part, f"{ready} row_in_place, layer .*{offload}")
-    yield Budget("ready, all rewritten in place", part, f"{ready} in_place, layer .*{offload}")
-    yield Budget("ready, evicted to host memory", part, f"{ready} none, from host, .*{offload}")
-    yield Budget("ready, plain ipc", part, "djinn: ipc, to ready, edited none, .*round trip and",
-                 on_gpu=False)  # fmt: skip
-    if idle_ms == 0:
-        logits = "djinn: lane, to logits, edited none, layer .* / the model's own layers"
-        yield Budget("to the logits", part, logits)
-        for kept in ("one", "every"):
-            for other in ("one that saves nothing", "the plain model's forward"):
-                yield Budget(
-                    f"run that saves after {kept} layer, over {other}",
-                    part,
-                    f"run, saving after {kept} layer / {other}",
-                )
-
-
-def rest() -> Iterator[Budget]:
-    for gap in ("back to back", "2 ms idle", "50 ms idle"):
-        yield Budget(f"no-op by lane, {gap}", "noop", f"lane, {gap}: djinn", on_gpu=False)
-        yield Budget(f"no-op over ipc, {gap}", "noop", f"ipc, {gap}: djinn", on_gpu=False)
-        yield Budget(f"no-op over tcp, {gap}", "noop", f"tcp, {gap}: djinn / bare ROUTER$", False)
-    for way in ("ipc", "tcp"):
-        yield Budget(
-            f"requests a second, 64 clients, {way}", "noop", f"64 clients, {way}: djinn", False
-        )
-    yield Budget("activation over tcp", "upload", "tcp: frames / ", on_gpu=False)
-    yield Budget("client import", "import", "importing the client takes at most", on_gpu=False)
-    yield Budget("client import, no torch", "import", "imports no torch", on_gpu=False)
-    for way in ("out", "in", "both at once"):
-        yield Budget(f"swap rate, {way}", "swap", f"swap {way} /")
-    for name, pattern in (
-        ("resumed", "sessions resumed$"),
-        ("tokens", "token accuracy"),
-        ("logits", "logits equal"),
-        ("others served", "second client"),
-        ("evicted", "from a slower tier"),
-        ("freed", "nothing is kept"),
-    ):
-        yield Budget(f"{SESSIONS} stopped sessions: {name}", "memory", pattern, on_gpu=False)
-    yield Budget(f"{SESSIONS} stopped sessions: plateau", "memory", "GPU memory at most")
-
-
-@dataclass(slots=True)
-class Line:
-    """A budget as it stands. verdict: None: not measured here."""
-
-    budget: Budget
-    target: str = ""
-    ratios: list[schema.Ratio] = field(default_factory=list)
-    check: schema.Check | None = None
-    why: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.check is not None:
-            held = self.check.held
-            return "not measured" if held is None else "held" if held else "missed"
-        verdicts = [one.held for one in self.ratios]
-        if not verdicts:
-            return "not measured"
-        if any(one is None for one in verdicts):
-            return "no target here"
-        return "held" if all(verdicts) else "missed"
-
-    @property
-    def cells(self) -> list[str]:
-        if self.check is not None:
-            return [self.budget.name, self.target, "", "", self.verdict]
-        counts = sorted({n for one in self.ratios for n in one.n})
-        n = "/".join(map(str, counts))
-        values = " ".join(f"{one.value:.3g}" for one in self.ratios)
-        return [self.budget.name, self.target, values, n, self.verdict]
-
-
-def line_of(budget: Budget, found: schema.File | None, why: str) -> Line:
-    if found is None:
-        return Line(budget, why=why)
-    ratios = [one for one in found.ratios if re.search(budget.pattern, one.name)]
-    limits = {(one.limit, one.at_least) for one in ratios if one.limit is not None}
-    target = ", ".join(
-        f"{'>=' if at_least else '<='} {limit:g}" for limit, at_least in sorted(limits)
-    )
-    if ratios:
-        return Line(budget, target, ratios)
-    for check in found.checks:
-        if re.search(budget.pattern, check.what):
-            return Line(budget, check=check, why=check.found)
-    if budget.on_gpu and not found.machine.gpus:
-        return Line(budget, why="there is no GPU")
-    words = budget.pattern.replace(".*", "").split(" / ")[0].split(", layer")[0]
-    reasons = [one.why for one in found.not_measured if words.rstrip(", ") in one.what]
-    return Line(budget, why=reasons[0] if reasons else f"{budget.part} does not have it")
+SHARE = 1 / 3  # of the memory that the stopped sessions need: what the GPU has for them
 
 
 # ---- the parts
@@ -222,49 +108,6 @@ def lines_of(folder: Path, outcome: dict[str, Check]) -> list[Line]:
             found[part], why[part] = None, str(exc)
     wanted = [one for idle in IDLE_MS for one in budgets(idle)] + list(rest())
     return [line_of(one, found[one.part], why[one.part]) for one in wanted]
-
-
-def into(results: Results, lines: list[Line]) -> None:
-    """*lines*, as rows of results; what has no figure goes to what was not measured."""
-    rows, results.not_measured = [], []
-    for line in lines:
-        where = f"{line.budget.part}: {line.budget.name}"
-        if line.verdict == "not measured":
-            results.not_measured.append(NotMeasured(where, line.why))
-        for one in line.ratios:
-            layer = re.search(r", layer (\d+)", one.name)
-            rows.append({
-                "budget": line.budget.name, "part": line.budget.part, "ratio_of": one.name,
-                "layer": int(layer[1]) if layer else None, "target": line.target,
-                "ratio": one.value, "low": one.low, "high": one.high, "n": list(one.n),
-                "held": one.held,
-            })  # fmt: skip
-    results.tables["budgets"] = rows
-    results.checks = [
-        Check(f"{one.budget.part}: {one.budget.name}", _held(one), one.why or one.cells[2])
-        for one in lines
-        if one.verdict in ("held", "missed")
-    ]
-
-
-def _held(line: Line) -> bool:
-    return line.verdict == "held"
-
-
-def table_of(lines: list[Line], layers: tuple[int, ...]) -> str:
-    shown: list[list[str]] = []
-    for line in lines:
-        part = line.budget.part
-        idle = part.removeprefix("resume-") + " ms" if part.startswith("resume-") else ""
-        name, *cells = line.cells
-        found = cells[1] or line.why
-        shown.append([f"{name}{', idle ' + idle if idle and idle != '0 ms' else ''}", cells[0],
-                      cells[2], cells[3], found])  # fmt: skip
-    at = ", ".join(map(str, layers))
-    columns = ["budget", "target", "n", "verdict", f"ratio (at layers {at}), or what was found"]
-    wide = tables.aligned(columns[:4], [row[:4] for row in shown]).splitlines()
-    last = [columns[4], *(row[4] for row in shown)]
-    return "\n".join(f"{one}   {two}".rstrip() for one, two in zip(wide, last, strict=True))
 
 
 def times_of(folder: Path, outcome: dict[str, Check]) -> Iterator[dict[str, object]]:
@@ -355,7 +198,7 @@ def main(
     chosen = _chosen(names)
     device_of(device)
     count = config_of(shape).num_hidden_layers
-    layers = layers or tuple(sorted({max(1, round(part * count)) for part in SPREAD}))
+    layers = layers or tuple(spread(count))
     folder = folder.resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     asked = Asked(shape, device, positions, layers, rounds, samples)

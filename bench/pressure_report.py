@@ -11,7 +11,7 @@ from djinn_zmq.probe.results import Check, Results
 from djinn_zmq.settings import format_bytes
 
 if TYPE_CHECKING:
-    from bench.memory_pressure import Came, Pressure
+    from bench.pressure import Came, Pressure
 
 
 def checks(pressure: "Pressure", came: Sequence["Came"]) -> list[Check]:

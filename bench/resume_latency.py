@@ -35,13 +35,12 @@ from bench.kept_rounds import KeptRounds
 from bench.plain import Plain, device_of
 from djinn_zmq.engine import shapes
 from djinn_zmq.errors import LayerError, Lost
-from djinn_zmq.probe import command, features, pinning, progress, serving
+from djinn_zmq.probe import command, pinning, progress, serving
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, NotMeasured, Results
 from djinn_zmq.probe.rounds import Plan, each_round
 
 SEED = 7  # of the prompt's ids
-SPREAD = (0.025, 0.25, 0.5, 0.75, 1.0)  # of the layers: 1, 10, 20, 30, 40 of 40
 
 
 class Experiment(command.Tool):
@@ -210,8 +209,6 @@ class _Bench:
     def _tiers(self) -> list[str]:
         """A CPU engine has a device tier only where it is told to: plain memory, for the sake of the
         same case."""
-        if not features.TIERS:
-            return []
         state = self._stack.enter_context(serving.sockets_folder())
         return [f"--state={state}", *(["--gpu-memory=256"] if self.asked.device == "cpu" else [])]
 
@@ -320,7 +317,7 @@ def _layers(asked: Sequence[int], count: int, model: str) -> list[int]:
             raise LayerError(
                 f'layer {layer} does not exist: "{model}" has {count} layers (0-{count})'
             )
-    return sorted(set(asked)) or sorted({max(1, round(part * count)) for part in SPREAD})
+    return sorted(set(asked)) or config.spread(count)
 
 
 def _endpoints(endpoint: str, key: str | None) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 import click
 
-from djinn_zmq.probe import command, features
+from djinn_zmq.probe import command
 from djinn_zmq.probe.command import Asked, Place
 from djinn_zmq.probe.results import NotMeasured
+from djinn_zmq.probe.ways import has_lane
 
 SERVER, ENGINE, LANE = "{}: server only", "{}: server and engine", "{}: lane to the engine"
 
@@ -36,12 +37,11 @@ def noop(asked: Asked, place: Place) -> None:
             server = standing.connect(way)
             cases[SERVER.format(way)] = server.ping
             cases[ENGINE.format(way)] = server.model(standing.model).ping
-            if features.LANE and way == "ipc":
-                cases[LANE.format(way)] = (
-                    standing.connect(way, lane=True).model(standing.model).ping
-                )
+            beside = standing.connect(way, lane=True).model(standing.model)
+            if has_lane(beside):
+                cases[LANE.format(way)] = beside.ping
         if not any(LANE.format(way) in cases for way in standing.endpoints):
-            why = "a lane needs ipc" if features.LANE else "this version has none"
+            why = "the server gave this client none: it needs ipc, and the same user"
             results.not_measured.append(NotMeasured("lane to the engine", why))
         command.take(asked, cases, standing.pids, results)
     command.show("no-op", results)

@@ -6,10 +6,11 @@ import numpy as np
 import djinn_zmq as djinn
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
-from djinn_zmq.probe import command, features, tables
+from djinn_zmq.probe import command, tables
 from djinn_zmq.probe.command import Asked, Place
 from djinn_zmq.probe.rounds import Task
 from djinn_zmq.probe.rungs import resuming
+from djinn_zmq.probe.ways import has_lane
 from djinn_zmq.spans import Spans
 
 
@@ -53,8 +54,10 @@ def resume(asked: Asked, place: Place, positions: int, layer: int | None) -> Non
     with command.standing(place) as standing:
         cases: dict[str, Task] = {}
         for way in standing.endpoints:
-            for lane in {False, features.LANE and way == "ipc"}:
+            for lane in (False, True):
                 model = standing.connect(way, lane=lane).model(standing.model)
+                if lane and not has_lane(model):
+                    continue
                 point = command.stopped(model, positions, layer)
                 name = f"{way} with lane" if lane else way
                 cases |= cases_of(name, model, point, spans)

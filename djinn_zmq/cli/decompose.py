@@ -3,9 +3,10 @@
 import click
 import numpy as np
 
-from djinn_zmq.probe import command, features, ladder, rungs
+from djinn_zmq.probe import command, ladder, rungs
 from djinn_zmq.probe.command import Asked, Place
 from djinn_zmq.probe.results import Check
+from djinn_zmq.probe.ways import has_lane
 
 
 @click.command(cls=command.Tool)
@@ -79,9 +80,8 @@ def decompose(
         way = transport if transport in standing.endpoints else next(iter(standing.endpoints))
         server = standing.connect(way)
         model = server.model(standing.model)
-        lane = None
-        if features.LANE and way == "ipc":
-            lane = standing.connect(way, lane=True).model(standing.model)
+        beside = standing.connect(way, lane=True).model(standing.model)
+        lane = beside if has_lane(beside) else None
         point = command.stopped(lane or model, positions, layer)
         results.settings |= {"model": model.name, "layer": point.layer, "endpoint": way}
         array = np.asarray(point.hidden) if carry == "activation" else None

@@ -16,7 +16,7 @@ from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.server import Server
 from djinn_zmq.errors import DjinnError
-from djinn_zmq.probe import features, interrupted, pinning, progress, serving, tables
+from djinn_zmq.probe import interrupted, pinning, progress, serving, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Case, Plan, Task, interleaved
@@ -196,9 +196,7 @@ class Standing:
     def connect(self, transport: str, *, lane: bool = False) -> Server:
         """A client that ends with the measurement. lane: with the lane, where there is one."""
         return self.stack.enter_context(
-            djinn.connect(
-                self.endpoints[transport], key=self.key, progress=None, **features.lane(lane)
-            )
+            djinn.connect(self.endpoints[transport], key=self.key, progress=None, lane=lane)
         )
 
 

@@ -15,7 +15,8 @@ from djinn_zmq.settings import GIB
 from djinn_zmq.version import __version__
 
 # Read from the installed metadata: importing torch to learn its version takes seconds.
-PACKAGES = ("pyzmq", "msgspec", "numpy", "torch", "transformers", "grpcio", "nnsight")
+PACKAGES = ("pyzmq", "msgspec", "numpy", "torch", "transformers", "grpcio", "nnsight",
+            "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
 GPU_NAMES = Path("/proc/driver/nvidia/gpus")
 
 

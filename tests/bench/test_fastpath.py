@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import fastpath
-from bench.fastpath import Budget, line_of
+from bench.budgets import Budget, line_of
 from bench.parts import Part
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.machine import this_machine
