@@ -35,6 +35,7 @@ PLAIN, ONE, BATCH = "one full forward a cell", "nnsight, one trace a cell", "nns
 RESUME, TRACE, USUAL_TRACE = "djinn, one resume a cell", "djinn, trace", "djinn, trace, usual pair"
 AT_A_TIME = {"tiny": 16, "smollm2": 5}  # cells of a call that does them one by one
 PER_ROUND = {"tiny": 8, "smollm2": 2}  # calls of each case in a turn
+QUICK = 2  # the same, where it is to be quick
 # bfloat16 has 8 bits; the plain model's own batches of other sizes differ by as much.
 AGREES = 2.0**-5
 
@@ -42,7 +43,7 @@ AGREES = 2.0**-5
 Cpus = tuple[int, ...] | None
 
 
-def measure(name: str, rounds: int, results: Results, client_cpus: Cpus, server_cpus: Cpus) -> None:
+def measure(name: str, plan: Plan, results: Results, client_cpus: Cpus, server_cpus: Cpus) -> None:
     path = _path_of(name)
     grid = Grid(path, *PROMPTS[name])
     with (
@@ -57,7 +58,7 @@ def measure(name: str, rounds: int, results: Results, client_cpus: Cpus, server_
         ours = Djinn(grid, server.model(path))
         cases, sizes = _cases(name, grid, ours, results)
         _check(name, grid, ours, cases, results)
-        taken = interleaved(cases, Plan(rounds, PER_ROUND[name], warm_up=2, settle=1))
+        taken = interleaved(cases, plan)
         results.tables[f"{name}: cost"] = [_cost(ours, name, usual) for usual in (False, True)]
     each = {
         case: Samples(f"{name}: {case}", samples.seconds / sizes[case])
@@ -173,7 +174,9 @@ def _report(name: str, grid: Grid, each: dict[str, Samples], results: Results) -
 @click.option("--rounds", default=10, show_default=True, help="Turns the cases take.")
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
 @click.option("--json", "path", type=Target(), help="Write results here.")
-@click.option("--quick", is_flag=True, help="tiny only, three rounds; intervals get wide.")
+@click.option(
+    "--quick", is_flag=True, help="tiny only, at most three short rounds; intervals get wide."
+)
 def main(names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quick: bool) -> None:
     """The causal-tracing grid (every layer × every position), in cells a second.
 
@@ -191,7 +194,7 @@ def main(names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quic
     more than its batch. All cases take turns; intervals are 95 % bootstrap intervals over rounds.
     """
     names = ("tiny",) if quick else tuple(dict.fromkeys(names))
-    rounds = 3 if quick else rounds
+    rounds = min(rounds, 3) if quick else rounds
     torch.set_num_threads(1)
     settings = {"models": list(names), "rounds": rounds, "quick": quick}
     results = Results("sweep", this_machine(), settings)
@@ -200,7 +203,8 @@ def main(names: tuple[str, ...], rounds: int, pin: bool, path: Path | None, quic
     client_cpus, server_cpus = pinning.two_sides() if pin else (None, None)
     pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
     for name in names:
-        measure(name, rounds, results, client_cpus, server_cpus)
+        plan = Plan(rounds, QUICK if quick else PER_ROUND[name], warm_up=2, settle=1)
+        measure(name, plan, results, client_cpus, server_cpus)
     click.echo("\n" + "\n".join(str(one) for one in results.pinned))
     click.echo("\n" + "\n".join(str(one) for one in (*results.checks, *results.not_measured)))
     click.echo("\n" + tables.of_ratios("at the medians", results.ratios))

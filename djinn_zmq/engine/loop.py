@@ -194,6 +194,9 @@ class EngineLoop:
     def _take_on_lane(self, envelope: bytes, owner: str, pieces: list[Piece]) -> None:
         """A message of a client's own, not passed on by the server: check what the server would."""
         header = NOBODYS
+        if self._link.lane.unfinished():
+            # What the server told its client, this session or a checkpoint it claimed, it told us before.
+            self._on_link(MANY)
         try:
             frame, *buffers = pieces
             header = codec.peek(frame)
@@ -202,9 +205,6 @@ class EngineLoop:
             if len(frame) > self._settings.meta_limit:
                 raise ProtocolError(f"a meta of {len(frame)} bytes is too long")
             session = self._sessions.get(header.session)
-            if session is None:  # the server may have told of it before the client could ask
-                self._on_link(MANY)
-                session = self._sessions.get(header.session)
             if session is None or session.owner != owner:
                 raise UnknownSession(
                     f"session {header.session:016x} does not exist or is not yours: it may have "

@@ -19,7 +19,7 @@ from djinn_zmq.errors import (
     UnknownCheckpoint,
 )
 from djinn_zmq.settings import MIB
-from tests.end_to_end.conftest import until
+from tests.end_to_end.conftest import free_port, running, until
 
 FRANCE = "the capital of france is"
 BIG = np.ones((16, 256), int)  # half a MiB of hidden state
@@ -33,8 +33,6 @@ def state(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, state):
-    from tests.end_to_end.conftest import free_port, running
-
     folder = tmp_path_factory.mktemp("served") / "s"
     with running(folder, "--model=tiny", *TIERS, f"--state={state}", port=free_port()) as one:
         yield one
@@ -327,7 +325,7 @@ def _copies(point) -> tuple[str, ...]:
 
 def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tmp_path):
     state = tmp_path / "state"
-    with serve("--model=tiny", f"--state={state}", port=5559) as running:
+    with serve("--model=tiny", f"--state={state}", port=free_port()) as running:
         with running.connect() as server:
             tiny = server.model("tiny")
             whole = tiny.run(FRANCE).logits.tobytes()
@@ -341,7 +339,7 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
     del left
     (state / "deadbeef.safetensors").write_bytes(b"no checkpoint")
     (state / ".half.tmp").write_bytes(b"half")
-    with serve("--model=tiny", f"--state={state}", port=5559) as running:
+    with serve("--model=tiny", f"--state={state}", port=free_port()) as running:
         assert not (state / ".half.tmp").exists()
         with djinn.connect(running.tcp) as stranger:
             theirs = stranger.model("tiny")

@@ -31,6 +31,15 @@ SUBJECT, LAST = -2, -1
 LAYERS = range(5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """At these sizes a second one only waits, and where other work keeps its core busy, long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(DEFAULT_OUTPUT, local_files_only=True)
