@@ -59,7 +59,7 @@ def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(tmp_
     assert "compute" in {row["span"] for row in table}
 
 
-def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path):
+def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path, served):
     options = (*TINY, "--baselines", "djinn", "recompute", "--edits", "none", "--layers", "1", "2",
                "--ends", "ready", "--tiers", "host", f"--output-dir={tmp_path}")  # fmt: skip
     kept = tmp_path / "rounds.jsonl"
@@ -82,7 +82,7 @@ def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_
     done = partial.settings["rounds_taken"]
     assert done >= 3 and partial.not_measured[-1].why == "the run was interrupted"
 
-    ended = run(*options, f"--repeat={done + 2}")
+    ended = run(*options, f"--repeat={done + 2}", f"--server={served.ipc}")
     assert ended.returncode == 0, ended.stderr
     assert f"going on after {done} of {done + 2} rounds" in ended.stdout
     whole = schema.read(tmp_path / "resume_latency.json")
