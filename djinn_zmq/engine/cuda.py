@@ -69,11 +69,8 @@ class Cuda(Cpu):
     def attach(self, arena: Arena) -> None:
         """Register the arena's pages with the driver: copies then run at the bus's full rate and
         without the CPU. In one piece: a copy across two registrations fails."""
-        if id(arena) in self._registered:  # in advance, by the thread that made it
-            return
         address = np.frombuffer(arena.memory, np.uint8).ctypes.data
         flags = 0 if arena.writable else REGISTER_READ_ONLY
-        torch.cuda.set_device(self.torch)  # a thread's own begins as 0
         status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, flags)
         if int(status) == 0:
             self._registered[id(arena)] = address

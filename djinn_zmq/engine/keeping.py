@@ -157,14 +157,9 @@ class Keeping:
         return granted.arena
 
     def _grow(self, nbytes: int) -> "Future[OwnArena]":
-        """One more arena, made and registered in a thread that sleeps in system calls."""
-
-        def work() -> OwnArena:
-            arena = self.pool.make(nbytes)
-            self.device.attach(arena)
-            return arena
-
-        future = self._grower.submit(work)
+        """One more arena, its pages taken in a thread that sleeps in system calls. It is registered by
+        us, at 2 ms for 64 MiB: a thread that registers holds CUDA's lock, and layers wait for it."""
+        future = self._grower.submit(self.pool.make, nbytes)
         future.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
         return future
 

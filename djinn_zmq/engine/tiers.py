@@ -61,7 +61,7 @@ class Tiers:
         moved: Moved,
         grow: Callable[[int], "Future[OwnArena]"],
     ) -> None:
-        """grow: makes an arena of so many bytes beside us, ready for the device to copy from and to."""
+        """grow: makes an arena of so many bytes beside us, its pages taken."""
         self.slabs = slabs
         self.pool = pool
         self.disk = disk
@@ -135,7 +135,7 @@ class Tiers:
     def expect(self, nbytes: int) -> None:
         """So much will be wanted soon of what nobody maps: make arenas for it, several at once, since a
         system gives fresh pages slowly (1 GiB/s a thread on one machine)."""
-        missing = nbytes - self.pool.largest("") - self.pool.coming
+        missing = nbytes - self.pool.free("") - self.pool.coming
         while missing > 0 and self._grow_beside(1, ""):
             missing -= self._growing[-1][1]
 

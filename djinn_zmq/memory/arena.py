@@ -317,7 +317,7 @@ class Pool:
 
     def ready(self, nbytes: int, zone: str = "") -> bool:
         """Can a slot of *nbytes* be leased without one more arena?"""
-        return nbytes <= self.largest(zone)
+        return nbytes <= self._largest(zone)
 
     def may_grow(self, nbytes: int, zone: str = "") -> int:
         """Bytes of the arena that would be made for a slot of *nbytes*; 0: the limit allows none.
@@ -342,14 +342,17 @@ class Pool:
     def _of(self, zone: str) -> list[OwnArena]:
         return [one for one in self.arenas.values() if one.zone in (zone, None)]
 
-    def largest(self, zone: str) -> int:
-        """Bytes of the largest slot that can be leased without one more arena."""
+    def free(self, zone: str) -> int:
+        """Bytes that can be leased without one more arena, in pieces."""
+        return sum(arena.capacity - arena.used for arena in self._of(zone))
+
+    def _largest(self, zone: str) -> int:
         return max((arena.largest_free for arena in self._of(zone)), default=0)
 
     def full(self, nbytes: int, zone: str = "") -> ArenaFull:
         room = self.limit - self.mapped
         return ArenaFull(
-            f"{format_bytes(nbytes)} asked, {format_bytes(max(self.largest(zone), room))} free in one "
+            f"{format_bytes(nbytes)} asked, {format_bytes(max(self._largest(zone), room))} free in one "
             f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
             f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
         )
