@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import djinn_zmq as djinn
+from djinn_zmq.client.connection import Call
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
@@ -19,6 +20,8 @@ from djinn_zmq.errors import (
     UnknownCheckpoint,
 )
 from djinn_zmq.settings import MIB
+from djinn_zmq.wire import messages
+from djinn_zmq.wire.ops import Op
 from tests.end_to_end.conftest import free_port, running, until
 
 FRANCE = "the capital of france is"
@@ -349,10 +352,15 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
         with running.connect() as server:
             tiny = server.model("tiny")
             assert [(kept.id, kept.layer) for kept in tiny.returned()] == [(number, 2)]
+            tiny.ping()
+            # The engine is at this for a while: it finds the server's word and the client's at once.
+            long = messages.Tokens("the capital " * 9000, None)
+            server.connection.send(Call(Op.TOKENS, long, session=tiny.session_id))
             again = tiny.checkpoint(number)
-            assert (again.id, again.layer, again.tier) == (number, 2, "disk")
+            resumed = again.resume().logits.tobytes()
+            assert (again.id, again.layer, resumed) == (number, 2, whole)
+            assert repr(again).endswith("disk>")  # as it was claimed
             assert np.asarray(again.hidden).shape == again.shape
-            assert again.resume().logits.tobytes() == whole
             assert tiny.returned() == []
             with pytest.raises(UnknownCheckpoint):
                 tiny.checkpoint(number)
