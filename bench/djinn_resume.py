@@ -31,7 +31,6 @@ from djinn_zmq.probe.ways import has_lane
 from djinn_zmq.spans import Spans
 
 NAME = "djinn"
-UNEDITED = "none"
 
 
 @dataclass(slots=True)

@@ -213,7 +213,11 @@ def main(
     for name in chosen:
         left_s = 60 * minutes - (time.monotonic() - begin)
         outcome[name] = run(made[name], left_s, folder / "logs" / f"{name}.log")
-        click.echo(f"{time.monotonic() - begin:4.0f} s  {outcome[name]}")
+        there = results_of(name, folder) is not None
+        said = "done" if outcome[name].held else "left results" if there else "FAILED"
+        click.echo(
+            f"{time.monotonic() - begin:4.0f} s  {made[name].name}, {said}: {outcome[name].found}"
+        )
         into(results, lines_of(folder, outcome))
         results.tables["times"] = list(times_of(folder, outcome))
         results.settings["elapsed_s"] = round(time.monotonic() - begin, 1)

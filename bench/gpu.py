@@ -30,7 +30,7 @@ def parts(
         options = (f"--model={shape}", f"--device={device}", f"--max-length={tokens}", *at,
                    "--warmup=2", "--repeat=4", "--per-turn=5",
                    f"--output-dir={folder / f'resume-{tokens}'}")  # fmt: skip
-        found.append(Part(f"resume latency, {tokens} tokens", "bench.resume_latency", options, 150))
+        found.append(Part(f"resume latency, {tokens} tokens", "bench.resume_latency", options, 200))
     on = (f"--shape={shape}", f"--device={device}", f"--positions={positions[0]}", "--no-pin")
     few = ("--samples=40", "--warmup=5")
     for name, *options in (

@@ -11,5 +11,3 @@ MODEL = "llama-2-13b"
 RECOMPUTE_MS = {1: 2.1, 20: 33.3, 40: 65.4}
 OFFLOAD_MS = {1: 0.8, 20: 0.8, 40: 0.8}
 RESUME_MS = {1: 35.0, 20: 35.0, 40: 35.0}  # "~35", 30-50: expected by its authors, not measured
-PARTS_MS = {"framework": 20.0, "state": 9.0, "GPU": 4.0}  # "~20", "8-10", "3-5"
-PROJECTION_MS = 10.0  # "production", with a C++ transport

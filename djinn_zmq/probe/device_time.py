@@ -11,10 +11,6 @@ import torch
 from djinn_zmq.probe.rounds import Case
 
 
-def there_is_one() -> bool:
-    return torch.cuda.is_available()
-
-
 def device_clock(case: Case) -> float:
     """Seconds between two events around *case* on the current stream, all its work done.
 

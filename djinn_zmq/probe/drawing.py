@@ -26,7 +26,6 @@ except ImportError as exc:
 # From dark to light, so that a grey print keeps the order; no two neighbours share a hatch.
 SHADES = ("#1b3a57", "#2f6690", "#3a8fb7", "#7fb7be", "#b9d6c2", "#dcd6a0", "#e8b96a", "#d98d4f")
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 DPI = 150
 
