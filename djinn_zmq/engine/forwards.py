@@ -5,7 +5,7 @@ and values makes a new one, of one piece. What beams, batches and assistants do 
 positions) is done by transformers' own methods, on a cache made of it for the call.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from djinn_zmq.engine import inside
 from djinn_zmq.engine.branches import NO_TENSOR, Branch, ForwardJob
 from djinn_zmq.engine.caches import Past
 from djinn_zmq.engine.jobs import EngineSession, Halt, Turns
-from djinn_zmq.engine.keeping import Keeping, new_id
+from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
 from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
@@ -34,6 +34,7 @@ MASKED = (
     "the checkpoint is of a program's forward with a mask, positions or several rows of its own: it can "
     "be looked at, but only that forward goes on from it"
 )
+Sent = Callable[[Tensor], np.ndarray]  # what a client sent, in host memory
 OF_FORWARDS = "a past that a program's forwards made: only these go on from it"
 
 
@@ -74,9 +75,9 @@ class Forwarder:
                 raise PromptError(f"{len(ids)} rows of ids behind a past of {len(tokens)}")
             past, count = tokens.shape[1], ids.shape[1]
             check_room(past + count, 0, model)
-            load = partial(self._keeping.load_sent, buffers=buffers, owner=session.owner)
-            arguments, default = self._arguments(asked, ids, past, model, load)
-            wished = self._wished(asked, ids, model, load)
+            sent = partial(self._keeping.sent, buffers=buffers, owner=session.owner)
+            arguments, default = _arguments(asked, ids, past, model, sent)
+            wished = _wished(asked, ids, model, sent)
             bound = "" if default and (len(ids) == 1 or not asked.cached) else MASKED
         job = ForwardJob(
             session,
@@ -97,7 +98,7 @@ class Forwarder:
         rows = [self._rows(change, buffers, session) for change in asked.changes]
         return job, self._runner.settling(job, self._work(job, rows))
 
-    # ---- what it is called with, checked: on a GPU a wrong index ends the process
+    # ---- what is done to its past
 
     def _changed(
         self,
@@ -130,75 +131,6 @@ class Forwarder:
         if isinstance(change, (Crop, Repeat)):
             return change, None
         return change, self._keeping.ids_sent(change.rows, buffers, session.owner)
-
-    def _arguments(
-        self, asked: Forward, ids: np.ndarray, past: int, model: ServedModel, load: Any
-    ) -> tuple[dict[str, Any], bool]:
-        """What goes with the ids; and is it what a call without would have meant?"""
-        arguments, default = {}, True
-        if asked.mask is not None:
-            mask = load(asked.mask)
-            if not mask.ndim or mask.shape[0] not in (1, len(ids)):
-                raise RequestError(f"attention_mask {tuple(mask.shape)} for {len(ids)} rows of ids")
-            arguments["attention_mask"] = mask
-            default = mask.ndim == 2 and bool((mask == 1).all())
-        if asked.positions is not None:
-            positions = load(asked.positions)
-            limit = model.info.max_positions
-            if positions.dtype != torch.int64 or positions.shape not in (
-                (1, ids.shape[1]),
-                ids.shape,
-            ):
-                raise RequestError(
-                    f"position_ids {positions.dtype} {tuple(positions.shape)}: int64, (1, "
-                    f"{ids.shape[1]}) or {ids.shape}"
-                )
-            if int(positions.min()) < 0 or (limit and int(positions.max()) >= limit):
-                raise PromptError(
-                    f"position_ids {int(positions.min())} to {int(positions.max())}: "
-                    f'"{model.info.name}" has 0 to {limit - 1}'
-                )
-            arguments["position_ids"] = positions
-            own = torch.arange(past, past + ids.shape[1], device=positions.device)
-            default = default and bool((positions == own).all())
-        return arguments, default
-
-    def _wished(
-        self, asked: Forward, ids: np.ndarray, model: ServedModel, load: Any
-    ) -> dict[str, Any]:
-        wished: dict[str, Any] = {}
-        if asked.hidden:
-            wished["output_hidden_states"] = True
-        if isinstance(asked.keep, Tensor):
-            keep = load(asked.keep)
-            extent = ids.shape[1]
-            if keep.dtype != torch.int64 or keep.ndim != 1 or not keep.numel():
-                raise RequestError(f"logits_to_keep {keep.dtype} {tuple(keep.shape)}: int64 (n,)")
-            if int(keep.min()) < -extent or int(keep.max()) >= extent:
-                raise RequestError(f"logits_to_keep {keep.tolist()} of {extent} positions")
-            wished["logits_to_keep"] = keep
-        elif asked.keep:
-            if asked.keep < 0:
-                raise RequestError(f"logits_to_keep {asked.keep}: at least 0")
-            wished["logits_to_keep"] = asked.keep
-        if wished.get("logits_to_keep") is not None and not model.stepper.keeps_last:
-            raise RequestError(f'"{model.info.name}" takes no logits_to_keep')
-        if asked.labels is not None:
-            labels = load(asked.labels)
-            if labels.dtype != torch.int64 or labels.shape != ids.shape:
-                raise RequestError(
-                    f"labels {str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}: int64 {ids.shape}, as the ids"
-                )
-            counted = labels[labels != IGNORED]
-            if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < (
-                model.info.vocab_size
-            ):
-                raise RequestError(
-                    f"labels {int(counted.min())} to {int(counted.max())}: 0 to "
-                    f"{model.info.vocab_size - 1}, or {IGNORED} for what does not count"
-                )
-            wished["labels"] = labels
-        return wished
 
     # ---- the work
 
@@ -294,3 +226,75 @@ class Forwarder:
         branch = Branch(job.tokens, past, 0, bound=OF_FORWARDS)
         job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length, tiers=())
         session.branches[job.ended.id] = branch
+
+
+# ---- what it is called with, checked in host memory: on a GPU a wrong index ends the process
+
+
+def _arguments(
+    asked: Forward, ids: np.ndarray, past: int, model: ServedModel, sent: Sent
+) -> tuple[dict[str, Any], bool]:
+    """What goes with the ids; and is it what a call without would have meant?"""
+    arguments: dict[str, Any] = {}
+    default = True
+    if asked.mask is not None:
+        mask = sent(asked.mask)
+        if not mask.ndim or mask.shape[0] not in (1, len(ids)):
+            raise RequestError(f"attention_mask {mask.shape} for {len(ids)} rows of ids")
+        arguments["attention_mask"] = _on_device(mask, model)
+        default = mask.ndim == 2 and bool((mask == 1).all())
+    if asked.positions is not None:
+        positions = sent(asked.positions)
+        if positions.dtype != np.int64 or positions.shape not in ((1, ids.shape[1]), ids.shape):
+            raise RequestError(
+                f"position_ids {positions.dtype} {positions.shape}: int64 (1, {ids.shape[1]}) or "
+                f"{ids.shape}"
+            )
+        limit = model.info.max_positions
+        if positions.min() < 0 or (limit and positions.max() >= limit):
+            raise PromptError(
+                f"position_ids {positions.min()} to {positions.max()}: "
+                f'"{model.info.name}" has 0 to {limit - 1}'
+            )
+        arguments["position_ids"] = _on_device(positions, model)
+        default = default and bool((positions == np.arange(past, past + ids.shape[1])).all())
+    return arguments, default
+
+
+def _wished(asked: Forward, ids: np.ndarray, model: ServedModel, sent: Sent) -> dict[str, Any]:
+    wished: dict[str, Any] = {}
+    if asked.hidden:
+        wished["output_hidden_states"] = True
+    if isinstance(asked.keep, Tensor):
+        keep, extent = sent(asked.keep), ids.shape[1]
+        if keep.dtype != np.int64 or keep.ndim != 1 or not keep.size:
+            raise RequestError(f"logits_to_keep {keep.dtype} {keep.shape}: int64 (n,)")
+        if keep.min() < -extent or keep.max() >= extent:
+            raise RequestError(f"logits_to_keep {keep.tolist()} of {extent} positions")
+        wished["logits_to_keep"] = _on_device(keep, model)
+    elif asked.keep:
+        if asked.keep < 0:
+            raise RequestError(f"logits_to_keep {asked.keep}: at least 0")
+        wished["logits_to_keep"] = asked.keep
+    if "logits_to_keep" in wished and not model.stepper.keeps_last:
+        raise RequestError(f'"{model.info.name}" takes no logits_to_keep')
+    if asked.labels is not None:
+        labels = sent(asked.labels)
+        if labels.dtype != np.int64 or labels.shape != ids.shape:
+            raise RequestError(
+                f"labels {labels.dtype} {labels.shape}: int64 {ids.shape}, as the ids"
+            )
+        counted, last = labels[labels != IGNORED], model.info.vocab_size - 1
+        if counted.size and not 0 <= counted.min() <= counted.max() <= last:
+            raise RequestError(
+                f"labels {counted.min()} to {counted.max()}: 0 to {last}, or {IGNORED} for what "
+                "does not count"
+            )
+        wished["labels"] = _on_device(labels, model)
+    return wished
+
+
+def _on_device(array: np.ndarray, model: ServedModel) -> torch.Tensor:
+    kind = TORCH_DTYPES[array.dtype.name]
+    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return flat.view(kind).reshape(array.shape).to(model.device)

@@ -335,13 +335,17 @@ class Keeping:
         self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
     ) -> np.ndarray:
         """A client's token ids, int64, copied to host memory whatever the device."""
-        self._check_owner(tensor, owner)
         if tensor.dtype != "int64":
             raise ProtocolError(f"token ids of dtype {tensor.dtype}: int64")
-        ids = self._bytes(tensor, buffers).copy()
+        return self.sent(tensor, buffers, owner)
+
+    def sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str) -> np.ndarray:
+        """What a client sent, copied to host memory: to be checked before a device sees it."""
+        self._check_owner(tensor, owner)
+        data = self._bytes(tensor, buffers).copy()
         if isinstance(tensor.where, Slot):
             self._arena(tensor.where.arena).check(tensor.where)
-        return ids.view(np.int64).reshape(tensor.shape)
+        return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def _check_owner(self, tensor: Tensor, owner: str) -> None:
         if not isinstance(tensor.where, Slot):

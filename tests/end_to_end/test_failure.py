@@ -12,6 +12,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import errors
+from djinn_zmq.client.forwards import Asked
 from tests.end_to_end.conftest import until
 
 FRANCE = "the capital of france is"
@@ -54,6 +55,20 @@ def test_a_run_on_the_way_when_its_engine_dies_is_answered_and_can_be_asked_agai
                 tiny.run(LONG)
         killer.join()
         assert point.resume().top(1)[0].token == "paris"
+
+
+def test_a_programs_past_dies_with_its_engine_by_name_and_its_next_beginning_is_served(mortal):
+    ids = np.array([[5, 9, 31]])
+    with mortal.connect() as server:
+        tiny = server.model("tiny")
+        done = tiny.forward(Asked(ids))
+        pid = server.status().engines[0].pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: server.status().engines[0].pid != pid, "the death is noticed")
+        with pytest.raises(errors.Lost, match="branch .* is gone"):
+            tiny.forward(Asked(ids, past=done.past))
+        again = tiny.forward(Asked(ids)).outputs["logits"]
+        assert again.tobytes() == done.outputs["logits"].tobytes()
 
 
 def test_an_engine_that_keeps_dying_stays_down_and_says_so(mortal):

@@ -29,6 +29,7 @@ OTHERS = [
     "Gemma2",
     "GPT2",
 ]  # windows shorter than the prompt and full layers by turns; learned positions
+MORE = ["GPTJ", "OPT", "Bloom", "Falcon", "Cohere2", "GptOss", "Lfm2"]
 PROMPT = [[5, 9, 31, 7, 11, 40, 8]]
 PADDED = [[0, 0, 0, 5, 9, 31, 7], [21, 9, 31, 7, 11, 40, 8]]  # on the left
 MASK = [[0, 0, 0, 1, 1, 1, 1], [1] * 7]
@@ -275,6 +276,40 @@ def test_the_tokenizer_and_the_configs_are_the_models_own(pair) -> None:
     for name, value in plain.config.to_dict().items():
         assert name in differing or remote.config.to_dict()[name] == value, name
     assert isinstance(remote, type(plain)) and remote.num_parameters() == plain.num_parameters()
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_architectures_are_called_and_generate_in_beams_as_by_themselves(pair, name) -> None:
+    padded = {"input_ids": torch.tensor(PADDED), "attention_mask": torch.tensor(MASK)}
+
+    def ask(model):
+        out = model(**padded, output_hidden_states=True, labels=padded["input_ids"])
+        beams = model.generate(
+            **padded,
+            max_new_tokens=4,
+            num_beams=2,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        return [out.logits, out.loss, *out.hidden_states, beams.sequences, *beams.scores]
+
+    own, remote = both(pair(name), ask)
+    assert len(own) == len(remote) and all(map(same, own, remote)), remote
+
+
+@pytest.mark.parametrize("way", ["lane", "bus", "tcp"])
+def test_outputs_larger_than_a_message_come_whole_by_every_way(pair, served, way: str) -> None:
+    ids = torch.arange(12 * 250).reshape(12, 250) % 245
+    plain, _ = pair("tiny")
+    endpoint = served.tcp if way == "tcp" else served.endpoint
+    with djinn.connect(endpoint, lane=way == "lane") as server:
+        remote = RemoteCausalLM.of(server.model("tiny"))
+        own, other = both(
+            (plain, remote), lambda model: model(ids, output_hidden_states=True, labels=ids)
+        )
+    assert own.logits.nbytes > 1 << 20
+    assert same(own.logits, other.logits) and same(own.loss, other.loss)
+    assert all(map(same, own.hidden_states, other.hidden_states))
 
 
 # ---- held by a debugger

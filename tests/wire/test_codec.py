@@ -7,7 +7,7 @@ import pytest
 
 from djinn_zmq import errors
 from djinn_zmq.errors import LayerError, ProtocolError
-from djinn_zmq.wire import codec, edits, looks, messages, stops
+from djinn_zmq.wire import codec, edits, forwards, looks, messages, stops
 from djinn_zmq.wire.codec import HEADER_SIZE, Header, decode, encode, peek
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
@@ -15,6 +15,7 @@ from djinn_zmq.wire.tensors import Frame, Slot, Tensor, inline
 
 LAST = messages.Wanted(None, (), "last", 0)
 VECTOR = inline(np.array([1.0, -2.0], np.float32))
+IDS = inline(np.array([[1, 2]], np.int64))
 
 # (op, flags and other header fields, meta, the bytes)
 GOLDEN = {
@@ -118,6 +119,27 @@ GOLDEN = {
         (
             "444a0115 0000 0000 0000000000000000 0000000000000000 00000000 00000000"
             "92 15 94 02 09 92 00 ff 03"
+        ),
+    ),
+    "forward": (
+        Op.FORWARD,
+        {},
+        forwards.Forward(
+            7,
+            (forwards.Select(IDS), forwards.Repeat(3), forwards.Crop(2)),
+            IDS,
+            None,
+            None,
+            IDS,
+            1,
+            True,
+            False,
+        ),
+        (
+            "444a0138 0000 0000 0000000000000000 0000000000000000 00000000 00000000"
+            "9a380793920093a5696e7436349201029200c4100100000000000000020000000000000092010392"
+            "020293a5696e7436349201029200c41001000000000000000200000000000000c0c093a5696e7436"
+            "349201029200c4100100000000000000020000000000000001c3c2"
         ),
     ),
     "failure": (
