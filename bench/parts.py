@@ -35,6 +35,9 @@ def run(part: Part, seconds: float, log: Path) -> Check:
     limit = min(part.most_s, seconds)
     if limit < LEAST_S:
         return Check(part.name, None, "no time was left for it")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and its children would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", part.module, *part.options],
