@@ -28,6 +28,7 @@ FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
 NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import")
 IDLE_MS = (0, 2, 50)
+TO_DRAW_S = 30.0
 SHARE = 1 / 3  # of the memory that the stopped sessions need: what the GPU has for them
 
 
@@ -211,7 +212,7 @@ def main(
     for name in chosen:
         (folder / path_of(name)).unlink(missing_ok=True)  # of a run before
     for name in chosen:
-        left_s = 60 * minutes - (time.monotonic() - begin)
+        left_s = 60 * minutes - TO_DRAW_S - (time.monotonic() - begin)
         outcome[name] = run(made[name], left_s, folder / "logs" / f"{name}.log")
         there = results_of(name, folder) is not None
         said = "done" if outcome[name].held else "left results" if there else "FAILED"
@@ -225,6 +226,9 @@ def main(
     table = table_of(lines_of(folder, outcome), layers)
     click.echo(f"\n{shown_times(results.tables['times'])}\n\n{table}")
     (folder / "table.txt").write_text(f"{results.machine}\n\n{table}\n")
+    figures = Part("figures", "bench.plots", (str(folder), "--into", str(folder / "figures")),
+                   TO_DRAW_S)  # fmt: skip
+    click.echo(str(run(figures, figures.most_s, folder / "logs" / "figures.log")))
     if packed is not None:
         pack(folder, packed)
         click.echo(f"archive in {packed}")

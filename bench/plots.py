@@ -256,7 +256,9 @@ def machine_of(found: schema.File) -> str:
 def _about(found: schema.File) -> str:
     where = found.settings
     tokens = where.get("max_length") or where.get("context")
-    return f"{where.get('served') or where.get('model')}, {tokens} tokens, {where.get('device')}"
+    idle = f", after {where['idle_ms']:g} ms of idling" if where.get("idle_ms") else ""
+    name = where.get("served") or where.get("model")
+    return f"{name}, {tokens} tokens, {where.get('device')}{idle}"
 
 
 def read(folders: Iterable[Path]) -> dict[str, list[schema.File]]:
@@ -296,7 +298,8 @@ def draw(folders: Iterable[Path], into: Path) -> list[Path]:
 def _slug(found: schema.File) -> str:
     where: dict[str, Any] = found.settings
     tokens = where.get("max_length") or where.get("context")
-    return f"{str(where['model']).rpartition('/')[2]}-{tokens}"
+    idle = f"-idle-{where['idle_ms']:g}" if where.get("idle_ms") else ""
+    return f"{str(where['model']).rpartition('/')[2]}-{tokens}{idle}"
 
 
 @click.command(cls=command.Tool)
