@@ -18,7 +18,7 @@ from typing import Any
 
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import Server
-from djinn_zmq.errors import NotServed
+from djinn_zmq.errors import NoTokenizer, NotServed
 
 CAUSAL = "AutoModelForCausalLM"
 CHANGED: dict[str, tuple[str, ...]] = {  # module: its classes that read small files by a name
@@ -72,6 +72,8 @@ class Programs:
             model = self.find(name)
             if model is None:
                 return own(cls, name, *args, **named)
+            if "Tokenizer" in cls.__name__ and not model.has_tokenizer:
+                raise NoTokenizer(f'"{name}" is served without a tokenizer')
             made = own(cls, self.folder(model), *args, **named)
             for one in made if isinstance(made, tuple) else (made,):
                 if hasattr(one, "name_or_path"):

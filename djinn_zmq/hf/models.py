@@ -196,6 +196,17 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
             raise NotServed("train(): a served model is not trained")
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            raise NotServed("requires_grad_(): a served model is not trained")
+        return self
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise NotServed(f"a copy of the model: {WEIGHTS}; open it once more instead")
+
+    def __reduce__(self) -> NoReturn:
+        raise NotServed(f"pickling the model: {WEIGHTS}")
+
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         if attn_implementation != self.config._attn_implementation:
             raise NotServed(
@@ -244,7 +255,6 @@ for _name in (
     "add_adapter",
     "save_pretrained",
     "push_to_hub",
-    "requires_grad_",
     "zero_grad",
     "get_decoder",
     "get_input_embeddings",
@@ -259,6 +269,8 @@ for _name in (
     "quantize",
     "dequantize",
     "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
     "to_empty",
     "type",
 ):
@@ -279,6 +291,8 @@ def class_of(architecture: str) -> type[RemoteCausalLM]:
     def forward(self: RemoteCausalLM, *args: Any, **named: Any) -> Any:
         bound = signature.bind(self, *args, **named).arguments
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
+        if torch.compiler.is_compiling():  # there is nothing here to compile: ask as ever
+            return torch.compiler.disable(self.call)(given | bound.get("kwargs", {}))
         return self.call(given | bound.get("kwargs", {}))
 
     # `generate` looks at it to find out what it may pass, and whether the head takes one position.

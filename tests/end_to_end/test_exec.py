@@ -1,6 +1,7 @@
 """`djinn exec`: an unmodified program gives under it what it gives alone."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 
 TINY = resources.files("djinn_zmq") / "models" / "tiny"
+ROOT = Path(__file__).parents[2]
 DJINN = [sys.executable, "-m", "djinn_zmq.cli.main"]
 PROGRAM = """
 import hashlib, sys, threading
@@ -79,7 +81,7 @@ def run(served, tmp_path) -> Callable[..., subprocess.Popen]:
     environment = os.environ | {
         "DJINN_ENDPOINT": served.endpoint,
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
     def start(text: str, *arguments: str, through: list[str]) -> subprocess.Popen:
@@ -136,6 +138,21 @@ def test_a_program_is_run_as_python_runs_it(run) -> None:
     process = run(program, "-x", "--server", "y", through=[*DJINN, "exec"])
     out, err = said(process)
     assert (out, process.returncode) == ("['-x', '--server', 'y'] __main__ True\n", 7), err
+
+
+def test_a_module_is_run_as_python_runs_it(run, tmp_path) -> None:
+    (tmp_path / "named.py").write_text("import sys\nprint(sys.argv[1:], __name__)\n")
+    process = run("", through=[*DJINN, "exec", "-m", "named", "x"])
+    assert said(process)[0] == f"['x', '{tmp_path / 'program.py'}'] __main__\n"
+
+
+def test_ctrl_c_ends_the_program_as_it_ends_python(run) -> None:
+    program = "import time\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    process = run(program, through=[*DJINN, "exec"])
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = said(process)
+    assert process.returncode == 130 and err.rstrip().endswith("KeyboardInterrupt"), err
 
 
 def test_a_programs_error_is_shown_where_it_was_made(run) -> None:

@@ -3,6 +3,7 @@ served model cannot do is refused by name."""
 
 import copy
 import gc
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -408,7 +409,13 @@ def test_a_held_forward_can_be_branched_where_it_is_alone_and_looked_at_in_any_c
 
     ids = torch.tensor(PROMPT)
     first = remote(ids)
-    more = held(served, remote, 2, lambda model: model(ids[:, :2], cache=first.cache), act)
+    more = held(
+        served,
+        remote,
+        2,
+        lambda model: model(ids[:, :2], past_key_values=first.past_key_values),
+        act,
+    )
     logits = torch.from_numpy(found[1].view("int16")).view(torch.bfloat16)
     assert same(logits, more.logits[:, -1])
     held(served, remote, 2, lambda model: model(torch.tensor(PADDED)), act)
@@ -432,6 +439,9 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
         (lambda: remote.generate(ids, cache_implementation="static"), "cache_implementation"),
         (lambda: remote.to(torch.float32), "served in torch.bfloat16"),
         (remote.train, "train"),
+        (remote.requires_grad_, "requires_grad_"),
+        (lambda: copy.deepcopy(remote), "copy"),
+        (lambda: pickle.dumps(remote), "pickling"),
         (lambda: list(remote.parameters()), "parameters"),
         (lambda: remote.save_pretrained("x"), "save_pretrained"),
         (lambda: remote.model.layers, '"model"'),
@@ -441,6 +451,7 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
         with pytest.raises(NotServed, match=named):
             act()
     assert not hasattr(remote, "lm_head")
+    assert remote.eval().requires_grad_(False) is remote
 
 
 @pytest.mark.parametrize(
