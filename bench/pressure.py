@@ -158,7 +158,7 @@ class Pressure:
 
     def _look_at_events(self) -> None:
         """Which keys and values have moved since the last look?"""
-        for event in self.server.events(self._seen):
+        for event in self.server.events(self._seen).so_far():
             self._seen = event.number
             if "keys and values" in event.text:
                 self.away[event.session] += event.nbytes * (1 if event.kind == "evict" else -1)

@@ -98,7 +98,7 @@ class Talks:
                 raise Lost(
                     f"{len(found)} moves of keys and values in {WITHIN_S:g} s: more were due"
                 )
-            for event in self.server.events(self.seen):
+            for event in self.server.events(self.seen).so_far():
                 self.seen = event.number
                 if MOVES in event.text and event.nbytes:
                     found.append(event)

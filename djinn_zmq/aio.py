@@ -26,7 +26,16 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import LOOK_S, WINDOW, Call, Connection, Next, Operation, Step
+from djinn_zmq.client.connection import (
+    LOOK_S,
+    WINDOW,
+    Call,
+    Connection,
+    Heard,
+    Next,
+    Operation,
+    Step,
+)
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter
@@ -81,6 +90,9 @@ class AsyncConnection(Connection):
             return await self._answer(self._ask(step), step)
         if isinstance(step, Next):
             return await self._part(step.request, step.timeout_s)
+        if isinstance(step, Heard):
+            await self._heard(step)
+            return None
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -146,6 +158,17 @@ class AsyncConnection(Connection):
             finally:
                 del self._coming[request]
         return self.take_part(request)
+
+    async def _heard(self, step: Heard) -> None:
+        """The socket is quiet: it has just been taken empty."""
+        fd, came = step.subscriber.fileno(), self._loop.create_future()
+        self._loop.add_reader(fd, lambda: came.done() or came.set_result(None))
+        try:
+            await asyncio.wait({came}, timeout=LOOK_S)
+        finally:
+            self._loop.remove_reader(fd)
+        if not self.closed and not self._watched:
+            raise Lost(f"the server at {self.endpoint} is gone")
 
     def _forget(self, request: int) -> None:
         future = self._futures.pop(request, None)

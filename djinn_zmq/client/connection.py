@@ -20,6 +20,7 @@ import zmq
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lane import Lane, Piece
+from djinn_zmq.bus.news import Subscriber
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
@@ -109,7 +110,14 @@ class Next:
     timeout_s: float | None = None
 
 
-Step = Call | list[Call] | Next
+@dataclass(slots=True, eq=False)
+class Heard:
+    """Something has come on *subscriber*, or LOOK_S have passed."""
+
+    subscriber: Subscriber
+
+
+Step = Call | list[Call] | Next | Heard
 Operation = Generator[Step, Any, T]
 
 
@@ -138,6 +146,7 @@ class Connection:
         """
         self.endpoint = endpoint
         self.settings = settings
+        self.keys = keys
         self.sharing = Sharing(settings)
         self.lanes = Lanes(self.sharing, settings, wanted=lane, on_change=self._on_lanes_change)
         self._want_shared = shared
@@ -180,6 +189,10 @@ class Connection:
             return self._wait(self.send(step), step)
         if isinstance(step, Next):
             return self._wait_part(step.request, step.timeout_s)
+        if isinstance(step, Heard):
+            step.subscriber.wait(LOOK_S)
+            self.look()
+            return None
         replies: list[Message] = []
         sent: deque[tuple[int, Call]] = deque()
         try:
@@ -487,6 +500,16 @@ class Connection:
         except Lost:
             return False
         return True
+
+    def look(self) -> None:
+        """Raises Lost where the server is gone, as far as this machine can tell. Does not wait for
+        another thread that uses the connection: that finds out by itself."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed and not self.alive():
+                    raise Lost(f"the server at {self.endpoint} is gone")
+            finally:
+                self._lock.release()
 
     def _on_broken_lane(self, news: messages.Broken) -> None:
         """The engine at its other end is gone: what was asked there is lost, with the reason. The

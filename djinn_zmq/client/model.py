@@ -210,6 +210,10 @@ class Model:
         reply = yield Call(Op.TOKENS, messages.Tokens(text, None), session=self.session_id)
         return np.array(view(reply.meta.ids, reply.buffers))
 
+    def pieces(self, ids: Any) -> Any:
+        """Each token's own text: a list of str for ids (tokens,); "" without a tokenizer."""
+        return self.drive(self._session.pieces_of(np.asarray(ids).reshape(-1)))
+
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
         """A checkpoint of this model out of the file that `Checkpoint.save` wrote.
 

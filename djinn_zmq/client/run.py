@@ -63,6 +63,11 @@ class Checkpoint(Looks, Tiered):
         self._released.atexit = False
 
     @property
+    def ids(self) -> np.ndarray:
+        """The tokens that its forward works on: int64 (batch, positions)."""
+        return self._ids
+
+    @property
     def hidden(self) -> RemoteArray:
         """The hidden state, read when indexed: (batch, positions, hidden_size)."""
         return self._remote()

@@ -3,13 +3,14 @@
 import os
 import sys
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from djinn_zmq.bus.keys import client_keys
 from djinn_zmq.client.attach import Attached, number_of
 from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.events import Events
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of
@@ -20,7 +21,6 @@ from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import RunInfo, Runs
 from djinn_zmq.wire.messages import SessionInfo, StatusReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tiers import Event, Events
 
 CONNECT_S = 5.0
 CLOSE_S = 1.0
@@ -85,17 +85,16 @@ class Server:
         reply = yield Call(Op.STATUS, messages.Status())
         return reply.meta
 
-    def events(self, after: int = 0) -> Any:
-        """What happened lately, as far as it is yours to know: a list of events, oldest first.
+    def events(self, after: int = 0, *, kinds: Sequence[str] = ()) -> Events:
+        """What happens, as far as it is yours to know: iterate for events as they come, beginning
+        with those that have happened and are still known; `so_far()` lists these and does not wait.
 
-        after: only those behind this number. Each has .number, .unix_s, .kind, .session, .text,
-        .nbytes, .elapsed_ns.
+        after: only those behind this number. kinds: only of these: "engine", "session", "run",
+        "stop", "resume", "evict", "prefetch", "write". Each has .number, .unix_s, .kind, .session,
+        .text, .nbytes, .elapsed_ns. Runs, and their stops and resumes, are told while somebody
+        listens for them; a debugger's always.
         """
-        return self.drive(self._events(after))
-
-    def _events(self, after: int) -> Operation[list[Event]]:
-        reply = yield Call(Op.EVENTS, Events(after))
-        return list(reply.meta.events)
+        return Events(self, kinds, after)
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions of the server; `.yours` tells your own."""
@@ -122,7 +121,8 @@ class Server:
         """Attach to a session of yours, of another program say: an `Attached`, for a `with` block.
 
         session: its number, or one of `sessions()`. stop_at: where what it runs from now on is held,
-        in the words of `Model.run`; `Attached.breaks` says it anew. One debugger a session.
+        in the words of `Model.run`; `Attached.breaks` says it anew. One debugger a session. The
+        program's own deadlines (timeout_s) stand still while it is held.
         Raises UnknownSession for one that is not there or not yours (the same user over ipc, the
         same key over tcp), Busy where it has a debugger, LayerError, StopError.
         """

@@ -10,21 +10,18 @@ a debugger asks for can make the program's run fail: what goes wrong ends the at
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from djinn_zmq.engine import inside, replies
+from djinn_zmq.engine import replies
 from djinn_zmq.engine.answers import Answers
+from djinn_zmq.engine.attachments import Attachment
 from djinn_zmq.engine.branches import TalkJob
-from djinn_zmq.engine.jobs import DoneJob, EngineSession, Given, Halt, Halting, Job
+from djinn_zmq.engine.jobs import DoneJob, EngineSession, Halt, Job
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.places import BEFORE, Place
-from djinn_zmq.engine.plans import Plan, Start
+from djinn_zmq.engine.plans import Start
 from djinn_zmq.engine.runs import Runner, check_hidden
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
@@ -43,11 +40,12 @@ from djinn_zmq.wire.attach import (
     Breaks,
     Detached,
     GoOn,
+    Happened,
     RunInfo,
     RunsReply,
     Stopped,
 )
-from djinn_zmq.wire.codec import Header, Message
+from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.edits import Skip
 from djinn_zmq.wire.messages import Flag, Wanted
 from djinn_zmq.wire.ops import Op
@@ -59,76 +57,9 @@ _log = logging.getLogger(__name__)
 NO_RUN = Wanted(None, (), "none", 0)
 NO_IDS = np.zeros((1, 0), np.int64)
 BREAKS_LIMIT = 256
-HELD = frozenset(
-    {Op.RUN, Op.RESUME, Op.CONTINUE, Op.GENERATE, Op.FORWARD}
-)  # what stops at breakpoints
-
-
-@dataclass(slots=True, eq=False)
-class Attachment:
-    """One debugger on one session: what `jobs.Attached` says."""
-
-    debugger: EngineSession
-    target: EngineSession
-    envelope: bytes
-    header: Header  # of the ATTACH
-    credit: int
-    runner: Runner
-    keeping: Keeping
-    fail: Callable[["Attachment", DjinnError], None]
-    breaks: tuple[Break, ...] = ()
-    stops: int = 0
-    waiting: deque[tuple[Stopped, list[bytes | memoryview]]] = field(default_factory=deque)
-    over: bool = False
-
-    def plan(self, job: Job, start: Start, known: Plan | None) -> Plan | None:
-        if self.over or not self.breaks:
-            return None
-        if known is not None and known.asked is self.breaks:
-            return known
-        try:
-            plan = self.runner.planner.holds(self.breaks, start, job.model, job.ids)
-        except DjinnError as exc:
-            self.fail(self, exc)
-            return None
-        plan.asked = self.breaks
-        return plan
-
-    def halt(
-        self, job: Job, value: torch.Tensor, place: Place | None, rests: Sequence[Given]
-    ) -> Halting:
-        if self.over:
-            return value
-        halt = Halt(job, [], value)
-        if place is not None and place.zone == BEFORE:
-            halt.fixed = (
-                f"{place.path}: what runs before the layers can be looked at here, and edited at 0"
-            )
-        try:
-            yield from self._keep(halt, value, place, rests)
-        except DjinnError as exc:
-            self.keeping.drop([kept.id for kept in halt.kept])
-            self.fail(self, exc)
-            return value
-        yield halt
-        return halt.value
-
-    def _keep(
-        self, halt: Halt, value: torch.Tensor, place: Place | None, rests: Sequence[Given]
-    ) -> Iterator[None]:
-        job, owner = halt.job, self.debugger.owner
-        nbytes = value.nbytes + sum(rest.value.nbytes for rest in rests)
-        if not self.keeping.fits(nbytes, owner):
-            yield from self.keeping.room(nbytes, owner)
-        with job.watch.span("copy"):
-
-            def keep(*args: object, **where: object) -> messages.Kept:
-                return self.runner.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
-
-            base = inside.keep_rests(job, rests, keep, halt.kept)
-            path = "" if place is None else place.path
-            halt.kept.append(keep(job, value, job.layer, place=path, base=base))
-        yield from self.runner.until_done(job)
+# What stops at breakpoints, and what passes them: rows of a batch.
+HELD = frozenset({Op.RUN, Op.RESUME, Op.CONTINUE, Op.GENERATE, Op.FORWARD})
+PASSING = frozenset({Op.SWEEP, Op.TRACE})
 
 
 class Debugging:
@@ -152,6 +83,7 @@ class Debugging:
         self._attachments: list[Attachment] = []
         self._held: dict[int, tuple[Attachment, Active, Halt]] = {}  # by the stop's number
         self._last = 0
+        self.tells = False  # of runs that begin and stop: somebody listens
 
     # ---- a debugger's requests
 
@@ -295,9 +227,23 @@ class Debugging:
 
     # ---- what happens to the program's runs
 
+    def tell(self, message: Message) -> None:
+        """From the server: does anybody listen to what runs begin and stop?"""
+        self.tells = message.meta.runs
+
+    def _happened(self, kind: str, active: Active, text: str, elapsed_ns: int = 0) -> None:
+        what = f"{_kind(active.header.op)} {active.header.request & 0xFFFFF:x}"
+        happened = Happened(kind, f"{what}: {text}", elapsed_ns)
+        self._answers.tell(Op.HAPPENED, happened, active.job.session.id)
+
     def began(self, active: Active) -> None:
-        """A job of an attached session: one that does not stop says so to the debugger."""
+        """A job begins; of an attached session, one that does not stop says so to the debugger."""
         attached, op = active.job.session.attached, active.header.op
+        if self.tells and op in HELD:
+            batch, positions = active.job.ids.shape
+            tokens = f"{batch} × {positions}" if batch > 1 else str(positions)
+            kind = "resume" if op == Op.RESUME else "run"
+            self._happened(kind, active, f"begins at layer {active.job.layer}, {tokens} tokens")
         if isinstance(attached, Attachment) and op not in HELD and op in PASSING:
             self._say(attached, _kind(op), active.header.request)
 
@@ -306,6 +252,14 @@ class Debugging:
         said = Stopped(0, request, kind, 0, 0, -1, none, none, ())
         attachment.waiting.append((said, []))
         self._hand_out(attachment)
+
+    def ended(self, active: Active) -> None:
+        """It has been answered."""
+        job, op = active.job, active.header.op
+        if op in HELD:
+            stopped = str(job.state) == "stopped"
+            text = f"stopped after layer {job.layer}" if stopped else "finished"
+            self._happened("stop" if stopped else "run", active, text, job.watch.elapsed_ns())
 
     def hold(self, active: Active) -> None:
         """*active* has yielded a Halt: tell the debugger, and wait."""
@@ -341,6 +295,7 @@ class Debugging:
         attachment.waiting.append((stopped, buffers))
         self._hand_out(attachment)
         self._tell_program(active, held=True)
+        self._happened("stop", active, f"held by a debugger after layer {job.layer}")
 
     def _hand_out(self, attachment: Attachment) -> None:
         while attachment.waiting and attachment.credit > 0:
@@ -370,6 +325,7 @@ class Debugging:
         self._turns.welcome(active.job.session)
         active.halt = None
         self._tell_program(active, held=False)
+        self._happened("resume", active, f"let go at layer {active.job.layer}", elapsed_ns)
 
     def over(self, active: Active) -> None:
         """*active* has ended, held or not."""
@@ -411,9 +367,6 @@ class Debugging:
         self._attachments.remove(attachment)
         for number in [n for n, held in self._held.items() if held[0] is attachment]:
             self._let_go(number)
-
-
-PASSING = frozenset({Op.SWEEP, Op.TRACE})  # runs that do not stop: rows of a batch
 
 
 def _kind(op: int) -> str:

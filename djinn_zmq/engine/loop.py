@@ -97,6 +97,7 @@ class EngineLoop:
             Op.DROP: self._drop,
             Op.ADOPT: self._adopt,
             Op.LET_GO: self._let_go_of_held,
+            Op.TELL: self._debugging.tell,
         }
         self._requests = {
             Op.PING: self._ping,
@@ -349,7 +350,7 @@ class EngineLoop:
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
         active = Active(job, turns, envelope, header, header.credit)
         self._turns.add(active)
-        if session.attached is not None:
+        if session.attached is not None or self._debugging.tells:
             self._debugging.began(active)
 
     def _model_of(self, session: EngineSession) -> ServedModel:
@@ -518,6 +519,8 @@ class EngineLoop:
         self._tell_kept(job, job.everything_kept)
         self._tell_held(job.session)
         self._answers.answer(active.envelope, header, meta, buffers, store=True)
+        if self._debugging.tells:
+            self._debugging.ended(active)
 
     def _fail(self, active: Active, error: DjinnError) -> None:
         if active.job.state not in ("finished", "stopped"):

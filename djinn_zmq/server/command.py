@@ -189,6 +189,12 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
     help="Microseconds for which server and engines stay awake after a message; costs that much of "
     "a core each, and saves a wake-up.",
 )
+@click.option(
+    "--events-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="TCP port that events are published at, beside --port. [default: any that is free]",
+)
 @click.option("--private", is_flag=True, hidden=True, help="Stop when standard input ends.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def serve(
@@ -208,6 +214,7 @@ def serve(
     grace_s: float,
     threads: int | None,
     spin_us: int,
+    events_port: int,
     private: bool,
     verbose: bool,
 ) -> None:
@@ -246,6 +253,7 @@ def serve(
             shapes=shapes,
             tcp=_tcp(host, port, keys),
             keys=server_keys(keys) if keys is not None else None,
+            events_port=events_port,
         )
     except DjinnError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -14,7 +14,7 @@ from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.attach import LetGo
+from djinn_zmq.wire.attach import Happened, LetGo, Tell
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opened, Progress
 from djinn_zmq.wire.ops import Op
@@ -58,6 +58,7 @@ class Fleet:
         self._journal = journal
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
+        self._tells = False  # are engines to tell of runs?
 
     def stop(self) -> None:
         for engine in self.engines:
@@ -152,6 +153,8 @@ class Fleet:
             engine.on_ready(meta)
             text = f"engine {engine.index} is ready on {meta.device}, pid {meta.pid}"
             self._journal.tell("engine", text)
+            if self._tells:
+                engine.tell(Op.TELL, Tell(True))
         elif message.header.op == Op.LOAD:
             self._on_load(engine, message)
         elif isinstance(meta, Keep):
@@ -164,6 +167,8 @@ class Fleet:
                     self._tell_held(session, meta)
         elif isinstance(meta, Moved):
             self._on_moved(meta)
+        elif isinstance(meta, Happened):
+            self._on_happened(message.header.session, meta)
         elif isinstance(meta, Drop):
             session = self._registry.sessions.get(message.header.session)
             for number in meta.ids if session is not None else ():
@@ -187,6 +192,24 @@ class Fleet:
             nbytes=meta.moved,
             elapsed_ns=meta.elapsed_ns,
         )
+
+    def tell_of_runs(self, wanted: bool) -> None:
+        """Somebody listens to what runs begin and stop, or nobody does any more."""
+        self._tells = wanted
+        for engine in self.engines:
+            if engine.state in (states.Engine.READY, states.Engine.LOADING):
+                engine.tell(Op.TELL, Tell(wanted))
+
+    def _on_happened(self, session_id: int, meta: Happened) -> None:
+        session = self._registry.sessions.get(session_id)
+        if session is not None:
+            self._journal.tell(
+                meta.kind,
+                meta.text,
+                owner=session.owner,
+                session=session.id,
+                elapsed_ns=meta.elapsed_ns,
+            )
 
     def _on_moved(self, meta: Moved) -> None:
         kept = meta.kept

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from djinn_zmq.bus.lease import LeaseSocket
@@ -19,7 +20,7 @@ from djinn_zmq.wire.tiers import TIERS, Kept, TierInfo
 PROGRAM_LIMIT = 200  # bytes of a command line
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Peer:
     """One client's connection to the bus."""
 
@@ -31,6 +32,17 @@ class Peer:
     token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     lease: LeaseSocket | None = None
     sessions: set[int] = field(default_factory=set)
+
+    @cached_property
+    def program(self) -> str:
+        """The command line of its process, "" where that cannot be known."""
+        if not self.process:
+            return ""
+        try:
+            words = Path(f"/proc/{self.process}/cmdline").read_bytes()
+        except OSError:
+            return ""
+        return words[:PROGRAM_LIMIT].replace(b"\0", b" ").decode(errors="replace").strip()
 
     @property
     def pid(self) -> int:
@@ -75,17 +87,8 @@ class Session:
             yours=self.owner == asker.owner,
             kv=self.kv,
             pid=0 if self.peer is None else self.peer.process,
-            program=_program(self.peer) if self.owner == asker.owner else "",
+            program=self.peer.program if self.peer and self.owner == asker.owner else "",
         )
-
-
-def _program(peer: Peer | None) -> str:
-    """The command line of its process, "" where that cannot be known."""
-    try:
-        words = Path(f"/proc/{peer.process}/cmdline").read_bytes() if peer and peer.process else b""
-    except OSError:
-        return ""
-    return words[:PROGRAM_LIMIT].replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 class Registry:

@@ -13,6 +13,7 @@ from djinn_zmq.server.bulk import Arriving
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
+from djinn_zmq.server.news import News
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
@@ -50,6 +51,7 @@ class Requests:
         endpoints: Callable[[], tuple[str, ...]],
         stop: Callable[[], None],
         journal: Journal,
+        news: News,
         returned: Returned,
     ) -> None:
         self._registry = registry
@@ -60,6 +62,7 @@ class Requests:
         self._endpoints = endpoints
         self._stop = stop
         self._journal = journal
+        self._news = news
         self._returned = returned
         self._started_s = time.monotonic()
         self._arriving: dict[tuple[bytes, int], Arriving] = {}
@@ -175,7 +178,9 @@ class Requests:
         return ClaimReply(kept, tuple(record.ids for record in records)), ()
 
     def _events(self, peer: Peer, header: Header, meta: Events, _: object) -> Answer:
-        return EventsReply(self._journal.after(meta.after, peer.owner, EVENTS_AT_ONCE)), ()
+        events = self._journal.after(meta.after, peer.owner, EVENTS_AT_ONCE)
+        where = self._news.where(peer.envelope[:1])
+        return EventsReply(events, where, self._news.scope(peer.owner)), ()
 
     def _release(self, peer: Peer, header: Header, meta: messages.Release, _: object) -> Answer:
         session = self._registry.session_of(peer, header.session)

@@ -32,6 +32,7 @@ from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.lanes import Lanes
+from djinn_zmq.server.news import News
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
@@ -65,10 +66,12 @@ class Server:
         shapes: tuple[str, ...] = (),
         tcp: str | None = None,
         keys: ServerKeys | None = None,
+        events_port: int = 0,
     ) -> None:
         """Bind everything; start nothing yet.
 
         path: of the ipc socket, in a directory of this user's alone. tcp: endpoint to bind too.
+        events_port: beside it, for events; 0: any that is free.
         Raises AddressInUse where a server stands on either, and what a bad model name raises.
         """
         self.settings = settings
@@ -85,10 +88,13 @@ class Server:
         self._admission = Admission(self._context, keys) if keys is not None else None
         self.registry = Registry(settings.sessions_limit)
         self._routers: dict[bytes, Router] = {}
+        self.news = News(self._context, settings, self.journal, self._on_runs_wanted)
         try:
             self._bind(IPC, f"ipc://{path}", None)
+            self.news.bind_ipc(IPC, path)
             if tcp is not None:
                 self._bind(TCP, tcp, keys)
+                self.news.bind_tcp(TCP, tcp, events_port, keys)
         except BaseException:
             self._close_bus()
             raise
@@ -109,6 +115,7 @@ class Server:
             self.endpoints,
             self.stop,
             self.journal,
+            self.news,
             self.returned,
         )
         self._poll = Poll(settings.spin_us)
@@ -118,6 +125,7 @@ class Server:
             self._poll.watch_used(router, partial(self._on_bus, tag, router))
             monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._poll.watch(monitor, partial(self._on_disconnect, monitor, tag))
+        self.news.watch(self._poll)
         if self._admission is not None:
             self._poll.watch(self._admission.socket, lambda _: self._admission.answer())
 
@@ -400,7 +408,11 @@ class Server:
         self.arenas.close()
         self._close_bus()
 
+    def _on_runs_wanted(self, wanted: bool) -> None:
+        self.fleet.tell_of_runs(wanted)
+
     def _close_bus(self) -> None:
+        self.news.close()
         for router in self._routers.values():
             router.socket.disable_monitor()
             router.close()

@@ -410,6 +410,7 @@ PARTS: dict[int, type[msgspec.Struct]] = {
     Op.SWEEP: Swept,
     Op.TRACE: Traced,
     Op.ATTACH: attach.Stopped,
+    Op.EVENTS: tiers.Published,
 }
 
 

@@ -57,12 +57,17 @@ class ClaimReply(msgspec.Struct, **message(Op.CLAIM)):
     ids: tuple[Tensor, ...]  # of those claimed, each int64 (batch, positions)
 
 
+# "run", "stop" and "resume" of runs that no debugger holds are told only while somebody listens: each
+# would wake the server.
+EVENT_KINDS = ("engine", "session", "run", "stop", "resume", "evict", "prefetch", "write")
+
+
 class Event(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Something that happened. number: counted up, without a gap."""
 
     number: int
     unix_s: float
-    kind: str  # "engine", "session", "run", "stop", "resume", "evict", "prefetch", "write"
+    kind: str  # one of EVENT_KINDS
     session: int  # 0: none's
     text: str  # for people
     nbytes: int
@@ -76,7 +81,19 @@ class Events(msgspec.Struct, **message(Op.EVENTS)):
 
 
 class EventsReply(msgspec.Struct, **message(Op.EVENTS)):
+    """Events behind the last one are published at *endpoint* ("*": at the host that was asked), under
+    SCOPE/KIND, with *scope* for the asker's own, "all" for everybody's."""
+
     events: tuple[Event, ...]
+    endpoint: str
+    scope: str
+
+
+class Published(msgspec.Struct, **message(Op.EVENTS)):
+    """An event as it is published. before: the number of the one before under this topic."""
+
+    event: Event
+    before: int
 
 
 # ---- client → server → engine

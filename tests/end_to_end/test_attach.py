@@ -335,6 +335,27 @@ def test_sessions_name_the_program_behind_them(alone, server):
     assert mine.pid == os.getpid() and "python" in mine.program
 
 
+def test_without_room_for_what_is_held_the_debugger_goes_and_the_program_goes_on(serve):
+    with serve("--model=tiny", "--host-memory=1") as small, small.connect() as server:
+        one = Program(small.connect())
+        try:
+            attached = server.attach(one.model.session_id, stop_at=2)
+            answer = one.runs(np.ones((200, 200), int), logits=1)
+            with pytest.raises(errors.ArenaFull):
+                attached.wait(WAIT_S)
+            assert answer.result(WAIT_S).state == "finished"
+            with server.attach(one.model.session_id, stop_at=2) as attached:
+                answer = one.runs()
+                attached.wait(WAIT_S)
+                os.kill(small.engine_pid(), signal.SIGKILL)
+                with pytest.raises(errors.Lost):
+                    attached.wait(WAIT_S)
+                with pytest.raises(errors.Lost):
+                    answer.result(WAIT_S)
+        finally:
+            one.close()
+
+
 DEBUGGER = """
 import sys, djinn_zmq as djinn
 key = sys.argv[3] if len(sys.argv) > 3 else None

@@ -56,6 +56,12 @@ def test_the_trace_finds_the_subject_early_and_the_last_token_late(run, tmp_path
     assert (tmp_path / "causal_trace.png").read_bytes().startswith(PNG)
 
 
+def test_a_program_that_is_attached_to_answers_otherwise_and_then_as_before(run) -> None:
+    text = run("attach_to_a_running_program.py")
+    said = [line.split()[-1] for line in text.splitlines() if line.endswith(("paris", "berlin"))]
+    assert said == ["paris", "paris", "berlin", "paris"] and "held after layer 2" in text
+
+
 def test_every_example_is_in_the_list_and_run_here() -> None:
     listed = (EXAMPLES / "README.md").read_text()
     tests = Path(__file__).read_text()

@@ -41,7 +41,7 @@ def test_stopped_conversations_give_way_and_go_on_with_the_same_bits(server, tin
             wanted.append(alone.run([7, 8, 9]).logits.tobytes())
     for n in reversed(range(SESSIONS)):
         assert talks[n].run([7, 8, 9]).logits.tobytes() == wanted[n], n
-    events = [one for one in server.events() if "keys and values" in one.text]
+    events = [one for one in server.events().so_far() if "keys and values" in one.text]
     out = sum(one.nbytes for one in events if one.kind == "evict")
     back = sum(one.nbytes for one in events if one.kind == "prefetch")
     assert out > 1 << 19 and back > 1 << 18
@@ -83,10 +83,10 @@ def test_what_is_closed_gives_its_host_memory_back(server, tiny):
 def test_hints_bring_keys_and_values_back_before_they_are_asked_for(server, tiny, talks):
     for n, session in enumerate(talks):
         session.run(prompt(n))
-    last = max(event.number for event in server.events())
+    last = max(event.number for event in server.events().so_far())
     talks[0].back_soon()
     wanted = f"keys and values of session {talks[0].id:016x} are now on the device"
-    while not any(event.text == wanted for event in server.events(last)):
+    while not any(event.text == wanted for event in server.events(last).so_far()):
         tiny.ping()
     spans = dict(talks[0].run([7]).spans)
     assert "prefetch" not in spans

@@ -171,11 +171,11 @@ def test_a_tier_there_is_not_is_refused_by_name(serve):
 
 
 def test_moves_are_events_of_their_owner(server, tiny):
-    last = max((event.number for event in server.events()), default=0)
+    last = max((event.number for event in server.events().so_far()), default=0)
     point = tiny.run(FRANCE, stop_at=2).checkpoint
     point.evict("disk")
     point.resume()
-    kinds = [event.kind for event in server.events(last)]
+    kinds = [event.kind for event in server.events(last).so_far()]
     assert [kind for kind in kinds if kind in ("write", "evict", "prefetch")] == [
         "write",
         "evict",
@@ -183,7 +183,7 @@ def test_moves_are_events_of_their_owner(server, tiny):
         "prefetch",
         "prefetch",
     ]
-    event = next(one for one in server.events(last) if one.kind == "evict")
+    event = next(one for one in server.events(last).so_far() if one.kind == "evict")
     assert f"{point.id:x}" in event.text and event.nbytes == point.nbytes
     assert event.session == tiny.session_id
 
@@ -191,7 +191,7 @@ def test_moves_are_events_of_their_owner(server, tiny):
 def test_a_stranger_learns_of_no_moves(served, tiny):
     tiny.run(FRANCE, stop_at=2).checkpoint.evict("disk")
     with djinn.connect(served.tcp) as stranger:
-        assert all(event.kind == "engine" for event in stranger.events())
+        assert all(event.kind == "engine" for event in stranger.events().so_far())
 
 
 # ---- views

@@ -1,0 +1,166 @@
+"""Events on their way: an XPUB at the server, a SUB at each who listens.
+
+    topic    SCOPE/KIND      the scope is whose event it is: "all", or a token that its owner is told
+    frames   [topic][header and meta]
+
+A PUB tells everything to everybody who asks. Here each subscription is looked at first, and one that
+begins with no scope somebody was told is not made: nobody hears what is not his to know.
+A subscription of SCOPE/?WORD is answered with that topic alone: those made before it hold by then.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from djinn_zmq.bus import limits
+from djinn_zmq.bus.keys import ClientKeys, ServerKeys
+from djinn_zmq.bus.limits import DONTWAIT
+from djinn_zmq.errors import AddressInUse, Lost, StartError
+from djinn_zmq.settings import Settings
+
+ALL = "all"
+SEPARATOR = b"/"
+SYNC = b"?"
+TOPIC_LIMIT = 128  # bytes
+CHANGED_S = 5.0  # a subscription holds within this time, or the server is gone
+
+
+class Scopes:
+    """Who may hear what: a token for each owner that has asked."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, str] = {}
+
+    def told(self, owner: str) -> str:
+        """The scope of *owner*'s events, to be told to nobody else."""
+        return self._tokens.setdefault(owner, secrets.token_hex(16))
+
+    def of(self, owner: str) -> str | None:
+        """The same; None where nobody was told. owner "": of everybody's events."""
+        return self._tokens.get(owner) if owner else ALL
+
+    def known(self, scope: bytes) -> bool:
+        return scope == ALL.encode() or any(
+            secrets.compare_digest(scope, token.encode()) for token in self._tokens.values()
+        )
+
+
+class Publisher:
+    """A bound XPUB. Belongs to one thread."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        settings: Settings,
+        keys: ServerKeys | None,
+        scopes: Scopes,
+        on_change: Callable[[], None],
+    ) -> None:
+        """keys: as a Router's. on_change: called when somebody has begun, or ended, to listen."""
+        self.socket = context.socket(zmq.XPUB)
+        limits.apply(self.socket, settings)
+        self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
+        if keys is not None:
+            keys.secure(self.socket)
+        self.used = True  # since `bus.poll` last asked for its events
+        self.kinds: dict[bytes, int] = {}  # how many listen to a kind; b"": to all
+        self._scopes = scopes
+        self._on_change = on_change
+        self.endpoint = ""
+
+    def bind(self, endpoint: str) -> str:
+        """Raises AddressInUse, StartError."""
+        try:
+            self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{endpoint} is in use by another process") from exc
+            raise StartError(f"cannot bind {endpoint}: {exc.strerror}") from exc
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return self.endpoint
+
+    def publish(self, scope: str, kind: str, frame: bytes) -> None:
+        """To all who listen; who does not read loses it, and finds out."""
+        self.used = True
+        self.socket.send_multipart([f"{scope}/{kind}".encode(), frame], DONTWAIT)
+
+    def serve(self, count: int) -> None:
+        """Look at what is subscribed to."""
+        self.used = True
+        for _ in range(count):
+            try:
+                asked = self.socket.recv(DONTWAIT)
+            except zmq.Again:
+                return
+            topic = asked[1:]
+            scope, _, kind = topic.partition(SEPARATOR)
+            if not asked or len(topic) > TOPIC_LIMIT or SEPARATOR not in topic:
+                continue
+            if asked[0] == 0:
+                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+                self._count(kind, -1)
+            elif self._scopes.known(scope):
+                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+                if kind.startswith(SYNC):
+                    self.socket.send_multipart([topic, b""], DONTWAIT)
+                else:
+                    self._count(kind, 1)
+
+    def _count(self, kind: bytes, change: int) -> None:
+        if kind.startswith(SYNC):
+            return
+        self.kinds[kind] = max(0, self.kinds.get(kind, 0) + change)
+        if not self.kinds[kind]:
+            del self.kinds[kind]
+        self._on_change()
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+class Subscriber:
+    """A connected SUB. Belongs to one thread."""
+
+    def __init__(
+        self, endpoint: str, settings: Settings, keys: ClientKeys | None, topics: Sequence[str]
+    ) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.SUB)
+        limits.apply(self.socket, settings)
+        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        if keys is not None:
+            keys.secure(self.socket)
+        self.socket.connect(endpoint)
+        scope = topics[0].partition("/")[0]
+        self._sync = f"{scope}/?{secrets.token_hex(8)}".encode()
+        for topic in (*(topic.encode() for topic in topics), self._sync):
+            self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+        self.holds = False  # do the subscriptions?
+
+    def take(self) -> list[tuple[bytes, bytes]]:
+        """Topics and frames that have come. Never waits."""
+        found: list[tuple[bytes, bytes]] = []
+        while True:
+            try:
+                topic, frame = self.socket.recv_multipart(DONTWAIT)
+            except zmq.Again:
+                return found
+            except ValueError as exc:
+                raise Lost("what came is no event") from exc
+            if topic == self._sync:
+                self.holds = True
+            else:
+                found.append((topic, frame))
+
+    def wait(self, timeout_s: float) -> bool:
+        return bool(self.socket.poll(int(timeout_s * 1000)))
+
+    def fileno(self) -> int:
+        return int(self.socket.getsockopt(zmq.FD))
+
+    def close(self) -> None:
+        if not self.socket.closed:
+            self.socket.close(linger=0)
+            self.context.term()

@@ -1,0 +1,170 @@
+"""What happens on a server, as it happens: published, and the journal where something was missed."""
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Generator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from djinn_zmq.bus.news import ALL, CHANGED_S, Subscriber
+from djinn_zmq.client.connection import LOOK_S, Call, Heard, Operation
+from djinn_zmq.errors import Closed, Lost, RequestError
+from djinn_zmq.wire import codec
+from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tiers import EVENT_KINDS, Event, EventsReply, Published
+from djinn_zmq.wire.tiers import Events as Asked
+
+TAKEN_LIMIT = 1000
+NONE_BEHIND = 2**63 - 1  # asks for no event, only for where they are published
+
+
+class Events:
+    """Iterate for events as they come, `async for` in asyncio code: first those that have happened
+    since *after*, then all that will. None is left out, however slowly they are taken, as long as
+    the server still knows them. Ends with its connection, or `close`.
+    """
+
+    def __init__(self, server: Any, kinds: Sequence[str], after: int) -> None:
+        for kind in kinds:
+            if kind not in EVENT_KINDS:
+                raise RequestError(f'events of kind "{kind}": {", ".join(EVENT_KINDS)}')
+        self._server = server
+        self._kinds = tuple(kinds)
+        self._base = after  # all up to here have been given, or are ready
+        self._seen: dict[bytes, int] = {}  # by topic: the last event since
+        self._taken: set[int] = set()  # those published since
+        self._ready: deque[Event] = deque()
+        self._subscriber: Subscriber | None = None
+        self._end: Any = None
+        self._closed = False
+
+    def so_far(self) -> Any:
+        """Those that have happened: a list, oldest first. Does not wait."""
+        return self._server.drive(self._so_far())
+
+    def _so_far(self) -> Operation[list[Event]]:
+        yield from self._catch_up()
+        found = list(self._ready)
+        self._ready.clear()
+        return found
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        step: Any = None
+        operation = self._next()
+        try:
+            wanted = next(operation)
+            while True:
+                if isinstance(wanted, Heard):  # not in `drive`: others may use the connection
+                    wanted.subscriber.wait(LOOK_S)
+                    step = self._server.connection.look()
+                else:
+                    step = self._server.connection.drive(_one(wanted))
+                wanted = operation.send(step)
+        except StopIteration as end:
+            event: Event | None = end.value
+        if event is None:
+            raise StopIteration
+        return event
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self._server.drive(self._next())
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def _next(self) -> Operation[Event | None]:
+        while not self._ready and not self._closed:
+            if self._server.connection.closed:
+                raise Closed("the connection is closed")
+            if self._subscriber is None:
+                yield from self._begin()
+            assert self._subscriber is not None
+            for topic, frame in self._subscriber.take():
+                yield from self._take(topic, frame)
+            if not self._ready:
+                yield Heard(self._subscriber)
+        return self._ready.popleft() if self._ready else None
+
+    def _begin(self) -> Operation[None]:
+        """Listen, and only then ask for what was before."""
+        connection = self._server.connection
+        reply = yield Call(Op.EVENTS, Asked(NONE_BEHIND))
+        where: EventsReply = reply.meta
+        kinds = self._kinds or ("",)
+        topics = [f"{scope}/{kind}" for scope in (where.scope, ALL) for kind in kinds]
+        endpoint = where.endpoint.replace("*", _host(connection.endpoint))
+        subscriber = Subscriber(endpoint, connection.settings, connection.keys, topics)
+        self._end = weakref.finalize(self, subscriber.close)
+        limit_s = time.monotonic() + CHANGED_S
+        found: list[tuple[bytes, bytes]] = []
+        while not subscriber.holds:
+            found += subscriber.take()
+            if not subscriber.holds:
+                if time.monotonic() > limit_s:
+                    raise Lost(f"no events come from {endpoint}")
+                yield Heard(subscriber)
+        self._subscriber = subscriber
+        yield from self._catch_up()
+        for topic, frame in found:
+            yield from self._take(topic, frame)
+
+    def _take(self, topic: bytes, frame: bytes) -> Operation[None]:
+        published: Published = codec.decode(frame).meta
+        event = published.event
+        if event.number <= self._base:
+            return
+        missed = published.before > self._seen.get(topic, self._base)
+        if missed or len(self._taken) > TAKEN_LIMIT:
+            yield from self._catch_up()
+        else:
+            self._seen[topic] = event.number
+            self._taken.add(event.number)
+            self._ready.append(event)
+
+    def _catch_up(self) -> Operation[None]:
+        """All that the server knows behind the last one, however it was told."""
+        while True:
+            reply = yield Call(Op.EVENTS, Asked(self._base))
+            events: tuple[Event, ...] = reply.meta.events
+            for event in events:
+                wanted = not self._kinds or event.kind in self._kinds
+                if wanted and event.number not in self._taken:
+                    self._ready.append(event)
+            if not events:
+                break
+            self._base = events[-1].number
+        self._seen.clear()
+        self._taken = {number for number in self._taken if number > self._base}
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._closed = True
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _one(call: Call) -> Generator[Any, Any, Any]:
+    return (yield call)
+
+
+def _host(endpoint: str) -> str:
+    """Of "tcp://HOST:PORT"."""
+    return endpoint.partition("://")[2].rpartition(":")[0]
