@@ -15,6 +15,7 @@ COMMANDS = {
     "exec": ("djinn_zmq.cli.exec", "Run an unmodified Hugging Face program on served models."),
     "keys": ("djinn_zmq.cli.keys", "Make and allow keys for remote clients."),
     "decompose": ("djinn_zmq.cli.decompose", "Show where a resume's time goes, floor by floor."),
+    "debug": ("djinn_zmq.cli.debug", "Stop a model or a running program, look, edit, go on."),
     "demo": ("djinn_zmq.cli.demo", "Stop, patch and resume a model, in a minute."),
 }
 
