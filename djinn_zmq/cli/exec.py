@@ -42,7 +42,8 @@ def exec_(
 
     Refused by name (NotServed): weights in the program (parameters, hooks on layers, training, adapters),
     attention weights, static and quantized caches, another dtype or attention than it is served with, other
-    model classes. Not covered: processes the script starts, and models it loads without from_pretrained.
+    model classes. torch.compile changes nothing. Not covered: processes the script starts, and models it
+    loads without from_pretrained.
     """
     server = connect(endpoint, key=key)
     programs.install(server)

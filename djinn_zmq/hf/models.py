@@ -114,6 +114,11 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
         return output if as_dict else output.to_tuple()
 
     def _cache(self, cache: Any, use_cache: bool) -> RemoteCache | None:
+        if use_cache and self.served.info.no_sessions:
+            raise NotServed(
+                f'a cache: "{self.served.name}" is served without, with use_cache=False, because '
+                f"{self.served.info.no_sessions}"
+            )
         if cache is None:
             return RemoteCache.made(self.config) if use_cache else None
         if not use_cache:
@@ -201,6 +206,9 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
             raise NotServed("requires_grad_(): a served model is not trained")
         return self
 
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """They are, on the server."""
+
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise NotServed(f"a copy of the model: {WEIGHTS}; open it once more instead")
 
@@ -262,7 +270,6 @@ for _name in (
     "get_output_embeddings",
     "set_output_embeddings",
     "resize_token_embeddings",
-    "tie_weights",
     "init_weights",
     "gradient_checkpointing_enable",
     "enable_input_require_grads",
