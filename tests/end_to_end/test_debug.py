@@ -287,6 +287,20 @@ def test_a_script_under_exec_is_attached_to_and_its_output_changes(served, tmp_p
         script.communicate()
 
 
+def test_what_is_missing_is_said_in_one_line(served, tmp_path):
+    done = command("--server", f"ipc://{tmp_path}/none", "-c", "help")
+    assert done.returncode == 1 and done.stderr.startswith("Error: no server at ")
+    without = "import sys; sys.modules['rich.console'] = None; from djinn_zmq.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", without, "debug", "-c", "help"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "pip install 'djinn-zmq[debug]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 class Terminal:
     """A pseudo-terminal with the debugger in it."""
 

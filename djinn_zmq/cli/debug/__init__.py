@@ -64,7 +64,8 @@ def debug(
     typed = not script and not commands and sys.stdin.isatty()
     if not typed and not script and not commands:
         lines += [line.rstrip("\n") for line in sys.stdin]
-    with _server(endpoint, key, model if not attach else None) as (server, name):
+    named = endpoint is not None or key is not None or attach is not None
+    with _server(endpoint, key, None if attach else model, private=not named) as (server, name):
         from djinn_zmq.cli.debug import looking, moving  # their words register themselves
 
         assert looking and moving
@@ -120,13 +121,13 @@ def _script(debugger: Any, lines: Iterable[str], *, echo: bool, keep_on: bool) -
 
 @contextmanager
 def _server(
-    endpoint: str | None, key: Path | None, model: str | None
+    endpoint: str | None, key: Path | None, model: str | None, *, private: bool
 ) -> Iterator[tuple[Server, str | None]]:
-    """The server, and the model to begin with; a private one where none runs and none was named."""
+    """The server, and the model to begin with. private: where none runs, one for this time."""
     try:
         server = connect(endpoint, key=key)
     except Unreachable:
-        if endpoint is not None or key is not None:
+        if not private:
             raise
         from djinn_zmq.client.local import local
 
