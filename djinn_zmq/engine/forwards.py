@@ -23,18 +23,21 @@ from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
 from djinn_zmq.engine.talks import Talker, check_room
 from djinn_zmq.errors import PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire.forwards import Crop, Forward, Repeat
+from djinn_zmq.wire.forwards import Change, Crop, Forward, Repeat, Select
 from djinn_zmq.wire.messages import BRANCH, Kept, Wanted
 from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Tensor
 
 ALL = Wanted(None, (), "all", 0)
 FRAMES_LIMIT = 32  # of one reply; what is over goes in slots
+ROWS_LIMIT = 1024  # of a past that was changed, where neither it nor the ids have more
+CHANGES_LIMIT = 64
 IGNORED = -100  # a label that does not count
 MASKED = (
     "the checkpoint is of a program's forward with a mask, positions or several rows of its own: it can "
     "be looked at, but only that forward goes on from it"
 )
 Sent = Callable[[Tensor], np.ndarray]  # what a client sent, in host memory
+Changes = list[tuple[Change, np.ndarray | None]]
 OF_FORWARDS = "a past that a program's forwards made: only these go on from it"
 
 
@@ -69,8 +72,10 @@ class Forwarder:
                     "a forward behind a past, without a cache: use_cache=False with one"
                 )
             tokens = start.ids if asked.past else np.zeros((len(ids), 0), np.int64)
-            for change in asked.changes:
-                tokens = self._changed(change, tokens, buffers, session)
+            changes = self._changes(asked, buffers, session)
+            limit = max(ROWS_LIMIT, len(tokens), len(ids))
+            for change, rows in changes:
+                tokens = _changed(change, rows, tokens, limit)
             if len(tokens) != len(ids):
                 raise PromptError(f"{len(ids)} rows of ids behind a past of {len(tokens)}")
             past, count = tokens.shape[1], ids.shape[1]
@@ -95,46 +100,24 @@ class Forwarder:
             wished=wished,
             bound=bound,
         )
-        rows = [self._rows(change, buffers, session) for change in asked.changes]
-        return job, self._runner.settling(job, self._work(job, rows))
+        return job, self._runner.settling(job, self._work(job, changes))
 
-    # ---- what is done to its past
-
-    def _changed(
-        self,
-        change: Any,
-        tokens: np.ndarray,
-        buffers: Sequence[bytes | memoryview],
-        session: EngineSession,
-    ) -> np.ndarray:
-        """The past's tokens after *change*."""
-        count, length = tokens.shape
-        if not length:
-            raise RequestError("there is no past to change")
-        if isinstance(change, Crop):
-            if not 0 <= change.count <= length:
-                raise RequestError(f"a past of {length} positions without {change.count} of them")
-            return tokens[:, : length - change.count]
-        if isinstance(change, Repeat):
-            if not 1 <= change.times <= 1024:
-                raise RequestError(f"rows of a past {change.times} times: 1 to 1024")
-            return np.repeat(tokens, change.times, axis=0)
-        rows = self._keeping.ids_sent(change.rows, buffers, session.owner)
-        if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= count:
-            raise RequestError(f"rows {rows.tolist()} of a past of {count} rows")
-        return tokens[rows]
-
-    def _rows(
-        self, change: Any, buffers: Sequence[bytes | memoryview], session: EngineSession
-    ) -> tuple[Any, np.ndarray | None]:
-        """*change*, and the rows that it names: the message's buffers do not outlive it."""
-        if isinstance(change, (Crop, Repeat)):
-            return change, None
-        return change, self._keeping.ids_sent(change.rows, buffers, session.owner)
+    def _changes(
+        self, asked: Forward, buffers: Sequence[bytes | memoryview], session: EngineSession
+    ) -> Changes:
+        """What is done to its past: each with the rows that it names, if any."""
+        if len(asked.changes) > CHANGES_LIMIT:
+            raise RequestError(f"{len(asked.changes)} changes of a past: at most {CHANGES_LIMIT}")
+        return [
+            (change, self._keeping.ids_sent(change.rows, buffers, session.owner))
+            if isinstance(change, Select)
+            else (change, None)
+            for change in asked.changes
+        ]
 
     # ---- the work
 
-    def _work(self, job: ForwardJob, changes: list[tuple[Any, np.ndarray | None]]) -> Turns:
+    def _work(self, job: ForwardJob, changes: Changes) -> Turns:
         job.advance("start")
         if job.call.cached:
             yield from self._talker.begin(job)
@@ -151,7 +134,7 @@ class Forwarder:
         yield from self._runner.until_done(job)
         job.advance("finish")
 
-    def _change(self, job: ForwardJob, changes: list[tuple[Any, np.ndarray | None]]) -> None:
+    def _change(self, job: ForwardJob, changes: Changes) -> None:
         """Another past for the job: its own, with the *changes*."""
         cache, caches = job.working.cache, job.model.stepper.caches
         try:
@@ -226,6 +209,29 @@ class Forwarder:
         branch = Branch(job.tokens, past, 0, bound=OF_FORWARDS)
         job.ended = Kept(new_id(), session.id, job.id, BRANCH, NO_TENSOR, past.length, tiers=())
         session.branches[job.ended.id] = branch
+
+
+def _changed(change: Change, rows: np.ndarray | None, tokens: np.ndarray, limit: int) -> np.ndarray:
+    """A past's tokens after *change*. limit: how many rows it may come to."""
+    count, length = tokens.shape
+    if not length:
+        raise RequestError("there is no past to change")
+    if isinstance(change, Crop):
+        if not 0 <= change.count <= length:
+            raise RequestError(f"a past of {length} positions without {change.count} of them")
+        return tokens[:, : length - change.count]
+    if isinstance(change, Repeat):
+        if not 1 <= change.times <= limit // count:
+            raise RequestError(
+                f"{count} rows of a past, each {change.times} times: at most {limit} rows"
+            )
+        return np.repeat(tokens, change.times, axis=0)
+    assert rows is not None
+    if rows.ndim != 1 or not 1 <= rows.size <= limit:
+        raise RequestError(f"rows of shape {rows.shape} of a past: (n,), at most {limit}")
+    if rows.min() < 0 or rows.max() >= count:
+        raise RequestError(f"rows {rows.min()} to {rows.max()} of a past that has {count}")
+    return tokens[rows]
 
 
 # ---- what it is called with, checked in host memory: on a GPU a wrong index ends the process

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import resources
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,8 +23,10 @@ from transformers import (
 )
 
 import djinn_zmq as djinn
+from djinn_zmq.client.forwards import Asked
 from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
+from djinn_zmq.wire.forwards import Crop, Repeat
 from tests.engine.architectures import tiny_model
 
 TINY = str(resources.files("djinn_zmq") / "models" / "tiny")
@@ -482,6 +485,30 @@ def test_a_call_that_is_refused_leaves_the_cache_as_it_was(pair) -> None:
         remote(torch.tensor([[1], [2]]), past_key_values=cache)
     assert cache.get_seq_length() == 7
     assert remote(torch.tensor([[1]]), past_key_values=cache).logits.shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ([Repeat(2000)], "at most 1024 rows"),
+        ([Repeat(1000)] * 2, "1000 rows of a past, each 1000 times"),
+        ([Repeat(-1)], "each -1 times"),
+        ([Repeat(1)] * 65, "65 changes"),
+        ([Crop(8)], "7 positions without 8"),
+        ([Crop(-1)], "without -1"),
+        ([np.array([1])], "rows 1 to 1 of a past that has 1"),
+        ([np.zeros((1, 2), np.int64)], r"shape \(1, 2\)"),
+        ([Crop(7), Repeat(2)], "no past to change"),
+    ],
+)
+def test_what_cannot_be_done_to_a_past_is_refused_before_it_is_tried(
+    pair, changes, named: str
+) -> None:
+    served = pair("tiny")[1].served
+    past = served.forward(Asked(np.array(PROMPT))).past
+    with pytest.raises(RequestError, match=named):
+        served.forward(Asked(np.array([[1]]), past, changes))
+    assert served.forward(Asked(np.array([[1]]), past)).past.length == 8
 
 
 def test_the_past_goes_with_the_last_that_names_it(pair, served) -> None:
