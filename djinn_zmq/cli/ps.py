@@ -12,6 +12,8 @@ from djinn_zmq.client.server import connect
 from djinn_zmq.settings import format_bytes
 from djinn_zmq.wire.messages import StatusReply
 
+PROGRAM = 60  # characters of a command line
+
 
 @click.command()
 @on_endpoint.options
@@ -77,7 +79,20 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
             ],
         ),
         _table(
-            ("SESSION", "OWNER", "MODEL", "STATE", "CHECKPOINTS", "SIZE", "KV", "WAITING", "AGE"),
+            (
+                *(
+                    "SESSION",
+                    "OWNER",
+                    "MODEL",
+                    "STATE",
+                    "CHECKPOINTS",
+                    "SIZE",
+                    "KV",
+                    "WAITING",
+                    "AGE",
+                ),
+                *("PID", "PROGRAM"),
+            ),
             [
                 (
                     f"{one.id:016x}{' *' if one.yours else ''}",
@@ -89,6 +104,8 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
                     format_bytes(one.kv),
                     str(one.waiting),
                     _duration(one.age_s),
+                    str(one.pid or "-"),
+                    one.program[:PROGRAM],
                 )
                 for one in status.sessions
             ],

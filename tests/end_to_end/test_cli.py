@@ -418,6 +418,7 @@ def test_ps_shows_models_engines_sessions_checkpoints_and_memory(served, server,
         "open",
         "1",
     ]
+    assert f" {os.getpid()}  " in mine and "python" in mine
     assert blocks[-1].startswith(f"memory: {status.memory.checkpoints} checkpoint")
     assert point.nbytes <= status.memory.used
 
