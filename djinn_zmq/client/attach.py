@@ -21,7 +21,7 @@ from djinn_zmq.client.parts import OVER, Parts
 from djinn_zmq.client.run import Checkpoint, Way
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.talk import Session
-from djinn_zmq.errors import Closed, RequestError
+from djinn_zmq.errors import Closed
 from djinn_zmq.wire import attach as wire
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag, SessionInfo
@@ -219,11 +219,3 @@ def _asking(session: int, target: int, stop_at: Any) -> Operation[Call]:
     meta = wire.Attach(target, breaks_of(stop_at))
     return Call(Op.ATTACH, meta, session=session, parts=WINDOW)
     yield
-
-
-def number_of(session: Any) -> int:
-    """A session as its number: that, what `Server.sessions` gives, or a session of one's own."""
-    number = getattr(session, "id", getattr(session, "session_id", session))
-    if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**64:
-        return number
-    raise RequestError(f"{session!r} is no session: give its number, or one of server.sessions()")

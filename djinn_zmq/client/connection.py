@@ -20,7 +20,6 @@ import zmq
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lane import Lane, Piece
-from djinn_zmq.bus.news import Subscriber
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
@@ -114,7 +113,7 @@ class Next:
 class Heard:
     """Something has come on *subscriber*, or LOOK_S have passed."""
 
-    subscriber: Subscriber
+    subscriber: Any  # a bus.news.Subscriber: a room that only those who listen need
 
 
 Step = Call | list[Call] | Next | Heard

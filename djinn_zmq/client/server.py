@@ -8,14 +8,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from djinn_zmq.bus.keys import client_keys
-from djinn_zmq.client.attach import Attached, number_of
 from djinn_zmq.client.connection import Call, Connection, Operation
-from djinn_zmq.client.events import Events
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.talk import Session as Conversation
-from djinn_zmq.errors import DjinnError, UnknownSession
+from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import RunInfo, Runs
@@ -85,7 +83,7 @@ class Server:
         reply = yield Call(Op.STATUS, messages.Status())
         return reply.meta
 
-    def events(self, after: int = 0, *, kinds: Sequence[str] = ()) -> Events:
+    def events(self, after: int = 0, *, kinds: Sequence[str] = ()) -> Any:
         """What happens, as far as it is yours to know: iterate for events as they come, beginning
         with those that have happened and are still known; `so_far()` lists these and does not wait.
 
@@ -94,6 +92,8 @@ class Server:
         .text, .nbytes, .elapsed_ns. Runs, and their stops and resumes, are told while somebody
         listens for them; a debugger's always.
         """
+        from djinn_zmq.client.events import Events  # on first use: few clients listen
+
         return Events(self, kinds, after)
 
     def sessions(self) -> list[SessionInfo]:
@@ -111,7 +111,7 @@ class Server:
 
         session: its number, or one of `sessions()`.
         """
-        return self.drive(self._runs(number_of(session)))
+        return self.drive(self._runs(_number_of(session)))
 
     def _runs(self, session: int) -> Operation[list[RunInfo]]:
         reply = yield Call(Op.RUNS, Runs(), session=session)
@@ -126,9 +126,11 @@ class Server:
         Raises UnknownSession for one that is not there or not yours (the same user over ipc, the
         same key over tcp), Busy where it has a debugger, LayerError, StopError.
         """
-        return self.drive(self._attach(number_of(session), stop_at))
+        return self.drive(self._attach(_number_of(session), stop_at))
 
-    def _attach(self, number: int, stop_at: Any) -> Operation[Attached]:
+    def _attach(self, number: int, stop_at: Any) -> Operation[Any]:
+        from djinn_zmq.client.attach import Attached  # on first use: few clients are debuggers
+
         breaks_of(stop_at)  # before anything is asked
         target = next((one for one in (yield from self._sessions()) if one.id == number), None)
         if target is None or not target.yours:
@@ -179,6 +181,14 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<server at {self.connection.endpoint}>"
+
+
+def _number_of(session: Any) -> int:
+    """A session as its number: that, what `Server.sessions` gives, or a session of one's own."""
+    number = getattr(session, "id", getattr(session, "session_id", session))
+    if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**64:
+        return number
+    raise RequestError(f"{session!r} is no session: give its number, or one of server.sessions()")
 
 
 def connect(
