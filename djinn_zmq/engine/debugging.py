@@ -295,7 +295,9 @@ class Debugging:
         attachment.waiting.append((stopped, buffers))
         self._hand_out(attachment)
         self._tell_program(active, held=True)
-        self._happened("stop", active, f"held by a debugger after layer {job.layer}")
+        place = halt.kept[-1].place
+        where = f"at {place}" if place else f"after layer {job.layer}"
+        self._happened("stop", active, f"held by a debugger {where}")
 
     def _hand_out(self, attachment: Attachment) -> None:
         while attachment.waiting and attachment.credit > 0:
