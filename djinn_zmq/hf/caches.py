@@ -24,7 +24,7 @@ class RemoteCache(DynamicCache):
     session: int  # of the model that made it; 0: of none yet
 
     def __init__(self) -> None:
-        self._become(windows=False)
+        raise NotServed("a RemoteCache is made by a served model, out of a DynamicCache")
 
     @classmethod
     def adopt(cls, cache: Any, config: Any) -> "RemoteCache":
@@ -44,28 +44,29 @@ class RemoteCache(DynamicCache):
             )
         if getattr(cache, "offloading", False):
             raise NotServed("an offloading cache: the keys and values are on the server")
-        own = DynamicCache(config=config).layers
-        given = [type(layer) for layer in cache.layers] or [DynamicLayer] * len(own)
-        if given != [type(layer) for layer in own]:
+        own = DynamicCache(config=config)
+        kinds = tuple(type(layer) for layer in own.layers)
+        given = tuple(type(layer) for layer in cache.layers) or (DynamicLayer,) * len(kinds)
+        if given != kinds:
             raise NotServed(
                 "a cache with other layers than the model's own, which has some with a window: make it "
                 "with DynamicCache(config=model.config)"
             )
-        windows = any(kind is not DynamicLayer for kind in given)
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             raise NotServed("a cache that records what leaves its window")
         cache.__class__ = cls
-        cache._become(windows)
+        cache._become(kinds, list(own.is_sliding), list(getattr(own, "is_linear", ())))
         return cache
 
     @classmethod
     def made(cls, config: Any) -> "RemoteCache":
         return cls.adopt(DynamicCache(config=config), config)
 
-    def _become(self, windows: bool) -> None:
+    def _become(self, kinds: tuple[type, ...], sliding: list[bool], linear: list[bool]) -> None:
         self.__dict__.clear()
         self.session = 0
-        self.windows = windows  # do some layers forget what is behind a window?
+        self._layers = kinds, sliding, linear  # as the model's own cache would have them
+        self.windows = any(kind is not DynamicLayer for kind in kinds)  # forgets what has left it
         self.past: Past | None = None
         self.changes: list[Change] = []  # to be made with the next forward
         self._length = 0
@@ -105,10 +106,14 @@ class RemoteCache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False]
+        return self._layers[2]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self._layers[1]
 
     def __len__(self) -> int:
-        return 0 if self.past is None else 1
+        return len(self._layers[0])
 
     def __repr__(self) -> str:
         return f"<cache on the server: {self._length} positions of {self._rows} rows>"
@@ -150,7 +155,7 @@ class RemoteCache(DynamicCache):
             )
 
     def reset(self) -> None:
-        self._become(self.windows)
+        self._become(*self._layers)
 
     def __deepcopy__(self, memo: Any = None) -> Self:
         """Another name for the same past: what is done to one does not show in the other."""
