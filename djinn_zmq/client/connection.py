@@ -5,7 +5,6 @@ What a client does is written once, as generators that yield `Call`s and are sen
 """
 
 import os
-import secrets
 import struct
 import threading
 import time
@@ -154,7 +153,7 @@ class Connection:
         self._monitor = self._dealer.monitor
         self._gone = False  # disconnected, and not connected again since
         # Random, so that a client that comes back never asks under a number of its past life.
-        self._last_request = secrets.randbits(40) << 20
+        self._last_request = int.from_bytes(os.urandom(5), "little") << 20
         self._waiting: dict[int, Message | DjinnError | None] = {}
         self._calls: dict[int, Call] = {}  # what waits, by request
         self._arriving: dict[int, Arriving] = {}  # of those whose answers come in parts

@@ -12,7 +12,6 @@ import json
 import math
 import mmap
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH}")
+    scratch = path.with_name(f".{path.name}.{os.urandom(4).hex()}{SCRATCH}")
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -22,7 +22,7 @@ from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
 from tests.end_to_end.conftest import until
-from tests.end_to_end.test_failure import holdings
+from tests.end_to_end.test_failure import holdings, only_the_link_is_mapped
 
 FRANCE = "the capital of france is"
 LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
@@ -320,16 +320,10 @@ def test_a_client_killed_with_requests_on_its_lane_leaves_nothing_behind(served)
             assert process.stdout.readline() == b"on the way\n"
 
     killed()  # the first one makes the server's pools; what they keep is not a leak
-    until(lambda: _only_the_link_is_mapped(holdings(served)), "the first client's lane ends")
+    until(lambda: only_the_link_is_mapped(holdings(served)), "the first client's lane ends")
     before = holdings(served)
     killed()
     until(lambda: holdings(served) == before, "all of it comes back")
-
-
-def _only_the_link_is_mapped(held):
-    sessions, *_, maps = held
-    lanes = [sum("djinn-lane" in name for name in names) for names in maps.values()]
-    return sessions == 0 and lanes == [1] * len(lanes)
 
 
 FLOOD = """
