@@ -1,10 +1,15 @@
-"""How the suite is spread over workers."""
+"""How the suite is spread over workers, and what they begin with."""
 
 import os
+import signal
 
 import pytest
 
 FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
