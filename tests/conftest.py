@@ -8,7 +8,9 @@ import pytest
 FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: children inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

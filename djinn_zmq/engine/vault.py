@@ -141,26 +141,25 @@ class Vault:
         room: so what is on the device grows no faster than it can leave."""
         coming = sum(stored.nbytes for _, stored in known if not stored.here)
         self._coming += coming  # so that the way out can begin first: it has to wait more often
-        ways = [self.bring(known, coming)]
-        if self.limit is not None:
-            ways.insert(0, self.shrink())
-        while ways:
-            for way in tuple(ways):  # both directions at once
-                try:
-                    next(way)
-                except StopIteration:
-                    ways.remove(way)
-            if ways:
-                yield
-
-    def bring(self, known: list[tuple[Segment, Stored]], coming: int) -> Iterator[None]:
-        """Have what is pinned on the device. coming: its bytes, which are not coming any more then."""
+        bring = self.bring(known)
+        ways = [bring] if self.limit is None else [self.shrink(), bring]
         try:
-            yield from self._bring(known)
+            while ways:
+                for way in tuple(ways):  # both directions at once
+                    try:
+                        next(way)
+                    except StopIteration:
+                        ways.remove(way)
+                        if way is bring:  # it is on the device now, and counted there
+                            self._coming -= coming
+                            coming = 0
+                if ways:
+                    yield
         finally:
             self._coming -= coming
 
-    def _bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
+    def bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
+        """Have what is pinned on the device."""
         while any(stored.moving for _, stored in known):
             yield
         away = [(segment, stored) for segment, stored in known if not stored.here]

@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch")
 
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.engine.caches import Account, Segment
 from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
@@ -439,3 +441,23 @@ def test_a_client_cannot_name_a_slot_of_another_owners_upload(
     assert bytes(keeping.load_sent(tensor, (), OWNER).numpy()) == b"somebody's"
     with pytest.raises(AccessDenied, match="not yours"):
         keeping.load_sent(tensor, (), "key:somebody-else")
+
+
+def test_room_that_could_not_be_made_is_not_wanted_for_ever(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Vault) -> Iterator[None]:
+        raise RuntimeError("no way out")
+        yield
+
+    monkeypatch.setattr(Vault, "shrink", fails)
+    vault = keeping.vault
+    vault.limit = 1 << 20
+    segment = Segment(0, 4, {("keys", None): torch.ones(1, 1, 4, 8)}, None, Account())
+    known = vault.pin(1, [segment])
+    vault.on_device -= segment.nbytes
+    known[0][1].here = False  # as if it were in host memory
+    before = vault._excess
+    with pytest.raises(RuntimeError, match="no way out"):
+        list(vault.ready(known))
+    assert vault._excess == before
