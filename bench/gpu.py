@@ -1,59 +1,156 @@
 """The whole experiment on one GPU, in one command of at most eight minutes: `python -m bench.gpu`.
 
 A part that fails or runs out of its time is reported by name and the others go on; what was taken is
-kept, drawn, and put into one archive.
+kept, drawn, and put into one archive. The longer prompts come last, with all the time that is left:
+what rounds there are of them is kept, where half of another part is worth nothing.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from bench.config import read
 from bench.parts import ROOT, Part, pack, run
 from bench.plain import device_of
-from djinn_zmq.probe import command
+from bench.pressure_config import MemoryPressure
+from bench.resume_latency import tier_options
+from djinn_zmq.client.local import private_server
+from djinn_zmq.errors import StartError
+from djinn_zmq.probe import command, serving
 from djinn_zmq.probe.machine import this_machine
-from djinn_zmq.probe.results import NotMeasured, Results, write
+from djinn_zmq.probe.results import Check, NotMeasured, Results, write
 from djinn_zmq.probe.targets import Target
 
-MEMORY = ROOT / "bench" / "configs" / "memory-pressure-llama-2-13b.yaml"
-TO_DRAW_S = 40.0
+MEMORY = ROOT / "bench" / "configs" / "memory-pressure-gpu.yaml"
+NOWHERE = {"ipc": "", "tcp": ""}
+TO_DRAW_S = 30.0
 
 
-def parts(
-    shape: str, device: str, positions: tuple[int, ...], layers: tuple[int, ...], folder: Path
-) -> list[Part]:
-    """The experiment for each prompt's length first: it is what is wanted most."""
-    found = []
-    at = ("--layers", *map(str, layers)) if layers else ()
-    for tokens in positions:
-        options = (f"--model={shape}", f"--device={device}", f"--max-length={tokens}", *at,
-                   "--warmup=2", "--repeat=4", "--per-turn=5",
-                   f"--output-dir={folder / f'resume-{tokens}'}")  # fmt: skip
-        found.append(Part(f"resume latency, {tokens} tokens", "bench.resume_latency", options, 200))
-    on = (f"--shape={shape}", f"--device={device}", f"--positions={positions[0]}", "--no-pin")
-    few = ("--samples=40", "--warmup=5")
-    for name, *options in (
-        ("logits",),
-        ("ready", "--to=ready"),
-        ("activation", "--carry=activation", "--transport=tcp"),
+@dataclass(frozen=True, slots=True)
+class Asked:
+    shape: str
+    device: str
+    positions: tuple[int, ...]
+    layers: tuple[int, ...]
+    folder: Path
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Options of a part that starts a server of its own."""
+        return f"--model={self.shape}", f"--device={self.device}"
+
+
+# ---- the parts
+
+
+def on_one_server(asked: Asked, at: dict[str, str]) -> Iterator[Part]:
+    """What only resumes. at: "ipc", "tcp" → the endpoint of a server with the model."""
+    to_it = (f"--model={asked.shape}", f"--server={at['ipc']}")
+    yield _resume(asked, asked.positions[0], to_it, per_turn=5, most_s=120)
+    for name, way, *options in (
+        ("logits", "ipc"),
+        ("ready", "ipc", "--to=ready"),
+        ("activation", "tcp", "--carry=activation"),
     ):
-        path = f"--json={folder / 'decompose' / name}.json"
-        found.append(
-            Part(f"decomposition, {name}", "tools.decompose", (*on, *few, path, *options), 60)
-        )
+        path = asked.folder / "decompose" / f"{name}.json"
+        yield Part(
+            f"decomposition, {name}", "tools.decompose",
+            (f"--server={at[way]}", f"--model={asked.shape}", f"--positions={asked.positions[0]}",
+             "--no-pin", "--samples=40", "--warmup=5", f"--json={path}", *options), 40,
+        )  # fmt: skip
+
+
+def alone(asked: Asked) -> Iterator[Part]:
+    """What brings its own server, or none."""
+    memory = read(MemoryPressure, MEMORY, {})
+    rest = "" if memory.gpu_share is None else f", GPU memory for {memory.gpu_share:.0%} of them"
+    yield Part(
+        f"memory pressure, {memory.sessions} sessions{rest}", "bench.memory_pressure",
+        (f"--config={MEMORY}", *asked.served, f"--context={asked.positions[0]}",
+         f"--output-dir={asked.folder / 'memory-pressure'}"), 140,
+    )  # fmt: skip
     for name in ("tcp", "zmq_echo"):
-        path = f"--json={folder / 'tools' / name}.json"
-        nbytes = "--nbytes=10557440"
-        found.append(Part(f"tool {name}", f"tools.{name}", ("--samples=60", nbytes, path), 30))
-    for idle in ("0", "2", "50"):
-        path = f"--json={folder / 'tools' / f'noop-idle-{idle}'}.json"
-        options = ("--samples=100", f"--idle-ms={idle}", "--no-pin", path)
-        found.append(Part(f"tool noop, {idle} ms idle", "tools.noop", options, 40))
-    memory = (f"--config={MEMORY}", f"--model={shape}", f"--device={device}",
-              f"--context={positions[0]}", f"--output-dir={folder / 'memory-pressure'}")  # fmt: skip
-    found.append(Part("memory pressure", "bench.memory_pressure", memory, 120))
-    return found
+        path = asked.folder / "tools" / f"{name}.json"
+        options = ("--samples=60", "--nbytes=10557440", f"--json={path}")
+        yield Part(f"tool {name}", f"tools.{name}", options, 20)
+    for idle_ms, samples in ((0, 100), (2, 100), (50, 20)):
+        path = asked.folder / "tools" / f"noop-idle-{idle_ms}.json"
+        options = (f"--samples={samples}", f"--idle-ms={idle_ms}", "--no-pin", f"--json={path}")
+        yield Part(f"tool noop, {idle_ms} ms idle", "tools.noop", options, 40)
+    for tokens in asked.positions[1:]:
+        yield _resume(asked, tokens, asked.served, per_turn=3, most_s=240)
+
+
+def _resume(
+    asked: Asked, tokens: int, server: tuple[str, ...], *, per_turn: int, most_s: float
+) -> Part:
+    at = ("--layers", *map(str, asked.layers)) if asked.layers else ()
+    options = (*server, f"--max-length={tokens}", *at, "--warmup=2", "--repeat=4",
+               f"--per-turn={per_turn}", "--fresh",
+               f"--output-dir={asked.folder / f'resume-{tokens}'}")  # fmt: skip
+    return Part(f"resume latency, {tokens} tokens", "bench.resume_latency", options, most_s)
+
+
+@contextmanager
+def _server(asked: Asked) -> Iterator[dict[str, str]]:
+    """Its endpoints. It answers while it loads: the first part waits for that, within its own time."""
+    with serving.sockets_folder() as folder, serving.sockets_folder() as state:
+        port = serving.free_port()
+        options = (f"--port={port}", f"--random-weights={asked.shape}", "--threads=1",
+                   *tier_options(asked.device, state))  # fmt: skip
+        with private_server(folder, asked.device, "auto", *options) as ipc:
+            yield {"ipc": ipc, "tcp": f"tcp://127.0.0.1:{port}"}
+
+
+# ---- the command
+
+
+class _Sitting:
+    """Runs parts until *end_s* of the monotonic clock, and notes how each went."""
+
+    def __init__(self, results: Results, logs: Path, minutes: float) -> None:
+        self.results = results
+        self._logs = logs
+        self._begin_s = time.monotonic()
+        self._end_s = self._begin_s + 60 * minutes
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._begin_s
+
+    @property
+    def left_s(self) -> float:
+        return self._end_s - TO_DRAW_S - time.monotonic()
+
+    def take(self, part: Part, seconds: float | None = None) -> None:
+        """seconds: for it. [what is left before the drawing]"""
+        log = self._logs / f"{len(self.results.checks):02}-{part.module}.log"
+        self.note(run(part, self.left_s if seconds is None else seconds, log))
+
+    def note(self, check: Check) -> None:
+        click.echo(f"{self.elapsed_s:4.0f} s  {check}")
+        self.results.checks.append(check)
+        if not check.held:
+            self.results.not_measured.append(NotMeasured(check.what, check.found))
+        self.results.settings["elapsed_s"] = round(self.elapsed_s, 1)
+
+
+def _take_all(asked: Asked, sitting: _Sitting) -> None:
+    with ExitStack() as stack:
+        try:
+            at = stack.enter_context(_server(asked))
+        except StartError as exc:
+            for part in on_one_server(asked, NOWHERE):
+                sitting.note(Check(part.name, False, str(exc)))
+        else:
+            for part in on_one_server(asked, at):
+                sitting.take(part)
+    for part in alone(asked):
+        sitting.take(part)
 
 
 @click.command(cls=command.Tool)
@@ -85,29 +182,20 @@ def main(
 
     Exit status 0 where every part ran to its end and found what it is to find.
     """
-    begin = time.monotonic()
     device_of(device)
+    folder = folder.resolve()
     for name in ("decompose", "tools", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    machine = this_machine()
     settings = {"shape": shape, "device": device, "positions": list(positions), "minutes": minutes}
-    results = Results("gpu", machine, settings)
-    click.echo(f"{machine}\n")
-    for place, part in enumerate(parts(shape, device, positions, layers, folder)):
-        left_s = 60 * minutes - TO_DRAW_S - (time.monotonic() - begin)
-        check = run(part, left_s, folder / "logs" / f"{place:02}-{part.module}.log")
-        click.echo(f"{time.monotonic() - begin:4.0f} s  {check}")
-        results.checks.append(check)
-        if not check.held:
-            results.not_measured.append(NotMeasured(part.name, check.found))
-    drawing = Part("figures and table", "bench.plots", (str(folder), "--into", str(folder / "figures")),
-                   TO_DRAW_S)  # fmt: skip
-    check = run(drawing, TO_DRAW_S, folder / "logs" / "plots.log")
-    click.echo(f"{time.monotonic() - begin:4.0f} s  {check}")
-    results.checks.append(check)
-    results.settings["elapsed_s"] = round(time.monotonic() - begin, 1)
-    write(results, folder / "summary.json")
+    results = Results("gpu", this_machine(), settings)
+    click.echo(f"{results.machine}\n")
+    sitting = _Sitting(results, folder / "logs", minutes)
+    try:
+        _take_all(Asked(shape, device, positions, layers, folder), sitting)
+        drawing = (str(folder), "--into", str(folder / "figures"))
+        sitting.take(Part("figures and table", "bench.plots", drawing, TO_DRAW_S), TO_DRAW_S)
+    finally:
+        write(results, folder / "summary.json")
     if archive is not None:
         pack(folder, archive)
         click.echo(f"archive in {archive}")

@@ -196,7 +196,7 @@ class _Bench:
             serving.own_server(
                 folder,
                 f"--threads={asked.threads}",
-                *self._tiers(),
+                *tier_options(asked.device, self._stack.enter_context(serving.sockets_folder())),
                 model=asked.model,
                 shape=shape,
                 device=asked.device,
@@ -205,12 +205,6 @@ class _Bench:
         )
         self._servers += served.pids
         return {"ipc": served.ipc, "tcp": served.tcp}, served.model
-
-    def _tiers(self) -> list[str]:
-        """A CPU engine has a device tier only where it is told to: plain memory, for the sake of the
-        same case."""
-        state = self._stack.enter_context(serving.sockets_folder())
-        return [f"--state={state}", *(["--gpu-memory=256"] if self.asked.device == "cpu" else [])]
 
     def _check_exact(self) -> None:
         assert self.plain is not None
@@ -275,6 +269,12 @@ class _Bench:
         self.results.pinned.append(pinning.pin("clients and baselines", self._clients, client))
         if self._servers:
             self.results.pinned.append(pinning.pin("servers", self._servers, servers))
+
+
+def tier_options(device: str, state: Path) -> list[str]:
+    """Of a server all of whose tiers are to be measured. A CPU engine has a device tier only where it
+    is told to: plain memory, for the sake of the same case."""
+    return [f"--state={state}", *(["--gpu-memory=256"] if device == "cpu" else [])]
 
 
 def _measure(bench: _Bench, cases: list[Timed], kept: KeptRounds) -> None:
