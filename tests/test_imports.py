@@ -43,6 +43,13 @@ OUTSIDE["memory"] = {"numpy"}
 OUTSIDE["bus"] = {"zmq", "numpy"}
 
 HEAVY = {"torch", "transformers", "accelerate", "cupy"}
+# What a client imports when it is entered: a first stop and resume do without.
+CLIENTS_LATER = {
+    *(f"{PACKAGE}.{name}" for name in ("server", "engine", "bus.keys", "bus.news", "bus.poll")),
+    *(f"{PACKAGE}.{name}" for name in ("memory.files", "client.attach", "client.batch")),
+    *(f"{PACKAGE}.client.{name}" for name in ("cuda", "events", "forwards", "generation", "local")),
+    *(f"{PACKAGE}.client.{name}" for name in ("parts", "sweep", "talk", "trace")),
+}
 TORCH_ROOMS = {"engine", "hf"}
 TORCH_MODULES = {f"{PACKAGE}.{name}" for name in ("probe.device_time", "client.cuda")}
 
@@ -141,7 +148,7 @@ def test_every_room_is_on_a_floor() -> None:
 @pytest.mark.parametrize(
     "module, kept_out",
     [
-        (PACKAGE, HEAVY | {"pytest", "matplotlib", "rich", "djinn_zmq.server", "djinn_zmq.engine"}),
+        (PACKAGE, HEAVY | {"pytest", "matplotlib", "rich", "logging"} | CLIENTS_LATER),
         (f"{PACKAGE}.server", HEAVY | {"pytest", "djinn_zmq.engine"}),
         (f"{PACKAGE}.wire.codec", HEAVY | {"pytest"}),
     ],
@@ -154,3 +161,17 @@ def test_a_fresh_python_does_not_load_what_it_does_not_need(
         [sys.executable, "-c", program], cwd=ROOT.parent, check=True, capture_output=True, text=True
     )
     assert not set(loaded.stdout.split()) & kept_out
+
+
+def test_names_that_are_imported_later_are_public_like_the_others() -> None:
+    program = (
+        "import djinn_zmq; print(*set(djinn_zmq.__all__) - set(dir(djinn_zmq)));"
+        "from djinn_zmq import *; print(Session, Generation, Batch, local)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT.parent, check=True, capture_output=True, text=True
+    )
+    missing, found = shown.stdout.splitlines()
+    assert missing == ""
+    for name in ("talk.Session", "generation.Generation", "batch.Batch", "function local"):
+        assert name in found

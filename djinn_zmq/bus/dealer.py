@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
 from djinn_zmq.bus import limits
-from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.limits import DONTWAIT, MORE_NOW, SNDMORE
 from djinn_zmq.errors import Busy, ProtocolError, RequestError, Unreachable
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import BUFFERS_LIMIT
 from djinn_zmq.wire.tensors import SLOT_FROM
+
+if TYPE_CHECKING:  # a room that only those with a key need
+    from djinn_zmq.bus.keys import ClientKeys
 
 Frames = tuple[bytes, list[memoryview]]
 
@@ -19,7 +22,7 @@ Frames = tuple[bytes, list[memoryview]]
 class Dealer:
     """A connected DEALER. Belongs to one thread."""
 
-    def __init__(self, endpoint: str, settings: Settings, keys: ClientKeys | None) -> None:
+    def __init__(self, endpoint: str, settings: Settings, keys: "ClientKeys | None") -> None:
         """endpoint: "ipc://PATH" or "tcp://HOST:PORT".
 
         Raises RequestError for another kind of endpoint, Unreachable where no socket file stands.

@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import zmq
 
 from djinn_zmq.bus.dealer import Dealer
-from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lane import Lane, Piece
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
@@ -40,6 +39,9 @@ from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
 from djinn_zmq.wire.talks import Generated, Token
+
+if TYPE_CHECKING:  # a room that only those with a key need
+    from djinn_zmq.bus.keys import ClientKeys
 
 T = TypeVar("T")
 Frames = tuple[Piece, Sequence[Piece]]
@@ -132,7 +134,7 @@ class Connection:
     def __init__(
         self,
         endpoint: str,
-        keys: ClientKeys | None,
+        keys: "ClientKeys | None",
         settings: Settings,
         *,
         shared: bool = True,

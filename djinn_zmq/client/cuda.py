@@ -110,11 +110,6 @@ class CudaMemory:
         return opened
 
 
-def on_device(value: Any) -> bool:
-    """Is *value* a tensor in a GPU's memory, torch's or cupy's?"""
-    return bool(getattr(value, "is_cuda", False)) or type(value).__module__.startswith("cupy")
-
-
 def address_of(value: Any) -> int:
     if hasattr(value, "data_ptr"):
         return int(value.data_ptr())

@@ -3,28 +3,29 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from djinn_zmq.client import tiers
-from djinn_zmq.client.batch import edits_of_each, made
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
-from djinn_zmq.client.forwards import Asked, card, forward
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
-from djinn_zmq.client.sweep import memory_of
-from djinn_zmq.client.talk import Session
-from djinn_zmq.client.trace import Trace
 from djinn_zmq.errors import NoSessions, PromptError, RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import Kept, ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
+
+# Rooms that a first stop and resume do without are imported where they are entered.
+if TYPE_CHECKING:
+    from djinn_zmq.client.forwards import Asked
+    from djinn_zmq.client.talk import Session
+    from djinn_zmq.client.trace import Trace
 
 
 class Model:
@@ -112,6 +113,8 @@ class Model:
         there are prompts; or one edit for all. The rest as in `run`.
         Where one is refused all are; the error has a note that says which.
         """
+        from djinn_zmq.client.batch import edits_of_each, made
+
         wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
         if isinstance(prompts, str) or not len(prompts):
             raise PromptError("a list of prompts, at least one")
@@ -134,7 +137,9 @@ class Model:
         """
         return self.drive(self._open_session(static))
 
-    def _open_session(self, static: int) -> Operation[Session]:
+    def _open_session(self, static: int) -> Operation["Session"]:
+        from djinn_zmq.client.talk import Session
+
         if self.info.no_sessions:
             raise NoSessions(f'"{self.name}" serves no sessions: {self.info.no_sessions}')
         reply = yield Call(Op.OPEN, messages.Open(self.name), progress=self._session.progress)
@@ -156,7 +161,7 @@ class Model:
         logits: Any = "none",
         memory: int | None = None,
         timeout_s: float | None = None,
-    ) -> Trace:
+    ) -> "Trace":
         """The causal-tracing grid: iterate for its cells as they come; `finish()` gives the `Grid`.
 
         Each cell is the corrupted prompt's run with the clean one's hidden state after a layer, at
@@ -167,6 +172,9 @@ class Model:
         memory: as in `Checkpoint.sweep`.
         Raises, when iterated, PromptError, LayerError, SweepTooLarge.
         """
+        from djinn_zmq.client.sweep import memory_of
+        from djinn_zmq.client.trace import Trace
+
         return Trace(
             self._session,
             (clean, corrupted),
@@ -178,12 +186,16 @@ class Model:
             timeout_s,
         )
 
-    def forward(self, asked: Asked) -> Any:
+    def forward(self, asked: "Asked") -> Any:
         """The model's forward as transformers has it: what `djinn_zmq.hf` asks for."""
+        from djinn_zmq.client.forwards import forward
+
         return self.drive(forward(self._session, asked))
 
     def card(self) -> Any:
         """The files of its config and tokenizer, and its attention implementation."""
+        from djinn_zmq.client.forwards import card
+
         return self.drive(card(self._session))
 
     def ping(self) -> Any:

@@ -3,21 +3,20 @@
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.connection import Call, Operation
-from djinn_zmq.client.cuda import on_device
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
+from djinn_zmq.client.sharing import on_device
 from djinn_zmq.client.stops import Logits, wanted_of
-from djinn_zmq.client.sweep import Sweep, memory_of
 from djinn_zmq.client.tiers import Tiered
 from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
 from djinn_zmq.spans import Spans
@@ -27,6 +26,9 @@ from djinn_zmq.wire.edits import Edit as WireEdit
 from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Tensor, dtype_name, view
+
+if TYPE_CHECKING:
+    from djinn_zmq.client.sweep import Sweep
 
 
 class Checkpoint(Looks, Tiered):
@@ -123,7 +125,7 @@ class Checkpoint(Looks, Tiered):
         tokens: Any = None,
         memory: int | None = None,
         timeout_s: float | None = None,
-    ) -> Sweep:
+    ) -> "Sweep":
         """Many branches, each with its own edits, run as batches: iterate over what it gives.
 
         logits: of each branch's last position: "last": all, "none", or how many of the likeliest.
@@ -132,6 +134,8 @@ class Checkpoint(Looks, Tiered):
         rounding of a batch of another shape.
         Raises, when iterated, EditError naming the branch, SweepTooLarge, and what `resume` raises.
         """
+        from djinn_zmq.client.sweep import Sweep, memory_of  # on first use
+
         memory = memory_of(memory)
         return Sweep(self._session, self, branches, logits, tokens, memory, timeout_s)
 

@@ -5,20 +5,21 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from djinn_zmq.bus.keys import client_keys
 from djinn_zmq.client.connection import Call, Connection, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of
-from djinn_zmq.client.talk import Session as Conversation
 from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import RunInfo, Runs
 from djinn_zmq.wire.messages import SessionInfo, StatusReply
 from djinn_zmq.wire.ops import Op
+
+if TYPE_CHECKING:
+    from djinn_zmq.client.talk import Session as Conversation
 
 CONNECT_S = 5.0
 CLOSE_S = 1.0
@@ -130,6 +131,7 @@ class Server:
 
     def _attach(self, number: int, stop_at: Any) -> Operation[Any]:
         from djinn_zmq.client.attach import Attached  # on first use: few clients are debuggers
+        from djinn_zmq.client.talk import Session as Conversation
 
         breaks_of(stop_at)  # before anything is asked
         target = next((one for one in (yield from self._sessions()) if one.id == number), None)
@@ -215,7 +217,11 @@ def connect(
     progress: called while a model loads; True: a line on stderr if that is a terminal.
     Raises Unreachable where no server answers within *timeout_s* seconds.
     """
-    keys = client_keys(key, server_key) if key is not None else None
+    keys = None
+    if key is not None:
+        from djinn_zmq.bus.keys import client_keys  # on first use: most clients are local
+
+        keys = client_keys(key, server_key)
     connection = Connection(
         endpoint or default_endpoint(),
         keys,

@@ -8,16 +8,19 @@ import math
 import os
 import weakref
 from collections import deque
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from djinn_zmq.bus.lease import LeaseSocket, close_all
-from djinn_zmq.client.cuda import CudaMemory
 from djinn_zmq.errors import ArenaFull, Lost, RequestError
 from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.tensors import Slot, Tensor
+
+if TYPE_CHECKING:  # a room that only those on a GPU need
+    from djinn_zmq.client.cuda import CudaMemory
 
 
 class Sharing:
@@ -78,7 +81,7 @@ class Sharing:
         lease = self._lent.get(array.__array_interface__["data"][0])
         return lease.slot if lease is not None and len(lease.view) == array.nbytes else None
 
-    def cuda(self) -> CudaMemory:
+    def cuda(self) -> "CudaMemory":
         """Raises RequestError where there is no lease, or no cupy."""
         if self.lease is None:
             raise RequestError(
@@ -86,6 +89,8 @@ class Sharing:
                 "hidden, or use writable()"
             )
         if self._cuda is None:
+            from djinn_zmq.client.cuda import CudaMemory  # on first use
+
             self._cuda = CudaMemory()
         return self._cuda
 
@@ -116,3 +121,8 @@ class Sharing:
             self._pool.close()
         if self.lease is not None:
             self.lease.close()
+
+
+def on_device(value: Any) -> bool:
+    """Is *value* a tensor in a GPU's memory, torch's or cupy's?"""
+    return bool(getattr(value, "is_cuda", False)) or type(value).__module__.startswith("cupy")

@@ -12,7 +12,6 @@ from djinn_zmq.client.connection import Call, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import BadFile, RequestError
-from djinn_zmq.memory import files
 from djinn_zmq.wire import tiers
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES
@@ -78,6 +77,8 @@ class Tiered:
                 "are not in it: save one of a plain run of all its tokens"
             )
         hidden = yield from self._remote()._read(())
+        from djinn_zmq.memory import files  # on first use: few clients write any
+
         facts = {"format": files.FORMAT, "layer": str(self._kept.layer)}
         try:
             files.write(
@@ -145,6 +146,8 @@ class Tiered:
 
 def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
     """Make a checkpoint of the file *path*; what it is, and its ids. Raises BadFile."""
+    from djinn_zmq.memory import files  # on first use: few clients read any
+
     saved = files.read(path)
     files.check_model(saved, session.model)
     ids = np.array(files.array_of(saved, saved.ids))

@@ -1,6 +1,8 @@
 """The main job: stop, look, edit, go on."""
 
 import gc
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -228,6 +230,19 @@ def test_a_stopped_run_has_no_logits_and_says_why(tiny):
     finished = tiny.run(FRANCE, logits="none")
     with pytest.raises(LayerError, match="kept no checkpoint"):
         _ = finished.checkpoint
+
+
+def test_a_first_stop_and_resume_import_nothing_more_than_the_client_did(served):
+    program = (
+        "import sys, djinn_zmq as djinn; before = {*sys.modules};"
+        "server = djinn.connect(sys.argv[1]); model = server.model('tiny');"
+        "run = model.run('the capital of france is', stop_at=2, timeout_s=60);"
+        "run.checkpoint.resume(djinn.Scale(0.5)).top(3); run.checkpoint.hidden[0, -1]; model.ping();"
+        "server.close(); print({*sys.modules} - before)"
+    )
+    command = [sys.executable, "-c", program, served.endpoint]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stdout == "set()\n"
 
 
 def test_local_serves_a_model_and_is_gone_with_the_block():
