@@ -24,7 +24,7 @@ from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.holds import Holds
 from djinn_zmq.engine.slabs import Slabs
-from djinn_zmq.engine.tiers import AT_ONCE, Tiers
+from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
     AccessDenied,
@@ -122,7 +122,9 @@ class Keeping:
         self._adopted_bodies: dict[Where, Body] = {}
         self._lease = lease
         self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
-        self._grower = ThreadPoolExecutor(AT_ONCE, "djinn-arenas")
+        # One: several take turns at the process's one memory map. 2.8 GiB/s of fresh pages on a 16-core
+        # machine, registered with CUDA, against 1.4 to 2.5 with four.
+        self._grower = ThreadPoolExecutor(1, "djinn-arenas")
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         budget = settings.device_memory
         slabs = Slabs(self.device.budget() if budget is None else budget, self.device.allocate)

@@ -59,6 +59,7 @@ _log = logging.getLogger(__name__)
 
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
+GIVE_WAY_S = 50e-6
 
 
 class EngineLoop:
@@ -148,7 +149,13 @@ class EngineLoop:
             while True:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
-                self._poll.turn(0 if self._chores else self._turns.until_s())
+                wait_s = 0 if self._chores else self._turns.until_s()
+                if wait_s == 0 and self._keeping.tiers.beside:
+                    # A thread that waits for the interpreter wakes when we let go of it, in a system
+                    # call, and finds that we have it back: for half a minute, on a machine that wakes
+                    # slowly. Long enough asleep, and it gets it.
+                    time.sleep(GIVE_WAY_S)
+                self._poll.turn(wait_s)
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
                         self._on_news(*news)

@@ -262,7 +262,7 @@ class Runner:
         pins = vault.pin(job.session.id, [*segments, *below])
         job.ends.append(partial(vault.unpin, pins))
         here = all(stored.here for _, stored in pins)
-        if not here or vault.pressed:
+        if not here or vault.crowded:
             begin_ns = time.perf_counter_ns()
             yield from vault.ready(pins)
             what = "evict" if here else "prefetch"

@@ -36,7 +36,7 @@ from djinn_zmq.wire.tensors import over
 _log = logging.getLogger(__name__)
 
 GROW_AGAIN_S = 1.0  # after the system refused memory
-AT_ONCE = 4  # arenas that are made beside us
+WAITING = 4  # arenas that are made beside us, one after the other
 WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
 
 
@@ -76,6 +76,11 @@ class Tiers:
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
 
+    @property
+    def beside(self) -> bool:
+        """Is a thread at work for us?"""
+        return bool(self._growing or self._writing)
+
     # ---- in
 
     def place(self, body: Body, data: torch.Tensor) -> None:
@@ -109,22 +114,22 @@ class Tiers:
 
         One more arena is made beside us: its pages, and registering them, take tens of milliseconds.
         """
+        self.settle()
         while not self.pool.ready(nbytes, zone):
-            self.settle()
-            if self.pool.ready(nbytes, zone):
-                return
             if self._growing or self._grow_beside(nbytes, zone):
                 yield
+                self.settle()
                 continue
             if self._drop_one() or self.more_room():
                 continue
             if not self._writing and not self._write_one() and not self._leaving:
                 return
             yield
+            self.settle()
 
     def _grow_beside(self, nbytes: int, zone: str) -> bool:
         """Begin to make an arena with room for *nbytes*. False where there may be none."""
-        if len(self._growing) == AT_ONCE or time.monotonic() < self._grow_from_s:
+        if len(self._growing) == WAITING or time.monotonic() < self._grow_from_s:
             return False
         size = self.pool.may_grow(nbytes, zone)
         if size:
@@ -133,8 +138,8 @@ class Tiers:
         return bool(size)
 
     def expect(self, nbytes: int) -> None:
-        """So much will be wanted soon of what nobody maps: make arenas for it, several at once, since a
-        system gives fresh pages slowly (1 GiB/s a thread on one machine)."""
+        """So much will be wanted soon of what nobody maps: have arenas made for it, since a system gives
+        fresh pages slowly."""
         missing = nbytes - self.pool.free("") - self.pool.coming
         while missing > 0 and self._grow_beside(1, ""):
             missing -= self._growing[-1][1]

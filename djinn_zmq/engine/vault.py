@@ -114,8 +114,14 @@ class Vault:
         return max(self.limit - self.tiers.slabs.mapped, self.limit // LEAST_SHARE)
 
     @property
+    def crowded(self) -> bool:
+        """Is more on the device than may be?"""
+        return self.limit is not None and self._excess > 0
+
+    @property
     def pressed(self) -> bool:
-        return self.limit is not None and self._excess > 0 and not self.shrinking
+        """The same, and nobody sees to it."""
+        return self.crowded and not self.shrinking
 
     @property
     def _excess(self) -> int:

@@ -174,7 +174,7 @@ class OwnArena(Arena):
         super().__init__(number, fd, writable=True)
         self.leases: dict[int, Lease] = {}
         self.zone: str | None = None  # who may map it besides the server; see Pool
-        self._free = FreeList()
+        self.free = FreeList()  # of granules
         try:
             self._settle()
         except BaseException:
@@ -199,7 +199,7 @@ class OwnArena(Arena):
                 start = place
                 while place < self.count and not self._table[2 * place + 1]:
                     place += 1
-                self._free.give(start, place - start)
+                self.free.give(start, place - start)
             elif place + granules > self.count:
                 raise ProtocolError(f"slot {place} ends beyond the arena: its table is damaged")
             else:
@@ -212,18 +212,18 @@ class OwnArena(Arena):
     @property
     def largest_free(self) -> int:
         """Bytes of the largest slot that could be leased now."""
-        return self._free.largest * GRANULE
+        return self.free.largest * GRANULE
 
     @property
     def used(self) -> int:
-        return self.capacity - self._free.total * GRANULE
+        return self.capacity - self.free.total * GRANULE
 
     def lease(self, nbytes: int, holder: int, until_s: float = float("inf")) -> Lease | None:
         """A slot of *nbytes* for *holder*, or None where no free piece is large enough."""
         if self._map is None:
             raise Closed(f"arena {self.number} is closed")
         need = granules_for(nbytes)
-        start = self._free.take(need)
+        start = self.free.take(need)
         if start is None:
             return None
         return self._grant(start, need, nbytes, holder, until_s)
@@ -252,7 +252,7 @@ class OwnArena(Arena):
         # A reader in mid-copy sees this before the slot is anybody else's.
         self._table[2 * start] = (slot.generation + 1) & 0xFFFFFFFF
         self._table[2 * start + 1] = 0
-        self._free.give(start, granules)
+        self.free.give(start, granules)
 
     def sweep_unleased(self) -> int:
         """After adopting: give back every slot that nobody took over. Returns how many."""
@@ -304,12 +304,7 @@ class Pool:
     ) -> Lease:
         """A slot of *nbytes* for *holder*. Raises ArenaFull with what was asked, free and allowed."""
         until_s = time.monotonic() + lasting_s
-        for arena in self._of(zone):
-            lease = arena.lease(nbytes, holder, until_s)
-            if lease is not None:
-                arena.zone = zone
-                return lease
-        arena = self.grow(nbytes, zone)
+        arena = self._with_room(nbytes, zone) or self.grow(nbytes, zone)
         arena.zone = zone
         lease = arena.lease(nbytes, holder, until_s)
         assert lease is not None
@@ -317,7 +312,15 @@ class Pool:
 
     def ready(self, nbytes: int, zone: str = "") -> bool:
         """Can a slot of *nbytes* be leased without one more arena?"""
-        return nbytes <= self._largest(zone)
+        return self._with_room(nbytes, zone) is not None
+
+    def _with_room(self, nbytes: int, zone: str) -> OwnArena | None:
+        """The first arena with a free piece that long, of *zone* or of none yet."""
+        need = granules_for(nbytes)
+        for arena in self.arenas.values():  # there may be hundreds, most of them full
+            if arena.free.largest >= need and arena.zone in (zone, None):
+                return arena
+        return None
 
     def may_grow(self, nbytes: int, zone: str = "") -> int:
         """Bytes of the arena that would be made for a slot of *nbytes*; 0: the limit allows none.
