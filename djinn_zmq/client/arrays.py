@@ -17,6 +17,8 @@ from djinn_zmq.wire.tiers import Hold, Move, Where
 
 Drive = Callable[[Operation[Any]], Any]
 
+TRIES = 3  # to map it where it is, while it moves
+
 
 class RemoteArray:
     """A kept tensor, read as numpy arrays: `array[0, -1]` moves that row, `np.asarray` all of it.
@@ -111,24 +113,24 @@ class RemoteArray:
 
         Nobody is asked while it is where it was. Raises Lost where it was released.
         """
-        sharing = self._connection.sharing
-        for known in (True, False):
-            if not known:
-                meta = Where((self._kept.id,))
-                try:
-                    reply = yield Call(Op.WHERE, meta, session=self._kept.session)
-                except UnknownCheckpoint as exc:
-                    raise Lost(f"{self!r} is no more: it was released") from exc
-                self._kept = reply.meta.kept[0]
+        sharing, session = self._connection.sharing, self._kept.session
+        for _ in range(TRIES):
             tensor = self._kept.tensor
             if not sharing.can_map(tensor):
                 return None
             assert isinstance(tensor.where, Slot)
             try:
                 data = sharing.arena(tensor.where.arena).view(tensor.where, tensor.nbytes)
-            except (StaleSlot, AccessDenied):
-                continue  # moved since
-            return over(data, tensor.dtype, tensor.shape)
+                return over(data, tensor.dtype, tensor.shape)
+            except (StaleSlot, AccessDenied):  # moved since
+                call = Call(Op.WHERE, Where((self._kept.id,)), session=session)
+            except OnDevice:  # still on its way there: the engine says when it has come
+                call = Call(Op.MOVE, Move((self._kept.id,), "host", False), session=session)
+            try:
+                reply = yield call
+            except UnknownCheckpoint as exc:
+                raise Lost(f"{self!r} is no more: it was released") from exc
+            self._kept = reply.meta.kept[0]
         return None
 
     def _checked(self, copy: np.ndarray) -> np.ndarray:

@@ -37,6 +37,8 @@ class Body:
     rising: bool = False  # being copied to the device beside the layers
     unwritable: bool = False  # the disk refused it once
     busy: Callable[[], bool] | None = None  # are the device's copies from and to it done?
+    storing: Callable[[], bool] | None = None  # is the one to its host slot?
+    arriving: Callable[[], bool] | None = None  # is the one to its device slot?
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -55,6 +57,27 @@ class Body:
             assert self.device is not None
             where = self.device.where
         return Tensor(self.dtype, self.shape, where)
+
+    @property
+    def stored(self) -> bool:
+        """Is its host slot, where it has one, as full as it should be?"""
+        if self.storing is not None and self.storing():
+            self.storing = None
+        return self.storing is None
+
+    @property
+    def arrived(self) -> bool:
+        """The same of its device slot."""
+        if self.arriving is not None and self.arriving():
+            self.arriving = None
+        return self.arriving is None
+
+    @property
+    def resident(self) -> bool:
+        """Can layers that are begun now read it?"""
+        if self.device is not None or self.scratch is not None:
+            return True
+        return self.host is not None and self.stored
 
     @property
     def idle(self) -> bool:

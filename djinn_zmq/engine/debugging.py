@@ -275,7 +275,7 @@ class Debugging:
         halt.number, halt.since_ns = self._last, time.perf_counter_ns()
         active.halt = halt
         self._held[halt.number] = attachment, active, halt
-        keep = messages.Keep(replies.ids_inline(job), tuple(halt.kept))
+        keep = messages.Keep(inline(job.ids), tuple(halt.kept))
         self._answers.tell(Op.KEEP, keep, attachment.debugger.id)
         buffers: list[bytes | memoryview] = []
         before = NO_IDS

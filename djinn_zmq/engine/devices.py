@@ -24,6 +24,8 @@ class Cpu:
     # What layers that go on from a past are run under, so that they give the same bits every time.
     reproducibly: Callable[[], AbstractContextManager[object]] = nullcontext
 
+    reads_host = True  # its layers take a hidden state from host memory as it is
+
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
 
@@ -95,6 +97,14 @@ class Cpu:
 
     def mark(self) -> Callable[[], bool]:
         """A question: is all done that was begun before this call?"""
+        return lambda: True
+
+    def computed(self) -> Callable[[], bool]:
+        """The same of layers, and of copies in that these wait for."""
+        return lambda: True
+
+    def stored(self) -> Callable[[], bool]:
+        """The same of copies out, and of what these waited for."""
         return lambda: True
 
     def broken(self, error: BaseException) -> str:

@@ -31,8 +31,8 @@ from djinn_zmq.errors import (
     ArenaFull,
     BadFile,
     Lost,
+    OnDevice,
     ProtocolError,
-    StaleSlot,
     UnknownCheckpoint,
 )
 from djinn_zmq.memory.arena import Arena, OwnArena, Pool
@@ -234,6 +234,7 @@ class Keeping:
 
     def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
         """Another checkpoint of the same bytes: nothing is copied."""
+        self.tiers.touch(entry.body)
         return self._enter(Entry(new_id(), entry.session, run, entry.layer, entry.body, midway))
 
     def _enter(self, entry: Entry) -> Kept:
@@ -277,8 +278,14 @@ class Keeping:
 
     def resident(self, entry: Entry) -> bool:
         """Is it where the device can read it?"""
+        return entry.body.resident
+
+    def ready(self, entry: Entry) -> bool:
+        """Is it where layers take it from, and nothing to be waited for?"""
         body = entry.body
-        return any(copy is not None for copy in (body.device, body.host, body.scratch))
+        if body.device is not None:
+            return body.arrived
+        return body.resident and self.device.reads_host and not self.tiers.slabs.limit
 
     def bring(self, entry: Entry) -> Iterator[None]:
         """Make it resident. Raises ArenaFull, BadFile."""
@@ -404,7 +411,7 @@ class Keeping:
         for kept in kepts:
             try:
                 body = self._adopted(kept, ids, owner, facts)
-            except (Lost, StaleSlot, ProtocolError, BadFile):
+            except (Lost, OnDevice, ProtocolError, BadFile):
                 lost.append(kept.id)
                 continue
             entry = Entry(kept.id, kept.session, kept.run, kept.layer, body)

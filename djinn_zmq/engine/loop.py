@@ -52,7 +52,7 @@ from djinn_zmq.wire import codec, messages, talks
 from djinn_zmq.wire.codec import NOBODYS, OF_ANSWERS, Header, Message
 from djinn_zmq.wire.messages import Flag, Kept
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import view
+from djinn_zmq.wire.tensors import inline, view
 from djinn_zmq.wire.tiers import AwayReply, Moved
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class EngineLoop:
         self._requests = {
             Op.PING: self._ping,
             Op.RUN: self._run,
-            Op.RESUME: self._run,
+            Op.RESUME: self._resume,
             Op.CANCEL: self._cancel,
             Op.RELEASE: self._release,
             Op.TOKENS: self._tokens,
@@ -142,20 +142,23 @@ class EngineLoop:
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        limit = self._keeping.tiers.slabs.limit
+        tiers = self._keeping.tiers
+        limit = tiers.slabs.limit
         ready = messages.Ready(str(self._device.torch), os.getpid(), limit)
         self._answers.tell(Op.READY, ready)
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
-                wait_s = 0 if self._chores else self._turns.until_s()
-                if wait_s == 0 and self._keeping.tiers.beside:
+                wait_s = 0 if self._chores or tiers.filling else self._turns.until_s()
+                if wait_s == 0 and tiers.beside:
                     # A thread that waits for the interpreter wakes when we let go of it, in a system
                     # call, and finds that we have it back: for half a minute, on a machine that wakes
                     # slowly. Long enough asleep, and it gets it.
                     time.sleep(GIVE_WAY_S)
                 self._poll.turn(wait_s)
+                if tiers.filling:
+                    tiers.fill()
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
                         self._on_news(*news)
@@ -360,6 +363,21 @@ class EngineLoop:
         if session.attached is not None or self._debugging.tells:
             self._debugging.began(active)
 
+    def _resume(
+        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+    ) -> None:
+        if not self._debugging.tells:
+            if self._answers.again(envelope, message.header):
+                return
+            self._model_of(session)
+            stayed = self._runner.stay(message.meta, session, watch)
+            if stayed is not None:
+                reply, entry = stayed
+                self._tell_kept(entry.ids, reply.checkpoints, session)
+                self._answers.answer(envelope, message.header, reply, store=True)
+                return
+        self._run(envelope, message, session, watch)
+
     def _model_of(self, session: EngineSession) -> ServedModel:
         model = self._models.get(session.model)
         if model is None:
@@ -509,7 +527,8 @@ class EngineLoop:
         active.held = None
         active.credit -= 1
         header = active.header
-        self._tell_kept(active.job, getattr(part.meta, "checkpoints", ()))
+        job = active.job
+        self._tell_kept(job.ids, getattr(part.meta, "checkpoints", ()), job.session)
         self._answers.part(active.envelope, header, part.meta, part.buffers)
 
     def _finish(self, active: Active) -> None:
@@ -523,7 +542,7 @@ class EngineLoop:
             self._runner.discard(job)
             self._answers.refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
-        self._tell_kept(job, job.everything_kept)
+        self._tell_kept(job.ids, job.everything_kept, job.session)
         self._tell_held(job.session)
         self._answers.answer(active.envelope, header, meta, buffers, store=True)
         if self._debugging.tells:
@@ -557,10 +576,10 @@ class EngineLoop:
 
     # ---- telling the server
 
-    def _tell_kept(self, job: Job, kept: Sequence[Kept]) -> None:
-        if kept:
-            keep = messages.Keep(replies.ids_inline(job), tuple(kept))
-            self._answers.tell(Op.KEEP, keep, job.session.id)
+    def _tell_kept(self, ids: np.ndarray, kept: Sequence[Kept], session: EngineSession) -> None:
+        if kept:  # ids inside the meta: they outlive this process in the server's books
+            keep = messages.Keep(inline(ids), tuple(kept))
+            self._answers.tell(Op.KEEP, keep, session.id)
 
     def _tell_held(self, session: EngineSession) -> None:
         if session.account.nbytes != session.told_nbytes:

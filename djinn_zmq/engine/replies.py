@@ -178,11 +178,6 @@ def of_tokens(ids: np.ndarray, pieces: Sequence[str]) -> tuple[TokensReply, Buff
     return TokensReply(place(ids, buffers), tuple(pieces)), buffers
 
 
-def ids_inline(job: Job) -> Tensor:
-    """The job's token ids inside the meta: they outlive this process in the server's books."""
-    return inline(job.ids)
-
-
 def place(array: np.ndarray, buffers: Buffers) -> Tensor:
     """*array* inside the meta if it is small, else as one more buffer."""
     if array.nbytes <= INLINE_LIMIT:

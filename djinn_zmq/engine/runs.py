@@ -15,7 +15,7 @@ import torch
 from djinn_zmq.engine import editing, inside
 from djinn_zmq.engine.caches import Past, Segment
 from djinn_zmq.engine.jobs import Change, EngineSession, Given, Halt, Halting, Job, Turns
-from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.plans import Planner, Start
@@ -24,7 +24,7 @@ from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
-from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
+from djinn_zmq.wire.messages import Kept, Resume, Run, RunReply, Wanted
 from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
@@ -101,6 +101,37 @@ class Runner:
         job = Job(session, model, entry.ids, layer, wanted, shared, watch, *planned, ids_known=True)
         opening = self.opening(job, entry, asked, buffers)
         return job, self.settling(job, self._work(job, opening, start))
+
+    def stay(
+        self, asked: Resume, session: EngineSession, watch: Stopwatch
+    ) -> tuple[RunReply, Entry] | None:
+        """The reply to a resume that stops where it begins, and the checkpoint of the same bytes that it
+        keeps: where that is ready as it is there is nothing to take turns for. None for any other,
+        which is `resume`'s, right or wrong."""
+        entry = self._keeping.entries.get(asked.checkpoint)
+        wanted = asked.wanted
+        if (
+            entry is None
+            or entry.session != session.id
+            or entry.layer != wanted.stop_at
+            or not self._keeping.ready(entry)
+            or asked.edits
+            or asked.hidden is not None
+            or wanted.save_at
+            or wanted.logits != "none"
+            or entry.place
+            or entry.past
+            or entry.midway is not None
+            or session.attached is not None
+        ):
+            return None
+        run = new_id()
+        kept = self._keeping.share(entry, run)
+        spans = (("restore", watch.elapsed_ns()),)
+        reply = RunReply(
+            run, "stopped", entry.layer, None, (kept,), None, 0, None, None, None, spans
+        )
+        return reply, entry
 
     def place_of(self, entry: Entry, model: ServedModel) -> Place | None:
         """Where inside a layer a checkpoint is; None between two layers. Raises RequestError for one
@@ -283,8 +314,7 @@ class Runner:
         unchanged: Entry | None = None
         if opening is not None:
             hidden, unchanged = yield from opening
-        if unchanged is not None and job.plan is None and job.stop_at == first:
-            assert hidden is not None
+        if hidden is not None and job.plan is None and job.stop_at == first:
             yield from self._stay(job, hidden, unchanged)
             return
         with watch.span("record"):
@@ -307,11 +337,16 @@ class Runner:
         yield from self.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
-    def _stay(self, job: Job, hidden: torch.Tensor, unchanged: Entry) -> Iterator[None]:
-        """A run that stops where it begins: its checkpoint is of the same bytes, and nothing runs."""
+    def _stay(self, job: Job, hidden: torch.Tensor, unchanged: Entry | None) -> Iterator[None]:
+        """A run that stops where it begins: no layer runs. Unchanged, its checkpoint is of the same
+        bytes."""
         yield from self._keep_if_wanted(job, hidden, unchanged)
-        while not unchanged.body.settled:  # it may have been brought to the device just now
-            yield
+        if unchanged is None:
+            yield from self.until_done(job)
+        else:
+            with job.watch.span("restore"):  # it may have been brought to the device just now
+                while not unchanged.body.arrived:
+                    yield
         job.stopped = True
         job.advance("stop")
 
@@ -362,11 +397,18 @@ class Runner:
         return hidden
 
     def until_done(self, job: Job) -> Iterator[None]:
-        """A GPU works behind our back: give others their turns until it is through."""
-        done = self._keeping.device.mark()
+        """A GPU works behind our back: give others their turns until it is through.
+
+        Copies to the host are under way still: a checkpoint's slot says so to whoever reads it. What
+        the client reads at once is waited for.
+        """
+        done = self._keeping.device.computed()
         begin_ns = time.perf_counter_ns()
         while not done():
             yield
+        for entry in tuple(job.loans):
+            if entry.body.fixed:
+                yield from self._keeping.tiers.stored(entry.body)
         job.watch.add("compute", time.perf_counter_ns() - begin_ns)
 
     def keep_large_logits(self, job: Job) -> None:

@@ -75,6 +75,7 @@ class Tiers:
         self._writing: list[_Writing] = []
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
+        self.filling: list[Body] = []  # whose host slots are told of, and not filled yet
 
     @property
     def beside(self) -> bool:
@@ -94,13 +95,35 @@ class Tiers:
             body.device = slot
             self._device.copy(data, slot.data)
             data = slot.data
-        if lease is not None:
-            body.host = lease
-            if body.nbytes:
-                self._device.store(data, lease.view)
-        body.busy = self._device.mark()
+        if lease is None:
+            body.busy = self._device.computed()
+        else:
+            self._store(body, data, lease)
         self.add(body)
         self.tend(body.zone)
+
+    def _store(self, body: Body, data: torch.Tensor, lease: Lease) -> None:
+        """Begin to copy *data* to the slot of *lease*, which is *body*'s from now on."""
+        body.host = lease
+        if body.nbytes:
+            self._device.store(data, lease.view)
+        body.busy = body.storing = self._device.stored()
+        if not body.stored:
+            self.pool.arenas[lease.slot.arena].filling(lease.slot)
+            self.filling.append(body)
+
+    def fill(self) -> None:
+        """Let host slots be read that are filled by now."""
+        for body in [one for one in self.filling if one.stored]:
+            self.filling.remove(body)
+            if body.host is not None:
+                self.pool.arenas[body.host.slot.arena].filled(body.host.slot)
+
+    def stored(self, body: Body) -> Iterator[None]:
+        """Wait until the host slot of *body*, where it has one, can be read."""
+        while not body.stored:
+            yield
+        self.fill()
 
     def add(self, body: Body) -> None:
         """*body* has its bytes: it takes part from now on, as the one used last."""
@@ -309,7 +332,8 @@ class Tiers:
         begin_ns = time.perf_counter_ns()
         assert body.host is not None
         self._device.fill(np.frombuffer(body.host.view, np.uint8), slot.data)
-        body.device, body.busy = slot, self._device.mark()
+        body.device = slot
+        body.busy = body.arriving = self._device.computed()
         self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
 
     def bring(self, body: Body, tier: str = "") -> Iterator[None]:
@@ -321,6 +345,8 @@ class Tiers:
         while body.moving and body.host is None:  # somebody else is bringing it
             self.settle()
             yield
+        if body.device is None or tier == "host":
+            yield from self.stored(body)
         if body.host is None and (body.device is None or tier == "host"):
             yield from self._to_host(body, must=bool(tier))
         while tier == "device" and body.device is None:
@@ -334,10 +360,8 @@ class Tiers:
         if body.device is not None:
             if lease is None:
                 raise full or self.pool.full(body.nbytes, body.zone)
-            self._device.store(body.device.data, lease.view)
-            body.host, body.busy = lease, self._device.mark()
-            while not body.settled:  # before it can be read by others
-                yield
+            self._store(body, body.device.data, lease)
+            yield from self.stored(body)
         elif lease is not None:
             yield from self._read(body, lease.view, lease)
             body.host = lease
@@ -409,6 +433,7 @@ class Tiers:
                 yield from self._to_disk(body)
             while not body.settled:
                 yield
+            self.fill()
         finally:
             self.leave(body)
         if body not in self._bodies or body.users:
@@ -535,3 +560,4 @@ class Tiers:
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()
+        self.filling.clear()

@@ -7,10 +7,13 @@
     └──────────┴───────────────────────┴────────┴────────┴───────────────┴──────
                  u32 generation            a slot is a run of granules (4 KiB each);
                  u32 granules (0: free)    its index is its first granule
+                   top bit: still filled
 
 The table stands in the shared memory itself, so a slot's fate is seen by every reader, and survives
 the owner. Each arena has exactly one process that leases its slots, so no lock is needed: the owner
-raises the generation before a slot is used again, and a reader compares it after copying.
+raises the generation before a slot is used again, and a reader compares it after copying. A slot
+that a device is still copying to says so, and is not read meanwhile: so its owner need not wait for the
+copy before it tells of the slot.
 """
 
 import mmap
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from djinn_zmq.errors import ArenaFull, Closed, ProtocolError, StaleSlot
+from djinn_zmq.errors import ArenaFull, Closed, OnDevice, ProtocolError, StaleSlot
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.freelist import FreeList
 from djinn_zmq.settings import format_bytes
@@ -32,6 +35,7 @@ MAGIC = b"DJARENA1"
 HEADER = struct.Struct("<8sIIQ")  # magic, granule, count of granules, offset of the data
 HEADER_ROOM = 64
 ENTRY_SIZE = 8  # u32 generation, u32 granules
+FILLING = 1 << 31  # in the granules of a slot that is not filled yet
 
 
 def data_offset(count: int) -> int:
@@ -111,14 +115,18 @@ class Arena:
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first *nbytes* of *slot*. No copy; call `check` again after reading.
 
-        Raises StaleSlot for a passed generation, ProtocolError for a place the slot does not have.
+        Raises StaleSlot for a passed generation, ProtocolError for a place the slot does not have,
+        OnDevice while it is not filled yet.
         """
         # Taken once: the owner, or a peer that lies, may change it between two looks.
-        granules = self._granules(slot)
+        entry = self._granules(slot)
+        granules = entry & ~FILLING
         if not 0 <= nbytes <= granules * GRANULE or slot.index + granules > self.count:
             raise ProtocolError(
                 f"{nbytes} bytes of slot {slot.index}, which has {granules * GRANULE}"
             )
+        if entry & FILLING:
+            raise OnDevice(f"slot {slot.index} of arena {self.number} is still being filled")
         start = self._data + slot.index * GRANULE
         return self._memory[start : start + nbytes]
 
@@ -127,7 +135,7 @@ class Arena:
         self._granules(slot)
 
     def _granules(self, slot: Slot) -> int:
-        """The length of *slot*, where the reference is still good."""
+        """The length of *slot*, where the reference is still good; with FILLING, while it is."""
         if self._map is None:
             raise Closed(f"arena {self.number} is closed")
         if not 0 <= slot.index < self.count:
@@ -194,7 +202,7 @@ class OwnArena(Arena):
         """Read the free pieces off the table: all of a new arena, the gaps of an adopted one."""
         place = 0
         while place < self.count:
-            granules = self._table[2 * place + 1]
+            granules = self._table[2 * place + 1] & ~FILLING
             if granules == 0:
                 start = place
                 while place < self.count and not self._table[2 * place + 1]:
@@ -237,8 +245,18 @@ class OwnArena(Arena):
         self.leases[start] = lease
         return lease
 
+    def filling(self, slot: Slot) -> None:
+        """From now on *slot* is read by nobody, until it is `filled`."""
+        self._table[2 * slot.index + 1] |= FILLING
+
+    def filled(self, slot: Slot) -> None:
+        """*slot* may be read; nothing where it has been given back meanwhile."""
+        if self._table[2 * slot.index] == slot.generation:
+            self._table[2 * slot.index + 1] &= ~FILLING
+
     def adopt(self, slot: Slot, nbytes: int, holder: int) -> Lease:
-        """Take over a slot that a predecessor leased. Raises StaleSlot if it is another's now."""
+        """Take over a slot that a predecessor leased. Raises StaleSlot if it is another's now, OnDevice
+        if it was never filled."""
         lease = Lease(slot, self.view(slot, nbytes), holder, float("inf"))
         self.leases[slot.index] = lease
         return lease
@@ -248,7 +266,7 @@ class OwnArena(Arena):
         self.check(slot)
         self.leases.pop(slot.index, None)
         start = slot.index
-        granules = self._table[2 * start + 1]
+        granules = self._table[2 * start + 1] & ~FILLING
         # A reader in mid-copy sees this before the slot is anybody else's.
         self._table[2 * start] = (slot.generation + 1) & 0xFFFFFFFF
         self._table[2 * start + 1] = 0
@@ -258,7 +276,7 @@ class OwnArena(Arena):
         """After adopting: give back every slot that nobody took over. Returns how many."""
         place, swept = 0, 0
         while place < self.count:
-            granules = self._table[2 * place + 1]
+            granules = self._table[2 * place + 1] & ~FILLING
             if granules and place not in self.leases:
                 self.give_back(Slot(self.number, place, self._table[2 * place]))
                 swept += 1

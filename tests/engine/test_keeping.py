@@ -4,8 +4,9 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.caches import Account, Segment
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.vault import Vault
@@ -23,6 +25,7 @@ from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
     Lost,
+    OnDevice,
     ProtocolError,
     StaleSlot,
     UnknownCheckpoint,
@@ -50,12 +53,13 @@ class ServerSide:
         self._thread = threading.Thread(target=self._answer)
         self._thread.start()
 
-    def engine(self) -> Keeping:
+    def engine(self, device: Cpu | None = None, device_memory: int | None = None) -> Keeping:
         """A fresh engine's Keeping, with a lease socket of its own."""
         ours, theirs = lease_bus.pair()
         self._ends[ours.socket.fileno()] = ours
         self._stop.send(b"w")  # look at the new one too
-        return Keeping(LIMITS, LeaseSocket(theirs), ENGINE)
+        limits = replace(LIMITS, device_memory=device_memory)
+        return Keeping(limits, LeaseSocket(theirs), ENGINE, device)
 
     def foreign(self, data: bytes) -> Slot:
         """A slot with *data* in an arena that is not the engine's: the server's staging."""
@@ -99,6 +103,28 @@ def server(tmp_path: Path) -> Iterator[ServerSide]:
         yield answering
 
 
+class Late(Cpu):
+    """A device whose copies to host memory are made when they are told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[torch.Tensor, memoryview]] = []
+        self._begun = self._done = 0
+
+    def store(self, data: torch.Tensor, slot: memoryview) -> None:
+        self.copies.append((data.clone(), slot))
+        self._begun += 1
+
+    def stored(self) -> Callable[[], bool]:
+        begun = self._begun
+        return lambda: self._done >= begun
+
+    def finish(self) -> None:
+        while self.copies:
+            super().store(*self.copies.pop())
+        self._done = self._begun
+
+
 def end(keeping: Keeping) -> None:
     """As `EngineLoop.close` does, or the kernel."""
     keeping.close()
@@ -106,8 +132,10 @@ def end(keeping: Keeping) -> None:
 
 
 @contextmanager
-def running(server: ServerSide) -> Iterator[Keeping]:
-    keeping = server.engine()
+def running(
+    server: ServerSide, device: Cpu | None = None, device_memory: int | None = None
+) -> Iterator[Keeping]:
+    keeping = server.engine(device, device_memory)
     try:
         yield keeping
     finally:
@@ -285,6 +313,65 @@ def test_more_than_the_limit_never_fits(keeping: Keeping) -> None:
     with pytest.raises(ArenaFull, match="4.0 MiB asked"):
         keep(keeping, kib(4096))
     assert state_of(keeping) == before
+
+
+# ---- while the device still copies
+
+
+def test_what_is_kept_can_be_told_of_before_its_copy_is_there_and_is_read_after(
+    server: ServerSide,
+) -> None:
+    device, data = Late(), torch.randn(2, 5, 8)
+    with running(server, device) as keeping:
+        kept = keep(keeping, data)
+        entry = keeping.find(kept.id, OWNER)
+        with pytest.raises(OnDevice, match="is still being filled"):
+            server.arenas.view(kept.tensor.where, kept.tensor.nbytes)
+        assert not keeping.resident(entry)
+        waiting = keeping.bring(entry)
+        next(waiting)  # it waits for the copy
+        device.finish()
+        assert not list(waiting)
+        assert keeping.resident(entry)
+        assert same_bits(keeping.load(kept.tensor), data)
+        assert (
+            bytes(server.arenas.view(kept.tensor.where, kept.tensor.nbytes))
+            == data.numpy().tobytes()
+        )
+
+
+def test_meanwhile_layers_take_it_from_the_device(server: ServerSide) -> None:
+    device, data = Late(), torch.randn(2, 5, 8)
+    with running(server, device, device_memory=1024 * KIB) as keeping:
+        kept = keep(keeping, data)
+        entry = keeping.find(kept.id, OWNER)
+        assert keeping.ready(entry)
+        keeping.hold(entry)
+        assert same_bits(keeping.hidden(entry), data)
+        keeping.let_go(entry)
+        assert not entry.body.idle  # but it does not give way
+        device.finish()
+        keeping.tiers.fill()
+        assert entry.body.idle
+        assert same_bits(keeping.load(kept.tensor), data)
+
+
+def test_what_was_not_copied_when_its_engine_ended_is_lost_and_its_room_free(
+    server: ServerSide,
+) -> None:
+    device = Late()
+    with running(server, device) as keeping:
+        copied = keep(keeping, kib(8, 1))
+        device.finish()
+        keeping.tiers.fill()
+        lost = keep(keeping, kib(8, 2))
+        device.copies.clear()
+    server.settle()
+    with running(server) as successor:
+        assert successor.adopt([copied, lost], IDS, OWNER) == [lost.id]
+        successor.finish_adopting()
+        assert same_bits(successor.load(copied.tensor), kib(8, 1))
+        assert successor.pool.used == 8 * KIB
 
 
 # ---- ends

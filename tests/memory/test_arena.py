@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from djinn_zmq.errors import Closed, ProtocolError, StaleSlot
+from djinn_zmq.errors import Closed, OnDevice, ProtocolError, StaleSlot
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import (
     ENTRY_SIZE,
@@ -196,6 +196,39 @@ def test_a_header_that_lies_is_refused_and_its_descriptor_closed(
 def test_an_arena_that_may_only_be_read_cannot_be_owned(arena: OwnArena) -> None:
     with pytest.raises(ProtocolError, match="may only be read"):
         OwnArena(1, shared.read_only(arena.fd))
+
+
+def test_a_slot_that_is_being_filled_is_read_by_nobody_until_it_is_filled(arena: OwnArena) -> None:
+    lease = arena.lease(2 * GRANULE, 1)
+    assert lease
+    arena.filling(lease.slot)
+    reader = reader_of(arena)
+    for one in (arena, reader):
+        with pytest.raises(OnDevice, match="slot 0 of arena 0 is still being filled"):
+            one.view(lease.slot, 5)
+        one.check(lease.slot)  # it is still what it was
+    lease.view[:5] = b"whole"
+    arena.filled(lease.slot)
+    assert reader.read(lease.slot, 5) == b"whole"
+    reader.close()
+
+
+def test_a_slot_that_was_never_filled_is_no_successors_and_free_again(arena: OwnArena) -> None:
+    one, other = arena.lease(2 * GRANULE, 1), arena.lease(GRANULE, 1)
+    assert one and other
+    arena.filling(one.slot)
+    arena.filling(other.slot)
+    arena.give_back(other.slot)  # its checkpoint was released meanwhile
+    arena.filled(other.slot)
+    assert arena.used == 2 * GRANULE
+
+    successor = OwnArena(arena.number, os.dup(arena.fd))
+    assert successor.used == 2 * GRANULE
+    with pytest.raises(OnDevice):
+        successor.adopt(one.slot, 5, holder=9)
+    assert successor.sweep_unleased() == 1
+    assert successor.largest_free == successor.capacity
+    successor.close()
 
 
 def test_a_successor_takes_over_what_it_knows_and_frees_the_rest(arena: OwnArena) -> None:
