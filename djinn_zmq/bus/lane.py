@@ -20,7 +20,7 @@ import os
 import select
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from djinn_zmq.errors import Busy, ProtocolError
@@ -88,7 +88,8 @@ class Lane:
         there, back = self._memory[: nbytes // 2], self._memory[nbytes // 2 :]
         self._out = ring.Writer(there if first else back)
         self._in = ring.Reader(back if first else there)
-        self.unfinished = self._in.unfinished  # is there more to be done here than the bell says?
+        # Is there more to be done here than the bell says?
+        self.unfinished: Callable[[], bool] = self._in.unfinished
         there.release()
         back.release()
         self._own_bell, self._their_bell = ends[1:] if first else ends[:0:-1]
@@ -224,6 +225,7 @@ class Lane:
         if self.closed:
             return
         self.closed = True
+        self.unfinished = lambda: False
         self._backlog.clear()
         self._out.close()
         self._in.close()

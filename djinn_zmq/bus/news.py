@@ -63,7 +63,7 @@ class Publisher:
         self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
         if keys is not None:
             keys.secure(self.socket)
-        self.used = True  # since `bus.poll` last asked for its events
+        self.on_use: Callable[[], None] = lambda: None  # for `bus.poll`
         self.kinds: dict[bytes, int] = {}  # how many listen to a kind; b"": to all
         self._scopes = scopes
         self._on_change = on_change
@@ -83,30 +83,29 @@ class Publisher:
 
     def publish(self, scope: str, kind: str, frame: bytes) -> None:
         """To all who listen; who does not read loses it, and finds out."""
-        self.used = True
+        self.on_use()
         self.socket.send_multipart([f"{scope}/{kind}".encode(), frame], DONTWAIT)
 
-    def serve(self, count: int) -> None:
-        """Look at what is subscribed to."""
-        self.used = True
-        for _ in range(count):
-            try:
-                asked = self.socket.recv(DONTWAIT)
-            except zmq.Again:
-                return
-            topic = asked[1:]
-            scope, _, kind = topic.partition(SEPARATOR)
-            if not asked or len(topic) > TOPIC_LIMIT or SEPARATOR not in topic:
-                continue
-            if asked[0] == 0:
-                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-                self._count(kind, -1)
-            elif self._scopes.known(scope):
-                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
-                if kind.startswith(SYNC):
-                    self.socket.send_multipart([topic, b""], DONTWAIT)
-                else:
-                    self._count(kind, 1)
+    def serve(self) -> bool:
+        """Look at one of the subscriptions that were asked for. False where there is none."""
+        try:
+            asked = self.socket.recv(DONTWAIT)
+        except zmq.Again:
+            return False
+        topic = asked[1:]
+        scope, _, kind = topic.partition(SEPARATOR)
+        if not asked or len(topic) > TOPIC_LIMIT or SEPARATOR not in topic:
+            return True
+        if asked[0] == 0:
+            self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+            self._count(kind, -1)
+        elif self._scopes.known(scope):
+            self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+            if kind.startswith(SYNC):
+                self.socket.send_multipart([topic, b""], DONTWAIT)
+            else:
+                self._count(kind, 1)
+        return True
 
     def _count(self, kind: bytes, change: int) -> None:
         if kind.startswith(SYNC):

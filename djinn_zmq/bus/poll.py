@@ -11,7 +11,8 @@ A lane's bell is waited for edge-triggered and never read: one call less for eac
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import zmq
@@ -19,28 +20,30 @@ from zmq.backend import zmq_poll
 
 from djinn_zmq.bus.lane import Lane
 
-FEW, MANY = 1, 64  # messages a source may hand over before the others are looked at
+MANY = 64  # messages a source may hand over before the others are looked at
 
 POLLIN = int(zmq.POLLIN)
 
-Ready = Callable[[int], None]  # told how many messages it may take
+Ready = Callable[[], object]  # takes one message; true: there may be more, though nothing says so
+Asked = list[tuple["zmq.Socket[bytes]", int]]  # a socket as zmq_poll wants it
+Heard = Sequence[tuple[int, int]]  # descriptors, and what epoll says of them
 
 
 class Used(Protocol):
-    """A socket that is received from and sent on. used: has it been, since it was last asked?"""
+    """A socket that is received from and sent on. on_use: it calls that when it has been sent on."""
 
     socket: "zmq.Socket[bytes]"
-    used: bool
+    on_use: Callable[[], None]
 
 
 class Poll:
     def __init__(self, spin_us: int = 0) -> None:
         """spin_us: how long to look at lanes again and again before sleeping, after each message."""
         self._epoll = select.epoll()
-        self._watched: dict[int, tuple[Ready, Lane | None]] = {}  # by descriptor
-        self._used: tuple[tuple[Used, int], ...] = ()  # with its descriptor
+        self._ready: dict[int, Ready] = {}  # by descriptor
         self._unheard: set[int] = set()  # those that may have something, though they are silent
-        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._asked: dict[int, Asked] = {}  # of sockets: so they are asked whether they have
+        self._lanes: dict[int, Lane] = {}
         self._spin_ns = spin_us * 1000
 
     def watch(self, source: Any, ready: Ready) -> None:
@@ -50,23 +53,24 @@ class Poll:
         """
         fd = self._register(source, ready, select.EPOLLIN)
         if isinstance(source, zmq.Socket):
-            self._sockets[fd] = source
+            self._asked[fd] = [(source, POLLIN)]
             self._unheard.add(fd)  # until it is asked once it says nothing
 
     def watch_used(self, source: Used, ready: Ready) -> None:
-        """The same for a socket that is also sent on."""
-        source.used = True
-        fd = self._register(source.socket, ready, select.EPOLLIN)
-        self._used = (*self._used, (source, fd))
+        """The same for a socket that is also sent on; *ready* takes one message and returns true."""
+        self.watch(source.socket, ready)
+        source.on_use = partial(self._unheard.add, descriptor_of(source.socket))
 
     def watch_lane(self, lane: Lane, ready: Ready) -> None:
-        """The same for a lane: *ready* is called when its other end has rung."""
-        fd = self._register(lane, ready, select.EPOLLIN | select.EPOLLET, lane)
+        """The same for a lane: *ready* is called when its other end has rung, and returns whether the
+        lane is unfinished."""
+        fd = self._register(lane, ready, select.EPOLLIN | select.EPOLLET)
+        self._lanes[fd] = lane
         self._unheard.add(fd)  # it may have been written to before
 
-    def _register(self, source: Any, ready: Ready, events: int, lane: Lane | None = None) -> int:
+    def _register(self, source: Any, ready: Ready, events: int) -> int:
         fd = descriptor_of(source)
-        self._watched[fd] = ready, lane
+        self._ready[fd] = ready
         self._epoll.register(fd, events)
         return fd
 
@@ -74,50 +78,53 @@ class Poll:
         """Before *source* is closed."""
         fd = descriptor_of(source)
         self._epoll.unregister(fd)
-        self._watched.pop(fd)
-        self._used = tuple(one for one in self._used if one[1] != fd)
-        self._sockets.pop(fd, None)
+        del self._ready[fd]
+        self._asked.pop(fd, None)
+        self._lanes.pop(fd, None)
         self._unheard.discard(fd)
 
     def turn(self, timeout_s: float | None) -> None:
         """Call whoever is ready; where nobody is, wait for somebody up to *timeout_s* (None: for
         ever).
 
-        Whoever just spoke may hand over FEW messages, because there is mostly one, and asking
-        costs less than failing to receive. Whoever has more then hands over MANY.
+        Whoever just spoke is called once, because there is mostly one message, and asking costs less
+        than failing to receive. Whoever has more then hands over MANY.
         """
-        heard = self._silent_ones() if self._unheard else []
-        for source, fd in self._used:
-            if source.used:
-                source.used = has_message(source.socket)
-                if source.used:
-                    heard.append((fd, 0))
-        count = FEW
-        if heard:  # a busy source must not keep the others from being heard
-            count = MANY
-            heard += [one for one in self._epoll.poll(0) if one[0] not in dict(heard)]
-        else:
-            heard = self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s)
-        for fd, _ in heard:
-            watched = self._watched.get(fd)
-            if watched is None:  # unwatched by the one before it
-                continue
-            ready, lane = watched
-            ready(count)
-            if lane is not None and not lane.closed and lane.unfinished():
+        if self._unheard and (silent := self._silent_ones()):
+            self._take_many(silent)
+            return
+        for fd, _ in self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s):
+            ready = self._ready.get(fd)  # None: unwatched by the one before it
+            if ready is not None and ready():
                 self._unheard.add(fd)
 
-    def _silent_ones(self) -> list[tuple[int, int]]:
-        fds, self._unheard = self._unheard, set()
-        sockets = self._sockets
-        return [(fd, 0) for fd in fds if fd not in sockets or has_message(sockets[fd])]
+    def _silent_ones(self) -> list[int]:
+        """Those of the unheard that have something."""
+        silent = []
+        while self._unheard:
+            fd = self._unheard.pop()
+            asked = self._asked.get(fd)  # None: a lane, which is one of them only where it has
+            if asked is None or zmq_poll(asked, 0):
+                silent.append(fd)
+        return silent
 
-    def _spin(self, timeout_s: float | None) -> list[tuple[int, int]]:
+    def _take_many(self, silent: list[int]) -> None:
+        """From all that have something: a busy source must not keep the others from being heard."""
+        spoke = [fd for fd, _ in self._epoll.poll(0)]
+        for fd in dict.fromkeys(silent + spoke):
+            for _ in range(MANY):
+                ready = self._ready.get(fd)
+                if ready is None or not ready():
+                    break
+            else:
+                self._unheard.add(fd)
+
+    def _spin(self, timeout_s: float | None) -> Heard:
         """Wait for somebody, awake for the first while of it."""
         limit_ns = time.perf_counter_ns() + self._spin_ns
         while timeout_s != 0 and time.perf_counter_ns() < limit_ns:
-            for fd, (_, lane) in self._watched.items():
-                if lane is not None and lane.unfinished():
+            for fd, lane in self._lanes.items():
+                if lane.unfinished():
                     return [(fd, 0)]
             if found := self._epoll.poll(0):
                 return found

@@ -2,7 +2,7 @@
 
 import logging
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from djinn_zmq.wire.codec import BUFFERS_LIMIT
 from djinn_zmq.wire.tensors import SLOT_FROM
 
 _log = logging.getLogger(__name__)
+
+ADDRESS, USER = "Peer-Address", "User-Id"  # of a frame's metadata
 _new = tuple.__new__  # a named tuple's own constructor is a Python function
 
 
@@ -37,15 +39,14 @@ class Router:
         """keys: with them only clients whose public key is allowed get through the handshake."""
         self.socket = context.socket(zmq.ROUTER)
         self.endpoints: list[str] = []
-        self._users = keys is not None
-        self._told_apart = self._users  # do frames say who sent them?
-        self._fresh: set[bytes] = set()
-        self._known: dict[bytes, tuple[str, str]] = {}
+        self._told_by = "" if keys is None else USER  # what of a frame says who sent it
+        self._known: dict[bytes, str] = {}  # by route: who that was
+        self._fresh: dict[bytes, tuple[str, str]] = {}
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure(self.socket)
-        self.used = True  # since `bus.poll` last asked for its events
+        self.on_use: Callable[[], None] = lambda: None  # for `bus.poll`
         self._receive = self.socket.recv
         self._send = limits.plain_send(self.socket)
 
@@ -63,14 +64,14 @@ class Router:
             if exc.errno == zmq.EADDRINUSE:
                 raise AddressInUse(f"{endpoint} is in use by another process") from exc
             raise StartError(f"cannot bind {endpoint}: {exc.strerror}") from exc
-        self._told_apart |= endpoint.startswith("ipc:")
+        if endpoint.startswith("ipc:"):  # over tcp without keys all have the loopback's address
+            self._told_by = self._told_by or ADDRESS
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoints.append(bound)
         return bound
 
     def receive(self) -> Incoming | None:
         """The next message, or None when there is none now."""
-        self.used = True
         while True:
             try:
                 route = self._receive(DONTWAIT)
@@ -84,48 +85,37 @@ class Router:
                     buffers.append(last.buffer)
                     if len(buffers) > BUFFERS_LIMIT:
                         buffers = None
-            # Over tcp without keys all have the loopback's address: nothing to tell them apart by.
-            if not self._told_apart and route in self._known or self._recognise(route, first):
-                return _new(Incoming, (route, first.bytes, buffers))
+            # Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
+            known = self._known.get(route)
+            if known is None:
+                self._meet(route, first)
+            elif self._told_by and known != (who := _told(first, self._told_by)):
+                _log.warning("dropped a message of %s under the route of %s", who, known)
+                continue
+            return _new(Incoming, (route, first.bytes, buffers))
 
-    def _recognise(self, route: bytes, first: zmq.Frame) -> bool:
-        """Is *route* still whose it was? Who is at the other end stands in each frame's metadata.
-
-        Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
-        """
-        try:
-            address = str(first.get("Peer-Address"))
-            who = (address, str(first.get("User-Id")) if self._users else "")
-        except zmq.ZMQError:  # it has none of these
-            who = ("", "")
-        known = self._known.get(route)
-        if known == who:
-            return True
-        if known is None:
-            self._known[route] = who
-            self._fresh.add(route)
-            return True
-        _log.warning("dropped a message of %s under the route of %s", who, known)
-        return False
+    def _meet(self, route: bytes, first: zmq.Frame) -> None:
+        address = _told(first, ADDRESS)
+        # Without keys anybody could send a user's name along.
+        user = _told(first, USER) if self._told_by == USER else ""
+        self._known[route] = user or address
+        self._fresh[route] = address, user
 
     def identity(self, route: bytes) -> tuple[str, str] | None:
         """(address, user id) of a route met for the first time since the last call; else None."""
-        if route not in self._fresh:
-            return None
-        self._fresh.discard(route)
-        return self._known[route]
+        return self._fresh.pop(route, None)
 
     def forget(self, route: bytes) -> None:
         """The peer at *route* is gone: whoever comes under that route next is somebody new."""
         self._known.pop(route, None)
-        self._fresh.discard(route)
+        self._fresh.pop(route, None)
 
     def send(self, route: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
         """Queue a message for *route*; never waits.
 
         Raises Lost where the peer is gone, Busy where its queue is full.
         """
-        self.used = True
+        self.on_use()
         try:
             self._send(route, MORE_NOW)
         except zmq.Again as exc:
@@ -148,6 +138,14 @@ class Router:
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
                 _unlink_socket(Path(endpoint.removeprefix("ipc://")))
+
+
+def _told(frame: zmq.Frame, name: str) -> str:
+    """What the frame's metadata say of its sender, "" where they do not."""
+    try:
+        return frame.get(name)  # type: ignore[no-any-return]
+    except zmq.ZMQError:
+        return ""
 
 
 def _unlink_socket(path: Path) -> None:

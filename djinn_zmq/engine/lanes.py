@@ -44,17 +44,14 @@ class Lanes:
         self._lanes[envelope] = lane
         self._poll.watch_lane(lane, partial(self._on_lane, lane, envelope, news.owner))
 
-    def _on_lane(self, lane: Lane, envelope: bytes, owner: str, count: int) -> None:
+    def _on_lane(self, lane: Lane, envelope: bytes, owner: str) -> bool:
         try:
-            for _ in range(count):
-                pieces = lane.receive()
-                if pieces is None:
-                    return
+            pieces = lane.receive()
+            if pieces is not None:
                 self._take(envelope, owner, pieces)
-                if lane.closed:
-                    return
         except ProtocolError as exc:
             self._break(envelope, str(exc))
+        return lane.unfinished()
 
     def send(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece]) -> None:
         """Answer over the lane *envelope* names; nobody is told where that is gone."""

@@ -90,7 +90,7 @@ class EngineLoop:
         self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
-        self._poll.watch(self._keeping, lambda _: self._keeping.settle())
+        self._poll.watch(self._keeping, self._keeping.settle)
         self._notices = {
             Op.LOAD: self._load,
             Op.ENTER: self._enter,
@@ -178,14 +178,21 @@ class EngineLoop:
 
     # ---- taking
 
-    def _on_link(self, count: int) -> None:
-        for _ in range(count):
-            pieces = self._link.receive()
-            if pieces is None:
-                return
-            self._take(pieces[0], pieces[1], pieces[2:])
+    def _on_link(self) -> bool:
+        """Take one message of the server's. Is there more?"""
+        pieces = self._link.receive()
+        if pieces is None:
+            return False
+        envelope, frame, *buffers = pieces
+        self._take(envelope, frame, buffers)
+        return self._link.lane.unfinished()
 
-    def _on_lease(self, _: int) -> None:
+    def _hear_server(self) -> None:
+        for _ in range(MANY):
+            if not self._on_link():
+                return
+
+    def _on_lease(self) -> None:
         self._on_news(*self._lease.receive())
 
     def _on_news(self, packet: object, fds: list[int]) -> None:
@@ -207,7 +214,7 @@ class EngineLoop:
         header = NOBODYS
         if self._link.lane.unfinished():
             # What the server told its client, this session or a checkpoint it claimed, it told us before.
-            self._on_link(MANY)
+            self._hear_server()
         try:
             frame, *buffers = pieces
             header = codec.peek(frame)

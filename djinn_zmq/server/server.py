@@ -23,7 +23,7 @@ import zmq
 from djinn_zmq.bus.keys import Admission, ServerKeys
 from djinn_zmq.bus.lease import close_all
 from djinn_zmq.bus.poll import MANY, Poll, has_message
-from djinn_zmq.bus.router import Incoming, Router
+from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
@@ -47,11 +47,14 @@ _log = logging.getLogger(__name__)
 NEVER = float("inf")
 # Answered by what the engines have told of what is kept, and where.
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
+PING, MORE = int(Op.PING), int(Op.MORE)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
 ) | {Op.STOP, Op.WHERE, Op.CLAIM, Op.EVENTS}
+
+Buffers = Sequence[memoryview]
 
 
 class Server:
@@ -120,14 +123,14 @@ class Server:
         )
         self._poll = Poll(settings.spin_us)
         self._poll.watch(self._wake_read, self._on_wake)
-        self._poll.watch(self.arenas, lambda _: self.arenas.serve())
+        self._poll.watch(self.arenas, self.arenas.serve)
         for tag, router in self._routers.items():
             self._poll.watch_used(router, partial(self._on_bus, tag, router))
             monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._poll.watch(monitor, partial(self._on_disconnect, monitor, tag))
         self.news.watch(self._poll)
         if self._admission is not None:
-            self._poll.watch(self._admission.socket, lambda _: self._admission.answer())
+            self._poll.watch(self._admission.socket, self._admission.answer)
 
     def _bind(self, tag: bytes, endpoint: str, keys: ServerKeys | None) -> None:
         router = Router(self._context, self.settings, keys)
@@ -146,8 +149,7 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
-            due_s = self.registry.due_s
-            due_s = min(due_s, self._knocks.due_s)
+            due_s = min(self.registry.due_s, self._knocks.due_s)
             if due_s == NEVER:
                 self._poll.turn(None)
                 continue
@@ -166,7 +168,7 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.stop())
 
-    def _on_wake(self, _: int) -> None:
+    def _on_wake(self) -> None:
         self._wake_read.recv(64)
 
     def _do_what_is_due(self) -> None:
@@ -178,88 +180,81 @@ class Server:
 
     # ---- the bus
 
-    def _on_bus(self, tag: bytes, router: Router, count: int) -> None:
-        peers = self.registry.peers
-        for _ in range(count):
-            incoming = router.receive()
-            if incoming is None:
-                return
-            envelope = tag + incoming.route
-            peer = peers.get(envelope)
-            if peer is None:
-                peer = self._meet(envelope, router, incoming)
-            self._on_request(peer, incoming)
+    def _on_bus(self, tag: bytes, router: Router) -> bool:
+        incoming = router.receive()
+        if incoming is None:
+            return False
+        route, frame, buffers = incoming
+        peer = self.registry.peers.get(tag + route)
+        if peer is None:
+            peer = self._meet(tag, route, router)
+        self._on_request(peer, frame, buffers)
+        return True
 
-    def _meet(self, envelope: bytes, router: Router, incoming: Incoming) -> Peer:
-        address, user = router.identity(incoming.route) or ("", "")
+    def _meet(self, tag: bytes, route: bytes, router: Router) -> Peer:
+        address, user = router.identity(route) or ("", "")
         uid, process = None, 0
         if user:
             owner = f"key:{user}"
-        elif envelope.startswith(IPC):
+        elif tag == IPC:
             # libzmq appends the kernel's word on the peer: "localhost:UID:GID:PID"
             uid, _, process = map(int, address.split(":")[-3:])
             owner = f"uid:{uid}"
         else:  # anybody on this machine: each connection is a stranger to the others
-            owner = f"tcp:{incoming.route.hex()}"
+            owner = f"tcp:{route.hex()}"
+        envelope = tag + route
         peer = Peer(envelope, owner, bool(user) or uid is not None, uid, process)
         self.registry.peers[envelope] = peer
         return peer
 
-    def _on_request(self, peer: Peer, incoming: Incoming) -> None:
-        header = None
+    def _on_request(self, peer: Peer, frame: bytes, buffers: Buffers | None) -> None:
+        header = codec.NOBODYS
         try:
-            header = codec.peek(incoming.frame)
-            if incoming.buffers is None:
+            header = codec.peek(frame)
+            op = header.op
+            if buffers is None:
                 raise ProtocolError(f"a message may have {codec.BUFFERS_LIMIT} buffers")
             if header.flags & OF_ANSWERS:
                 raise ProtocolError("a reply nobody asked for")
-            if header.op in TO_ENGINE or (header.session and header.op == Op.PING):
-                self._forward(peer, header, incoming)
-            elif header.op in TO_SERVER:
-                self._answer(peer, header, incoming)
+            if op in TO_ENGINE or (op == PING and header.session):
+                self._forward(peer, header, frame, buffers)
+            elif op in TO_SERVER:
+                self._answer(peer, header, frame, buffers)
             else:
-                raise ProtocolError(f"op {header.op} is not a client's")
+                raise ProtocolError(f"op {op} is not a client's")
         except Exception as exc:  # noqa: BLE001  one client's request must not end the server
             if not isinstance(exc, DjinnError):
                 _log.exception("a request failed")
                 exc = RunError(f"the server failed: {type(exc).__name__}: {exc}")
-            if header is None:
-                header = codec.NOBODYS
             if not header.flags & Flag.ONE_WAY:
                 self._reply(peer.envelope, codec.failure(header, exc), ())
 
-    def _forward(self, peer: Peer, header: Header, incoming: Incoming) -> None:
-        if len(incoming.frame) > self.settings.meta_limit:
-            raise ProtocolError(f"a meta of {len(incoming.frame)} bytes is too long")
-        session = self.registry.sessions.get(header.session)
+    def _forward(self, peer: Peer, header: Header, frame: bytes, buffers: Buffers) -> None:
+        if len(frame) > self.settings.meta_limit:
+            raise ProtocolError(f"a meta of {len(frame)} bytes is too long")
+        number = header.session
+        session = self.registry.sessions.get(number)
         if session is None or session.peer is not peer:
             # To look at what a session runs is not to take it over.
             look = header.op == Op.RUNS
-            session = (self.registry.owned if look else self.registry.session_of)(
-                peer, header.session
-            )
+            session = (self.registry.owned if look else self.registry.session_of)(peer, number)
         engine = self.fleet.engines[session.engine]
-        if header.op == Op.MORE:  # never answered, so never owed
-            engine.pass_on(peer.envelope, incoming.frame, incoming.buffers or ())
+        if header.op == MORE:  # never answered, so never owed
+            engine.pass_on(peer.envelope, frame, buffers)
             return
         if session.waiting >= self.settings.queue_limit:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
-        engine.forward(peer.envelope, header, incoming.frame, incoming.buffers or ())
+        engine.forward(peer.envelope, header, frame, buffers)
         session.waiting += 1
         if header.credit and engine.state is not states.Engine.READY:
             progress = Progress(engine.detail or f"engine {engine.index} is {engine.state}", 0, 0)
             frame = codec.encode(
-                header.op,
-                progress,
-                flags=Flag.PROGRESS,
-                request=header.request,
-                session=header.session,
+                header.op, progress, flags=Flag.PROGRESS, request=header.request, session=number
             )
             self._reply(peer.envelope, frame, ())
 
-    def _answer(self, peer: Peer, header: Header, incoming: Incoming) -> None:
-        buffers = incoming.buffers or []
-        message = codec.decode(incoming.frame, buffers, header)
+    def _answer(self, peer: Peer, header: Header, frame: bytes, buffers: Buffers) -> None:
+        message = codec.decode(frame, buffers, header)
         if header.op in OF_KEPT and peer.lease is not None:
             self._hear_engines()
         answer = self.requests.answer(peer, header, message.meta, buffers)
@@ -281,7 +276,12 @@ class Server:
         """A client with a lane may have its engine's answer before we have its word on what is kept.
         It is there already: the engine sends it first."""
         for engine in self.fleet.engines:
-            self._on_link(engine, MANY)
+            self._hear(engine, MANY)
+
+    def _hear(self, engine: Engine, most: int) -> None:
+        """Take what the engine has said, up to *most* messages."""
+        while most and self._on_link(engine):
+            most -= 1
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         try:
@@ -295,7 +295,7 @@ class Server:
 
     # ---- the end of a client
 
-    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes, _: int) -> None:
+    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes) -> None:
         """Some connection ended; libzmq does not say whose."""
         while has_message(monitor):
             monitor.recv_multipart()
@@ -349,27 +349,28 @@ class Server:
         self._poll.watch_lane(engine.link.lane, partial(self._on_link, engine))
         self._poll.watch(engine.lease.socket, partial(self._on_engine_lease, engine))
 
-    def _on_link(self, engine: Engine, count: int) -> None:
-        for _ in range(count):
-            pieces = engine.link.receive() if engine.link is not None else None
-            if pieces is None:
-                return
-            envelope, frame, *buffers = pieces
-            if not envelope:
-                self.fleet.on_message(engine, frame, buffers)
-                continue
+    def _on_link(self, engine: Engine) -> bool:
+        """Take one message of *engine*'s. Is there more?"""
+        link = engine.link
+        pieces = link.receive() if link is not None else None
+        if pieces is None:
+            return False
+        envelope, frame, *buffers = pieces
+        if envelope:
             header = codec.peek(frame)
-            if not header.flags & UNFINISHED:
-                owed = engine.owed.pop((envelope, header.request), None)
-                session = self.registry.sessions.get(header.session) if owed else None
+            if not header.flags & UNFINISHED and engine.owed.pop((envelope, header.request), None):
+                session = self.registry.sessions.get(header.session)
                 if session is not None:
                     session.waiting -= 1
             self._reply(envelope, frame, buffers)
+        else:
+            self.fleet.on_message(engine, frame, buffers)
+        return link.lane.unfinished()
 
     def _on_offer(self, peer: Peer, offer: Offer, fds: list[int]) -> int:
         return self.lanes.offer(peer, offer, fds)
 
-    def _on_engine_lease(self, engine: Engine, _: int) -> None:
+    def _on_engine_lease(self, engine: Engine) -> None:
         lease = engine.lease
         if lease is None:
             return
@@ -390,7 +391,7 @@ class Server:
 
     def _on_engine_gone(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._on_link(engine, HELD_LIMIT)  # what it still said before it died
+        self._hear(engine, HELD_LIMIT)  # what it still said before it died
         self._poll.unwatch(engine.link.lane)
         self._poll.unwatch(engine.lease.socket)
         self.lanes.end_of_engine(engine, str(self.fleet.on_death(engine)))
