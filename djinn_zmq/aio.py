@@ -254,10 +254,8 @@ class AsyncServer(Server):
         self, connection: AsyncConnection, progress: Callable[[Progress], None] | None
     ) -> None:
         super().__init__(connection, progress)
+        self.drive = connection.run
         self._opening: dict[str, asyncio.Lock] = {}
-
-    def drive(self, operation: Operation[Any]) -> Awaitable[Any]:
-        return self.connection.run(operation)
 
     def model(self, name: str | os.PathLike[str]) -> Any:
         return self._model_once(os.fspath(name))

@@ -71,17 +71,13 @@ class Dealer:
             more = SNDMORE if place < last else 0
             self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
 
-    def receive(self) -> Frames | None:
-        """The next message, or None when there is none now."""
-        return self._take(DONTWAIT)
+    def receive(self, wait: bool = False) -> Frames | None:
+        """The next message, or None when there is none now.
 
-    def receive_waiting(self) -> Frames | None:
-        """The next message; waits as long as the socket's receive timeout, then None."""
-        return self._take(0)
-
-    def _take(self, flags: int) -> Frames | None:
-        try:
-            first = last = self._receive(flags, copy=False)  # a Frame knows whether more follow
+        wait: None only when there is none for as long as the socket's receive timeout.
+        """
+        try:  # a Frame knows whether more follow
+            first = last = self._receive(0 if wait else DONTWAIT, copy=False)
         except zmq.Again:
             return None
         buffers = []

@@ -143,7 +143,7 @@ class Router:
 def _told(frame: zmq.Frame, name: str) -> str:
     """What the frame's metadata say of its sender, "" where they do not."""
     try:
-        return frame.get(name)  # type: ignore[no-any-return]
+        return str(frame.get(name))
     except zmq.ZMQError:
         return ""
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -33,7 +34,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import NOT_A_REPLY, Header, Message
+from djinn_zmq.wire.codec import NOT_A_REPLY, Message
 from djinn_zmq.wire.forwards import Forwarded
 from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
@@ -58,8 +59,16 @@ MONITOR_EVENT = struct.Struct("=hi")
 DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
 
 
-@dataclass(slots=True, eq=False)
-class Call:
+class Arriving:
+    """The parts of one answer that have come, and how many were taken since more were asked for."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.parts: deque[Message] = deque()
+        self.taken = 0
+
+
+class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python, with each request
     """One request. data: what an UPLOAD sends behind it, in pieces.
 
     parts: how many parts of its answer may be under way at once; 0: it is answered in one.
@@ -67,6 +76,7 @@ class Call:
     held_s: for how long a debugger has held what was asked, which does not count; held_since: now it
     does, from then on (monotonic seconds).
     sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
+    reply: what came, or why nothing will; arriving: where its answer comes in parts.
     """
 
     op: Op
@@ -82,6 +92,8 @@ class Call:
     held_since: float | None = None
     sent_ns: int = 0
     arrived_ns: int = 0
+    reply: Message | DjinnError | None = None
+    arriving: Arriving | None = None
 
     def waits_until(self) -> float | None:
         """When its client gives up waiting (monotonic seconds); the engine has done so before."""
@@ -121,15 +133,6 @@ Step = Call | list[Call] | Next | Heard
 Operation = Generator[Step, Any, T]
 
 
-class Arriving:
-    """The parts of one answer that have come, and how many were taken since more were asked for."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.parts: deque[Message] = deque()
-        self.taken = 0
-
-
 class Connection:
     def __init__(
         self,
@@ -156,9 +159,7 @@ class Connection:
         self._gone = False  # disconnected, and not connected again since
         # Random, so that a client that comes back never asks under a number of its past life.
         self._last_request = int.from_bytes(os.urandom(5), "little") << 20
-        self._waiting: dict[int, Message | DjinnError | None] = {}
         self._calls: dict[int, Call] = {}  # what waits, by request
-        self._arriving: dict[int, Arriving] = {}  # of those whose answers come in parts
         self._abandoned: deque[int] = deque()  # requests whose parts nobody takes
         self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
         self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
@@ -173,7 +174,10 @@ class Connection:
                 step = next(operation)
                 while True:
                     try:
-                        reply = self._exchange(step)
+                        if type(step) is Call:
+                            reply = self._wait(self.send(step), step)
+                        else:
+                            reply = self._exchange(step)
                     except DjinnError as exc:
                         step = operation.throw(exc)
                     else:
@@ -184,9 +188,7 @@ class Connection:
                 self._cancel_all()
                 raise
 
-    def _exchange(self, step: Step) -> Message | list[Message] | None:
-        if isinstance(step, Call):
-            return self._wait(self.send(step), step)
+    def _exchange(self, step: list[Call] | Next | Heard) -> Message | list[Message] | None:
         if isinstance(step, Next):
             return self._wait_part(step.request, step.timeout_s)
         if isinstance(step, Heard):
@@ -212,14 +214,14 @@ class Connection:
         return replies
 
     def _wait(self, request: int, call: Call) -> Message:
-        limit = call.waits_until()
-        while (reply := self._waiting[request]) is None:
+        limit_s = None if call.timeout_s is None else call.waits_until()
+        while call.reply is None:
             frames = self._hear(call.lane)
             if frames is not None:
                 self.take(*frames)
             else:
-                self._look(request, call, limit)
-        return self._settle(request, reply)
+                self._look(request, call, limit_s)
+        return self._settle(request, call)
 
     def _wait_part(self, request: int, timeout_s: float | None = None) -> Message | None:
         if self._closed:
@@ -256,27 +258,29 @@ class Connection:
         if lane is None or lane.closed:
             if timeout_s < LOOK_S and not self._dealer.socket.poll(timeout_s * 1000):
                 return None
-            return self._dealer.receive_waiting()
+            return self._dealer.receive(wait=True)
         pieces = self.lanes.hear(lane, timeout_s)
         return None if pieces is None else (pieces[0], pieces[1:])
 
-    def _settle(self, request: int, reply: Message | DjinnError) -> Message:
+    def _settle(self, request: int, call: Call) -> Message:
         self.give_up(request)
-        if isinstance(reply, DjinnError):
-            raise reply
-        return reply
+        reply = call.reply
+        if type(reply) is Message:
+            return reply
+        assert isinstance(reply, DjinnError)
+        raise reply
 
     def give_up(self, request: int) -> None:
-        del self._waiting[request], self._calls[request]
-        arriving = self._arriving.pop(request, None)
-        for part in arriving.parts if arriving is not None else ():
-            self.give_back(part)
+        call = self._calls.pop(request)
+        if call.arriving is not None:
+            for part in call.arriving.parts:
+                self.give_back(part)
 
     def _cancel_all(self) -> None:
         """The user gave up waiting: so should the engine. Answers that come in parts and are not
         waited for just now are none of this."""
         for request, call in list(self._calls.items()):
-            if request not in self._arriving:
+            if call.arriving is None:
                 self.cancel(request, call.session)
                 self.give_up(request)
 
@@ -293,39 +297,41 @@ class Connection:
 
     def has_news(self, request: int) -> bool:
         """Is there a part, or the reply, of an answer that comes in parts? True once given up."""
-        arriving = self._arriving.get(request)
-        return arriving is None or bool(arriving.parts) or self._waiting[request] is not None
+        call = self._calls.get(request)
+        if call is None or call.arriving is None:
+            return True
+        return bool(call.arriving.parts) or call.reply is not None
 
     def take_part(self, request: int) -> Message:
         """The next part that has come, or the reply. Asks for more where half the window is taken."""
-        arriving = self._arriving.get(request)
-        if arriving is None:
+        call = self._calls.get(request)
+        if call is None or call.arriving is None:
             raise Cancelled("its answer was given up before all of its parts were taken")
+        arriving = call.arriving
         if not arriving.parts:
-            reply = self._waiting[request]
-            assert reply is not None
-            return self._settle(request, reply)
+            return self._settle(request, call)
         arriving.taken += 1
-        if 2 * arriving.taken >= arriving.window and self._waiting[request] is None:
-            self._send_more(request, arriving)
+        if 2 * arriving.taken >= arriving.window and call.reply is None:
+            self._send_more(request, call, arriving)
         return arriving.parts.popleft()
 
-    def _send_more(self, request: int, arriving: Arriving) -> None:
+    def _send_more(self, request: int, call: Call, arriving: Arriving) -> None:
         frame = codec.encode(
             Op.MORE,
             messages.More(request),
             flags=Flag.ONE_WAY,
             request=self._next_request(),
-            session=self._calls[request].session,
+            session=call.session,
             credit=arriving.taken,
         )
-        self._send(frame, (), self._calls[request].lane)
+        self._send(frame, (), call.lane)
         arriving.taken = 0
 
     def abandon(self, request: int) -> None:
         """Nobody takes the rest of an answer's parts: have the engine stop making them."""
-        if request in self._arriving and not self._closed:
-            self.cancel(request, self._calls[request].session)
+        call = self._calls.get(request)
+        if call is not None and call.arriving is not None and not self._closed:
+            self.cancel(request, call.session)
             self.give_up(request)
 
     def abandon_later(self, request: int) -> None:
@@ -342,11 +348,8 @@ class Connection:
         """Send *call* and return its request number; the reply is still to be waited for."""
         if self._closed:
             raise Closed("the connection is closed")
-        while self._abandoned:
-            self.abandon(self._abandoned[0])
-            self._abandoned.popleft()
-        if self._garbage:
-            self._release_garbage()
+        if self._abandoned or self._garbage:
+            self._tidy_up()
         request = self._last_request = self._last_request + 1
         session, buffers = call.session, call.buffers
         frame = codec.encode(
@@ -359,20 +362,27 @@ class Connection:
             deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
             credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
         )
-        lane = self._lane_of(session) if session and call.op in ON_LANES else None
-        call.sent_ns = time.perf_counter_ns()  # now: the answer may be there before send is back
-        if lane is None:
+        if session and self.lanes.wanted and call.op in ON_LANES:
+            call.lane = self._lane_of(session)
+        call.sent_ns = perf_counter_ns()  # now: the answer may be there before send is back
+        if call.lane is None:
             self._dealer.send(frame, buffers)
         else:
-            lane.send([frame, *buffers])
-            call.lane = lane
+            call.lane.send([frame, *buffers])
         if call.data is not None:
             self._send_pieces(request, session, call.data)
-        self._waiting[request] = None
         self._calls[request] = call
         if call.parts:
-            self._arriving[request] = Arriving(call.parts)
+            call.arriving = Arriving(call.parts)
         return request
+
+    def _tidy_up(self) -> None:
+        """Say what nobody refers to any more."""
+        while self._abandoned:
+            self.abandon(self._abandoned[0])
+            self._abandoned.popleft()
+        if self._garbage:
+            self._release_garbage()
 
     def _lane_of(self, session: int) -> Lane | None:
         """The way of a request to the engine: a lane, or None for the bus. Raises Lost."""
@@ -423,8 +433,30 @@ class Connection:
             if not header.flags & (Flag.ERROR | Flag.PROGRESS):
                 self.give_back(codec.decode(frame, buffers, header))
             return
-        call.arrived_ns = time.perf_counter_ns()
-        self._waiting[header.request] = self._decoded(header, frame, buffers)
+        call.arrived_ns = perf_counter_ns()
+        try:
+            message = codec.decode(frame, buffers, header)
+        except ProtocolError as exc:
+            call.reply = exc
+            return
+        if header.flags & NOT_A_REPLY:
+            self._take_no_reply(call, message)
+        else:
+            call.reply = message
+
+    def _take_no_reply(self, call: Call, message: Message) -> None:
+        flags = message.header.flags
+        if flags & Flag.PROGRESS:
+            if message.meta.held is not None:
+                call.hold(message.meta.held)
+            elif call.progress is not None:
+                call.progress(message.meta)
+        elif flags & Flag.ERROR:
+            call.reply = codec.error_of(message)
+        elif call.arriving is not None:
+            call.arriving.parts.append(message)
+        else:
+            call.reply = ProtocolError("a part of an answer that was not asked for in parts")
 
     def give_back(self, message: Message) -> None:
         """*message* answers a request nobody waits for any more: release what it keeps."""
@@ -451,38 +483,18 @@ class Connection:
         elif isinstance(meta, messages.Uploaded):
             self.forget(session, meta.id)
 
-    def _decoded(
-        self, header: Header, frame: Piece, buffers: Sequence[Piece]
-    ) -> Message | DjinnError | None:
-        try:
-            message = codec.decode(frame, buffers, header)
-        except ProtocolError as exc:
-            return exc
-        if not header.flags & NOT_A_REPLY:
-            return message
-        if header.flags & Flag.PROGRESS:
-            call = self._calls[header.request]
-            if message.meta.held is not None:
-                call.hold(message.meta.held)
-            elif call.progress is not None:
-                call.progress(message.meta)
-            return None
-        if header.flags & Flag.PART:
-            self._arriving[header.request].parts.append(message)
-            return None
-        return codec.error_of(message)
-
     def waits_for(self, request: int) -> bool:
-        return request in self._waiting
+        return request in self._calls
 
     def reply_to(self, request: int) -> Message | DjinnError | None:
         """What came for *request* so far."""
-        return self._waiting.get(request)
+        call = self._calls.get(request)
+        return None if call is None else call.reply
 
     def fail_all(self, error: DjinnError) -> None:
-        for request, reply in self._waiting.items():
-            if reply is None:
-                self._waiting[request] = error
+        for call in self._calls.values():
+            if call.reply is None:
+                call.reply = error
 
     def alive(self) -> bool:
         """Is the other end still there, as far as this machine can tell?"""
@@ -520,9 +532,9 @@ class Connection:
         lane, error = broken
         while (frames := lane.receive()) is not None:  # what it still said
             self.take(frames[0], frames[1:])
-        for request, call in self._calls.items():
-            if call.lane is lane and self._waiting[request] is None:
-                self._waiting[request] = error
+        for call in self._calls.values():
+            if call.lane is lane and call.reply is None:
+                call.reply = error
         self.lanes.drop(lane)
 
     def _on_lanes_change(self) -> None:
@@ -550,6 +562,7 @@ class Connection:
                 self.sharing.join(welcome.lease_path, welcome.token)
             except (Unreachable, Lost):
                 pass  # a container, or another mount: the bus serves as well, only slower
+        self.lanes.wanted &= self.sharing.lease is not None
         return welcome
 
     # ---- ends

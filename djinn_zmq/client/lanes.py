@@ -31,7 +31,7 @@ class Lanes:
         one is closed."""
         self._sharing = sharing
         self._settings = settings
-        self._wanted = wanted
+        self.wanted = wanted  # False: none will ever be had
         self._on_change = on_change
         self._spin_ns = settings.spin_us * 1000
         self._engines: dict[int, int] = {}  # by session
@@ -53,7 +53,7 @@ class Lanes:
 
     def of(self, session: int) -> Lane | None:
         """The lane that *session*'s requests take; None: they take the bus."""
-        engine = self._engines.get(session) if self._wanted else None
+        engine = self._engines.get(session) if self.wanted else None
         if engine is None:
             return None
         lane = self._lanes.get(engine)
@@ -66,7 +66,7 @@ class Lanes:
         try:
             lane, theirs = Lane.create(CAPACITY, self._settings)
         except ArenaFull:
-            self._wanted = False  # no memory for it: the bus needs none
+            self.wanted = False  # no memory for it: the bus needs none
             return None
         try:
             granted, _ = lease.ask(Offer(session), *theirs)

@@ -40,10 +40,8 @@ class Server:
         self.welcome: messages.Welcome | None = None
         self.conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._models: dict[str, Model] = {}
-
-    def drive(self, operation: Operation[Any]) -> Any:
-        """Run an operation of this client. In asyncio code: an awaitable of it."""
-        return self.connection.drive(operation)
+        # Runs an operation of this client. In asyncio code: gives an awaitable of it.
+        self.drive: Callable[[Operation[Any]], Any] = connection.drive
 
     def hello(self, timeout_s: float) -> Operation[Self]:
         self.welcome = yield from self.connection.hello(timeout_s)

@@ -61,12 +61,11 @@ class Message(NamedTuple):
 
 # A named tuple's own constructor is a Python function: on every message's way, 2 us where it is cold.
 _new = tuple.__new__
-_unpack = HEADER.unpack_from
-_OURS = (MAGIC, VERSION)
+_pack, _unpack = HEADER.pack, HEADER.unpack_from
 _KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS | Flag.PART
 _FAILED = Flag.REPLY | Flag.ERROR
 
-_encoder = msgspec.msgpack.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
 # By (the flags that say which side speaks, op): one look-up for every message on its way.
 _decoders: dict[tuple[int, int], msgspec.msgpack.Decoder[Any]] = {}
 # What they are made of when the first such message comes: a program meets a few of them, and all
@@ -97,8 +96,8 @@ def encode(
     credit: int = 0,
 ) -> bytes:
     """Frame 0 of a message with *buffers* buffers behind it."""
-    header = HEADER.pack(MAGIC, VERSION, op, flags, buffers, request, session, deadline_ms, credit)
-    return header + _encoder.encode(meta)
+    header = _pack(MAGIC, VERSION, op, flags, buffers, request, session, deadline_ms, credit)
+    return header + _encode(meta)
 
 
 def failure(header: Header, error: DjinnError) -> bytes:
@@ -117,7 +116,7 @@ def peek(frame: Buffer) -> Header:
     if len(frame) < HEADER_SIZE:
         raise ProtocolError(f"{len(frame)} bytes are no header: it has {HEADER_SIZE}")
     header = _new(Header, _unpack(frame))
-    if header[:2] != _OURS:
+    if header[0] != MAGIC or header[1] != VERSION:
         if header.magic != MAGIC:
             raise ProtocolError(f"magic {header.magic!r}: a message starts with {MAGIC!r}")
         raise ProtocolError(f"protocol version {header.version}: this side speaks {VERSION}")
@@ -133,7 +132,7 @@ def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None 
         header = peek(frame)
     decoder = _decoders.get((header.flags & _KINDS, header.op)) or _another_decoder(header)
     try:
-        meta = decoder.decode(memoryview(frame)[HEADER_SIZE:])
+        meta = decoder.decode(frame[HEADER_SIZE:])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
         raise ProtocolError(f"the meta of {_name(header.op)} does not decode: {exc}") from exc
     if header.buffers != len(buffers):
@@ -237,7 +236,7 @@ def error_of(message: Message) -> DjinnError:
 
 def encode_lease(packet: messages.Lease) -> bytes:
     """One packet of the lease socket."""
-    return _encoder.encode(packet)
+    return _encode(packet)
 
 
 def decode_lease(data: bytes) -> messages.Lease:

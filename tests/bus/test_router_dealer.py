@@ -46,7 +46,7 @@ def test_where_nothing_came_nothing_is_received(bus: Any) -> None:
     assert router.receive() is None
     assert dealer.receive() is None
     dealer.socket.rcvtimeo = 1
-    assert dealer.receive_waiting() is None
+    assert dealer.receive(wait=True) is None
 
 
 def test_answers_go_to_the_dealer_that_asked(bus: Any) -> None:

@@ -53,7 +53,7 @@ class Raw:
         number = next(self._numbers)
         self._dealer.send(codec.encode(op, meta, request=number, session=session, **options))
         while True:
-            frames = self._dealer.receive_waiting()
+            frames = self._dealer.receive(wait=True)
             assert frames is not None, f"no answer to {op!r}"
             message = codec.decode(*frames)
             if message.header.request != number or message.header.flags & Flag.PROGRESS:

@@ -80,7 +80,7 @@ def refused_or_usable(frame: bytes, buffers: tuple[bytes, ...] = ()) -> None:
         message = decode(frame, buffers)
     except ProtocolError:
         return
-    codec._encoder.encode(message.meta)
+    codec._encode(message.meta)
     for tensor in codec.tensors_of(message.meta):
         if isinstance(tensor.where, (Inline, Frame)):
             assert tensors.view(tensor, buffers).nbytes == tensor.nbytes
