@@ -76,11 +76,11 @@ class Dealer:
 
         wait: None only when there is none for as long as the socket's receive timeout.
         """
+        buffers: list[memoryview] = []
         try:  # a Frame knows whether more follow
             first = last = self._receive(0 if wait else DONTWAIT, copy=False)
         except zmq.Again:
             return None
-        buffers = []
         while last.more:
             last = self._receive(copy=False)
             buffers.append(last.buffer)

@@ -8,14 +8,16 @@ Nobody waits here. What finds no room stays in a bounded backlog that `flush` em
 side has rung. Every notice passes through the kernel, which orders it behind the bytes it is about,
 so no flags are raced for; and a bell that nobody sleeps on costs 0.4 us.
 
-    record, first of a message    kind = pieces, u32 length of each piece, then their bytes
-    record, one that goes on      kind = MORE as well where others follow; CONTINUED where it is one
+    record, a whole message     kind 0: a msgpack array [envelope, frame 0, [buffer, ...]]
+    record, first of several    MORE: u64 nbytes of that array, then the beginning of it
+    record, one that goes on    CONTINUED, with MORE where others follow: more of it
 
-Messages are lists of pieces; what a piece is, the user of the lane knows. Between a client and an
-engine it is a header with its meta, then the buffers; `bus.link` puts an envelope in front.
+A message is a header with its meta (`wire.codec`), the buffers behind it, and an envelope in front: whose
+it is. Between a client and an engine that is empty.
 """
 
 import contextlib
+import mmap
 import os
 import select
 import struct
@@ -25,21 +27,18 @@ from typing import NamedTuple, Self
 
 from djinn_zmq.errors import Busy, ProtocolError
 from djinn_zmq.memory import ring, shared
-from djinn_zmq.memory.ring import RECORD
 from djinn_zmq.settings import KIB, MIB, Settings
-from djinn_zmq.wire.codec import BUFFERS_LIMIT
+from djinn_zmq.wire.codec import BUFFERS_LIMIT, Whole, join, split
 
 CAPACITY = 256 * KIB  # bytes of each ring between a client and an engine: bulk goes in slots
 LINK_CAPACITY = 4 * MIB  # and between server and engine, where frames of 1 MiB pass
 MORE = 1 << 31
 CONTINUED = 1 << 30
-PIECES_LIMIT = BUFFERS_LIMIT + 2  # an envelope, a header with its meta, buffers
+WHOLE = struct.Struct("<Q")
 
 Piece = bytes | memoryview
-_ring_bell = os.eventfd_write
 
-_records = [struct.Struct(f"<II{count}I") for count in range(PIECES_LIMIT + 1)]
-_lengths = [struct.Struct(f"<{count}I") for count in range(PIECES_LIMIT + 1)]
+_ring_bell = os.eventfd_write
 
 
 class Ends(NamedTuple):
@@ -73,7 +72,7 @@ class Lane:
         Raises ProtocolError where they are not what `create` makes.
         """
         self._ends = ends
-        self._map = None
+        self._map: mmap.mmap | None = None
         try:
             nbytes = shared.sealed_size(ends.memory)
             if nbytes % 16 or not 2 * ring.size_of(KIB) <= nbytes <= 2 * ring.size_of(64 * MIB):
@@ -84,19 +83,17 @@ class Lane:
         except BaseException:
             ends.close()
             raise
-        self._memory = memoryview(self._map)
-        there, back = self._memory[: nbytes // 2], self._memory[nbytes // 2 :]
-        self._out = ring.Writer(there if first else back)
-        self._in = ring.Reader(back if first else there)
+        capacity = nbytes // 2 - ring.CONTROL
+        there, back = (0, nbytes // 2) if first else (nbytes // 2, 0)
+        self._out = ring.Writer(self._map, there, capacity)
+        self._in = ring.Reader(self._map, back, capacity)
         # Is there more to be done here than the bell says?
         self.unfinished: Callable[[], bool] = self._in.unfinished
-        there.release()
-        back.release()
         self._own_bell, self._their_bell = ends[1:] if first else ends[:0:-1]
         self._fragment = self._out.capacity // 4
         self._frame_limit = settings.frame_limit
         self._high_water = settings.high_water
-        self._backlog: deque[bytes] = deque()
+        self._backlog: deque[tuple[int, bytes]] = deque()
         self._coming: list[bytes] = []  # records of a message that is not whole yet
         self.unrung = False  # something was sent, and the bell left for later
         self.closed = False
@@ -123,21 +120,17 @@ class Lane:
 
     # ---- sending
 
-    def send(self, pieces: Sequence[Piece], ring: bool = True) -> None:
+    def send(
+        self, envelope: bytes, frame: bytes, buffers: Sequence[Piece] = (), *, ring: bool = True
+    ) -> None:
         """Pass a message on, now or when there is room. Never waits.
 
         ring: False leaves the bell to the next `send`, or to `ring`: the other side is not woken yet.
         Raises Busy where the backlog is full, ProtocolError where the other side lies about room.
         """
-        count = len(pieces)
-        lengths = list(map(len, pieces))
-        nbytes = 4 * count + sum(lengths)
-        if self._backlog or nbytes > self._fragment:
-            self._put_back(count, b"".join((_lengths[count].pack(*lengths), *pieces)))
-            return
-        record = b"".join((_records[count].pack(nbytes, count, *lengths), *pieces))
-        if not self._out.put(record):
-            self._put_back(count, record[RECORD.size :])
+        data = join((envelope, frame, buffers))
+        if self._backlog or len(data) > self._fragment or not self._out.put(0, data):
+            self._put_back(data)
             return
         self.unrung = not ring
         if ring:
@@ -146,25 +139,28 @@ class Lane:
             except BlockingIOError:
                 pass  # its count is full, by whatever mischief: it is being rung already
 
-    def _put_back(self, count: int, whole: bytes) -> None:
+    def _put_back(self, data: bytes) -> None:
         if len(self._backlog) > self._high_water:
             raise Busy("the queue of the lane is full: its other end does not read")
-        self._backlog.extend(self._in_records(count, whole))
+        self._backlog.extend(self._in_records(data))
         self.flush()
 
-    def _in_records(self, count: int, whole: bytes) -> Iterator[bytes]:
-        for at in range(0, len(whole), self._fragment):
-            data = whole[at : at + self._fragment]
-            kind = CONTINUED if at else count
-            if at + self._fragment < len(whole):
+    def _in_records(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        if len(data) <= self._fragment:
+            yield 0, data
+            return
+        data = WHOLE.pack(len(data)) + data
+        for at in range(0, len(data), self._fragment):
+            kind = CONTINUED if at else 0
+            if at + self._fragment < len(data):
                 kind |= MORE
-            yield RECORD.pack(len(data), kind) + data
+            yield kind, data[at : at + self._fragment]
 
     def flush(self) -> bool:
         """Write as much of the backlog as there is room for. True where nothing is left of it."""
         if not self._backlog:
             return True
-        while self._backlog and self._out.put(self._backlog[0]):
+        while self._backlog and self._out.put(*self._backlog[0]):
             self._backlog.popleft()
         if self._backlog:
             self._out.ask_for_room()
@@ -179,18 +175,19 @@ class Lane:
 
     # ---- receiving
 
-    def receive(self) -> list[Piece] | None:
+    def receive(self) -> Whole | None:
         """The next message, or None when there is no whole one now. Its bytes are the caller's own.
 
         Raises ProtocolError for what is no message; the lane is of no use after that.
         """
         while (record := self._in.take()) is not None:
             kind, data = record
-            if 0 < kind <= PIECES_LIMIT and not self._coming:  # whole, as most are
-                return _pieces(kind, data)
-            whole = self._collect(kind, data)
-            if whole is not None:
-                return _pieces(self._count, whole)
+            if kind or self._coming:  # one of several, as few are
+                whole = self._collect(kind, data)
+                if whole is None:
+                    continue
+                return self._checked(split(whole))
+            return split(data)
         if self._in.room_wanted():
             self.ring()
         if self._backlog:  # the bell may have told of room
@@ -199,17 +196,17 @@ class Lane:
 
     def _collect(self, kind: int, data: bytes) -> bytes | None:
         """One more record of a message in several; the message, where it is now whole."""
-        if bool(kind & CONTINUED) != bool(self._coming):
+        if kind & ~(MORE | CONTINUED) or bool(kind & CONTINUED) != bool(self._coming):
             raise ProtocolError("a record out of turn: messages in several records are not mixed")
         if not self._coming:
-            self._count = kind & ~MORE
+            if len(data) < WHOLE.size:
+                raise ProtocolError(f"a message in several records begins with {len(data)} bytes")
+            (self._missing,) = WHOLE.unpack_from(data)
             # Checked with the first record: what is too large is never collected.
-            if not 0 < self._count <= PIECES_LIMIT or len(data) < 4 * self._count:
-                raise ProtocolError(f"a message of {self._count} pieces: 1 to {PIECES_LIMIT}")
-            lengths = _lengths[self._count].unpack_from(data)
-            if max(lengths) > self._frame_limit:
-                raise ProtocolError(f"a piece of {max(lengths)} bytes: at most {self._frame_limit}")
-            self._missing = 4 * self._count + sum(lengths)
+            limit = (2 + BUFFERS_LIMIT) * self._frame_limit
+            if self._missing > limit:
+                raise ProtocolError(f"a message of {self._missing} bytes: at most {limit}")
+            data = data[WHOLE.size :]
         self._coming.append(data)
         self._missing -= len(data)
         if (self._missing > 0) != bool(kind & MORE):
@@ -220,6 +217,13 @@ class Lane:
         self._coming.clear()
         return whole
 
+    def _checked(self, message: Whole) -> Whole:
+        envelope, frame, buffers = message
+        longest = max(map(len, (envelope, frame, *buffers)))
+        if longest > self._frame_limit:
+            raise ProtocolError(f"a piece of {longest} bytes: at most {self._frame_limit}")
+        return message
+
     def close(self) -> None:
         """Unmap and close. What was sent and not yet taken stays there for the other end."""
         if self.closed:
@@ -229,31 +233,9 @@ class Lane:
         self._backlog.clear()
         self._out.close()
         self._in.close()
-        self._memory.release()
         if self._map is not None:
             self._map.close()
         self._ends.close()
-
-
-def _pieces(count: int, data: bytes) -> list[Piece]:
-    """A whole message, taken apart."""
-    if count == 2 and len(data) >= 8:  # an envelope and a header: most messages between processes
-        first, second = _lengths[2].unpack_from(data)
-        if 8 + first + second == len(data):
-            return [data[8 : 8 + first], data[8 + first :]]
-    pieces: list[Piece] = []
-    source: Piece = data
-    offset = 4 * count
-    if len(data) < offset:
-        raise ProtocolError(f"a message of {count} pieces in {len(data)} bytes")
-    for length in _lengths[count].unpack_from(data):
-        pieces.append(source[offset : offset + length])
-        offset += length
-        if len(pieces) == 2:  # an envelope and a header are to be looked up: bytes; then buffers
-            source = memoryview(data)
-    if offset != len(data):
-        raise ProtocolError(f"a message of {offset} bytes in {len(data)}")
-    return pieces
 
 
 def _check_bell(fd: int) -> None:

@@ -1,14 +1,13 @@
-"""The link between the server and one engine: a lane whose messages have the peer's route in front.
-
-    [envelope][header + meta][buffer]...        envelope: whose request it is, b"" for our own
+"""The link between the server and one engine: a lane whose envelopes say whose request it is, by the
+peer's route; b"": it is the server's or the engine's own.
 
 The server makes it and the engine inherits its descriptors. What is in it outlives the engine: its
 last words are still there to be read.
 """
 
+import contextlib
 import select
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from djinn_zmq.bus.lane import LINK_CAPACITY, Ends, Lane, Piece
 from djinn_zmq.errors import Busy, Lost
@@ -23,8 +22,7 @@ class Link:
     def __init__(self, lane: Lane, server: int | None = None) -> None:
         """server: on the engine's end, a descriptor that becomes readable when the server is gone."""
         self.lane = lane
-        # The next message, (envelope, frame, *buffers), the first two as bytes; None: none is there.
-        self.receive: Callable[[], Sequence[Any] | None] = lane.receive
+        self.receive = lane.receive
         self._server = server
 
     @classmethod
@@ -38,21 +36,28 @@ class Link:
 
         On the engine's end waits for room, and raises Lost where the server is gone.
         """
-        self._send([envelope, frame, *buffers], True)
+        try:
+            self.lane.send(envelope, frame, buffers)
+        except Busy as exc:
+            self._send_later(exc, envelope, frame, buffers)
 
     def post(self, frame: bytes) -> None:
         """The same for a message that can wait for the next one to ring, or for `Lane.ring`."""
-        self._send([b"", frame], False)
+        try:
+            self.lane.send(b"", frame, ring=False)
+        except Busy as exc:
+            self._send_later(exc, b"", frame, ())
 
-    def _send(self, pieces: Sequence[Piece], ring: bool) -> None:
+    def _send_later(
+        self, why: Busy, envelope: bytes, frame: bytes, buffers: Sequence[Piece]
+    ) -> None:
+        if self._server is None:
+            raise Busy("the engine's queue is full") from why
         while True:
-            try:
-                self.lane.send(pieces, ring)
+            self._pause(self._server)
+            with contextlib.suppress(Busy):
+                self.lane.send(envelope, frame, buffers)
                 return
-            except Busy as exc:
-                if self._server is None:
-                    raise Busy("the engine's queue is full") from exc
-                self._pause(self._server)
 
     def _pause(self, server: int) -> None:
         poll = select.poll()

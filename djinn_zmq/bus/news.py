@@ -63,7 +63,7 @@ class Publisher:
         self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
         if keys is not None:
             keys.secure(self.socket)
-        self.on_use: Callable[[], None] = lambda: None  # for `bus.poll`
+        self.fd, self.unheard = -1, set[int]()  # of `bus.poll`
         self.kinds: dict[bytes, int] = {}  # how many listen to a kind; b"": to all
         self._scopes = scopes
         self._on_change = on_change
@@ -83,7 +83,7 @@ class Publisher:
 
     def publish(self, scope: str, kind: str, frame: bytes) -> None:
         """To all who listen; who does not read loses it, and finds out."""
-        self.on_use()
+        self.unheard.add(self.fd)
         self.socket.send_multipart([f"{scope}/{kind}".encode(), frame], DONTWAIT)
 
     def serve(self) -> bool:

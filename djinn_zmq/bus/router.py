@@ -2,9 +2,8 @@
 
 import logging
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import zmq
 
@@ -19,15 +18,8 @@ from djinn_zmq.wire.tensors import SLOT_FROM
 _log = logging.getLogger(__name__)
 
 ADDRESS, USER = "Peer-Address", "User-Id"  # of a frame's metadata
-_new = tuple.__new__  # a named tuple's own constructor is a Python function
-
-
-class Incoming(NamedTuple):
-    """One message off the bus. `buffers` is None where it had more frames than any message has."""
-
-    route: bytes
-    frame: bytes
-    buffers: list[memoryview] | None
+# Route, frame 0, buffers: None where there were more of them than any message has.
+Incoming = tuple[bytes, bytes, list[memoryview] | None]
 
 
 class Router:
@@ -39,14 +31,17 @@ class Router:
         """keys: with them only clients whose public key is allowed get through the handshake."""
         self.socket = context.socket(zmq.ROUTER)
         self.endpoints: list[str] = []
-        self._told_by = "" if keys is None else USER  # what of a frame says who sent it
-        self._known: dict[bytes, str] = {}  # by route: who that was
-        self._fresh: dict[bytes, tuple[str, str]] = {}
+        self._users = keys is not None
+        self._fresh: set[bytes] = set()
+        self._known: dict[bytes, tuple[str, str]] = {}
+        self._sure: set[bytes] = (
+            set()
+        )  # routes that need no look: whose they are cannot have changed
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure(self.socket)
-        self.on_use: Callable[[], None] = lambda: None  # for `bus.poll`
+        self.fd, self.unheard = -1, set[int]()  # of `bus.poll`
         self._receive = self.socket.recv
         self._send = limits.plain_send(self.socket)
 
@@ -64,8 +59,6 @@ class Router:
             if exc.errno == zmq.EADDRINUSE:
                 raise AddressInUse(f"{endpoint} is in use by another process") from exc
             raise StartError(f"cannot bind {endpoint}: {exc.strerror}") from exc
-        if endpoint.startswith("ipc:"):  # over tcp without keys all have the loopback's address
-            self._told_by = self._told_by or ADDRESS
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoints.append(bound)
         return bound
@@ -85,43 +78,61 @@ class Router:
                     buffers.append(last.buffer)
                     if len(buffers) > BUFFERS_LIMIT:
                         buffers = None
-            # Peers can choose their route: one that takes a dead peer's, before `forget`, is not heard.
-            known = self._known.get(route)
-            if known is None:
-                self._meet(route, first)
-            elif self._told_by and known != (who := _told(first, self._told_by)):
-                _log.warning("dropped a message of %s under the route of %s", who, known)
-                continue
-            return _new(Incoming, (route, first.bytes, buffers))
+            if route in self._sure or self._recognise(route, first):
+                return route, first.bytes, buffers
 
-    def _meet(self, route: bytes, first: zmq.Frame) -> None:
+    def _recognise(self, route: bytes, first: zmq.Frame) -> bool:
+        """Is *route* still whose it was? Peers can choose their route: one that takes a dead peer's,
+        before `forget`, is not heard.
+
+        Who is at the other end stands in each frame's metadata, and is looked up in each frame of
+        users with keys. Over ipc all are the server's own user (its directory says so), and one look
+        is good until a peer is gone.
+        """
         address = _told(first, ADDRESS)
         # Without keys anybody could send a user's name along.
-        user = _told(first, USER) if self._told_by == USER else ""
-        self._known[route] = user or address
-        self._fresh[route] = address, user
+        who = address, _told(first, USER) if self._users else ""
+        known = self._known.get(route)
+        if known is None:
+            self._known[route] = who
+            self._fresh.add(route)
+        elif known != who:
+            _log.warning("dropped a message of %s under the route of %s", who, known)
+            return False
+        if not self._users:
+            self._sure.add(route)
+        return True
+
+    def doubt(self) -> None:
+        """Some peer is gone: look again whose the routes are."""
+        self._sure.clear()
 
     def identity(self, route: bytes) -> tuple[str, str] | None:
         """(address, user id) of a route met for the first time since the last call; else None."""
-        return self._fresh.pop(route, None)
+        if route not in self._fresh:
+            return None
+        self._fresh.discard(route)
+        return self._known[route]
 
     def forget(self, route: bytes) -> None:
         """The peer at *route* is gone: whoever comes under that route next is somebody new."""
         self._known.pop(route, None)
-        self._fresh.pop(route, None)
+        self._fresh.discard(route)
+        self._sure.discard(route)
 
     def send(self, route: bytes, frame: bytes, buffers: Sequence[bytes | memoryview] = ()) -> None:
         """Queue a message for *route*; never waits.
 
         Raises Lost where the peer is gone, Busy where its queue is full.
         """
-        self.on_use()
+        self.unheard.add(self.fd)
         try:
             self._send(route, MORE_NOW)
         except zmq.Again as exc:
             raise Busy("the peer's queue is full") from exc
         except zmq.ZMQError as exc:
             if exc.errno == zmq.EHOSTUNREACH:
+                self._sure.discard(route)
                 raise Lost("the peer is gone") from exc
             raise
         if not buffers:

@@ -218,7 +218,8 @@ class Connection:
         while call.reply is None:
             frames = self._hear(call.lane)
             if frames is not None:
-                self.take(*frames)
+                frame, buffers = frames
+                self.take(frame, buffers)
             else:
                 self._look(request, call, limit_s)
         return self._settle(request, call)
@@ -259,11 +260,11 @@ class Connection:
             if timeout_s < LOOK_S and not self._dealer.socket.poll(timeout_s * 1000):
                 return None
             return self._dealer.receive(wait=True)
-        pieces = self.lanes.hear(lane, timeout_s)
-        return None if pieces is None else (pieces[0], pieces[1:])
+        message = self.lanes.hear(lane, timeout_s)
+        return None if message is None else message[1:]
 
     def _settle(self, request: int, call: Call) -> Message:
-        self.give_up(request)
+        del self._calls[request]
         reply = call.reply
         if type(reply) is Message:
             return reply
@@ -368,7 +369,7 @@ class Connection:
         if call.lane is None:
             self._dealer.send(frame, buffers)
         else:
-            call.lane.send([frame, *buffers])
+            call.lane.send(b"", frame, buffers)
         if call.data is not None:
             self._send_pieces(request, session, call.data)
         self._calls[request] = call
@@ -398,7 +399,7 @@ class Connection:
         if lane is None:
             self._dealer.send(frame, buffers)
         elif not lane.closed:
-            lane.send([frame, *buffers])
+            lane.send(b"", frame, buffers)
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
         for offset in range(0, len(data), PIECE):
@@ -421,9 +422,9 @@ class Connection:
             return frames
         for lane in self.lanes:
             lane.hush()
-            pieces = lane.receive()
-            if pieces is not None:
-                return pieces[0], pieces[1:]
+            message = lane.receive()
+            if message is not None:
+                return message[1:]
         return None
 
     def take(self, frame: Piece, buffers: Sequence[Piece]) -> None:
@@ -530,8 +531,8 @@ class Connection:
         if broken is None:
             return
         lane, error = broken
-        while (frames := lane.receive()) is not None:  # what it still said
-            self.take(frames[0], frames[1:])
+        while (message := lane.receive()) is not None:  # what it still said
+            self.take(*message[1:])
         for call in self._calls.values():
             if call.lane is lane and call.reply is None:
                 call.reply = error

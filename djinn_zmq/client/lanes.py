@@ -9,10 +9,11 @@ import select
 import time
 from collections.abc import Callable, Iterator
 
-from djinn_zmq.bus.lane import CAPACITY, Lane, Piece
+from djinn_zmq.bus.lane import CAPACITY, Lane
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import ArenaFull, DjinnError, Lost
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire.codec import Whole
 from djinn_zmq.wire.messages import Broken, Offer
 
 RETRY_S = 0.2  # between two offers that the server could not pass on
@@ -89,14 +90,14 @@ class Lanes:
         """Has something come on the lease socket: perhaps that an engine is gone?"""
         if self._epoll is None or self._sharing.lease is None:
             return False
-        lease = self._sharing.lease.socket.fileno()
-        return lease in dict(self._epoll.poll(0))
+        spoke = self._epoll.poll(0)
+        return bool(spoke) and self._sharing.lease.socket.fileno() in dict(spoke)
 
-    def hear(self, lane: Lane, timeout_s: float) -> list[Piece] | None:
+    def hear(self, lane: Lane, timeout_s: float) -> Whole | None:
         """The next message on *lane*; waits for it. None where nothing has come after *timeout_s*,
         or something came on the lease socket."""
-        pieces = lane.receive()
-        if pieces is None:
+        frames = lane.receive()
+        if frames is None:
             if self._spin_ns:
                 limit_ns = time.perf_counter_ns() + self._spin_ns
                 while not lane.unfinished() and time.perf_counter_ns() < limit_ns:
@@ -104,8 +105,8 @@ class Lanes:
             if not lane.unfinished():
                 assert self._epoll is not None
                 self._epoll.poll(timeout_s)
-            pieces = lane.receive()
-        return pieces
+            frames = lane.receive()
+        return frames
 
     def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:
         """The engine at the other end is gone: the lane that is of no use now, and why."""

@@ -88,7 +88,7 @@ class Debugging:
     # ---- a debugger's requests
 
     def attach(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         asked: Attach = message.meta
         target = self._sessions.get(asked.target)
@@ -122,7 +122,7 @@ class Debugging:
         self._say(attachment, BEGUN, 0)
 
     def breaks(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         asked: Breaks = message.meta
         attachment = self._of(session, asked.request)
@@ -194,7 +194,7 @@ class Debugging:
         return held[2]
 
     def runs(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         attached = session.attached
         debugger = attached.debugger.id if isinstance(attached, Attachment) else 0

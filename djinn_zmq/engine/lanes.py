@@ -8,7 +8,6 @@ the server drops it.
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.poll import Poll
@@ -19,7 +18,7 @@ from djinn_zmq.wire.messages import Listen
 _log = logging.getLogger(__name__)
 
 TAG = b"l"  # first byte of a lane's envelope; the server's begin with others
-Take = Callable[[bytes, str, list[Piece]], None]  # envelope, owner, pieces
+Take = Callable[[bytes, str, bytes, Sequence[Piece]], None]  # envelope, owner, frame, buffers
 
 
 class Lanes:
@@ -42,13 +41,14 @@ class Lanes:
             self._break(envelope, str(exc))
             return
         self._lanes[envelope] = lane
-        self._poll.watch_lane(lane, partial(self._on_lane, lane, envelope, news.owner))
+        self._poll.watch_lane(lane, self._on_lane, lane, envelope, news.owner)
 
     def _on_lane(self, lane: Lane, envelope: bytes, owner: str) -> bool:
         try:
-            pieces = lane.receive()
-            if pieces is not None:
-                self._take(envelope, owner, pieces)
+            frames = lane.receive()
+            if frames is not None:
+                _, frame, buffers = frames
+                self._take(envelope, owner, frame, buffers)
         except ProtocolError as exc:
             self._break(envelope, str(exc))
         return lane.unfinished()
@@ -59,7 +59,7 @@ class Lanes:
         if lane is None:
             return
         try:
-            lane.send([frame, *buffers])
+            lane.send(b"", frame, buffers)
         except (Busy, ProtocolError) as exc:
             self._break(envelope, str(exc))
 

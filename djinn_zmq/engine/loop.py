@@ -164,8 +164,9 @@ class EngineLoop:
                         self._on_news(*news)
                 if self._turns:
                     self._work(self._turns.next())
-                for chore in tuple(self._chores):  # copies, both directions at once
-                    self._chore(chore)
+                if self._chores:
+                    for chore in tuple(self._chores):  # copies, both directions at once
+                        self._chore(chore)
                 if self._keeping.moves or self._keeping.vault.moves:
                     self._tell_moves()
 
@@ -180,11 +181,11 @@ class EngineLoop:
 
     def _on_link(self) -> bool:
         """Take one message of the server's. Is there more?"""
-        pieces = self._link.receive()
-        if pieces is None:
+        frames = self._link.receive()
+        if frames is None:
             return False
-        envelope, frame, *buffers = pieces
-        self._take(envelope, frame, buffers)
+        envelope, frame, buffers = frames
+        self._take(envelope, codec.peek(frame), frame, buffers)
         return self._link.lane.unfinished()
 
     def _hear_server(self) -> None:
@@ -209,14 +210,15 @@ class EngineLoop:
     def _on_broken_lane(self, number: int, text: str) -> None:
         self._lease.send(messages.Broken(number, text))
 
-    def _take_on_lane(self, envelope: bytes, owner: str, pieces: list[Piece]) -> None:
+    def _take_on_lane(
+        self, envelope: bytes, owner: str, frame: bytes, buffers: Sequence[Piece]
+    ) -> None:
         """A message of a client's own, not passed on by the server: check what the server would."""
         header = NOBODYS
         if self._link.lane.unfinished():
             # What the server told its client, this session or a checkpoint it claimed, it told us before.
             self._hear_server()
         try:
-            frame, *buffers = pieces
             header = codec.peek(frame)
             if header.flags & OF_ANSWERS:
                 raise ProtocolError("a reply nobody asked for")
@@ -234,19 +236,20 @@ class EngineLoop:
             if not header.flags & Flag.ONE_WAY:
                 self._answers.refuse(envelope, header, exc)
         else:
-            self._take(envelope, frame, buffers)
+            self._take(envelope, header, frame, buffers)
 
-    def _take(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece]) -> None:
-        watch = Stopwatch()
-        header = codec.peek(frame)
+    def _take(
+        self, envelope: bytes, header: Header, frame: bytes, buffers: Sequence[Piece]
+    ) -> None:
+        begin_ns = time.perf_counter_ns()
         try:
             message = codec.decode(frame, buffers, header)
             if self._adopting:
                 self._finish_adopting(header)
-            if not envelope:
-                self._notices[header.op](message)
+            if envelope:
+                self._request(envelope, message, begin_ns)
             else:
-                self._request(envelope, message, watch)
+                self._notices[header.op](message)
         except DjinnError as exc:
             if envelope and header.flags & Flag.ONE_WAY:
                 _log.debug("%s refused: %s", Op(header.op).name, exc)
@@ -261,7 +264,7 @@ class EngineLoop:
                 error = RunError(f"{type(exc).__name__}: {exc}")
                 self._answers.refuse(envelope, header, error)
 
-    def _request(self, envelope: bytes, message: Message, watch: Stopwatch) -> None:
+    def _request(self, envelope: bytes, message: Message, begin_ns: int) -> None:
         header = message.header
         session = self._sessions.get(header.session)
         if session is None:
@@ -269,7 +272,7 @@ class EngineLoop:
         handle = self._requests.get(header.op)
         if handle is None:
             raise ProtocolError(f"op {header.op} is not for an engine")
-        handle(envelope, message, session, watch)
+        handle(envelope, message, session, begin_ns)
 
     # ---- the server's notices
 
@@ -346,13 +349,13 @@ class EngineLoop:
     # ---- clients' requests
 
     def _ping(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         state = "running" if self._turns else "idle"
         self._answers.answer(envelope, message.header, messages.Pong(state))
 
     def _run(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         header = message.header
         if self._answers.again(envelope, header):
@@ -364,6 +367,7 @@ class EngineLoop:
         model = self._model_of(session)
         begin = self._begin[header.op]
         shared = bool(header.flags & Flag.SHARED)
+        watch = Stopwatch(begin_ns)
         job, turns = begin(message.meta, message.buffers, session, model, watch, shared=shared)
         active = Active(job, turns, envelope, header, header.credit)
         self._turns.add(active)
@@ -392,7 +396,7 @@ class EngineLoop:
         return model
 
     def _cancel(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         wanted = message.meta.request
         found = [one for one in self._turns.of(session) if one.header.request == wanted]
@@ -402,7 +406,7 @@ class EngineLoop:
         self._answers.answer(envelope, message.header, messages.Cancelled(bool(found) or ended))
 
     def _more(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         for active in self._turns.of(session):
             if active.header.request == message.meta.request:
@@ -414,7 +418,7 @@ class EngineLoop:
         self._debugging.more(session, message.meta.request, message.header.credit)
 
     def _release(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         """From a client with a lane; from others the server takes it, with an engine or without."""
         one_way = bool(message.header.flags & Flag.ONE_WAY)
@@ -432,7 +436,7 @@ class EngineLoop:
             self._answers.answer(envelope, message.header, messages.Done())
 
     def _tokens(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         model = self._model_of(session)
         asked: messages.Tokens = message.meta
@@ -448,13 +452,13 @@ class EngineLoop:
         self._answers.answer(envelope, message.header, meta, buffers)
 
     def _card(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         meta, buffers = cards.of(self._model_of(session))
         self._answers.answer(envelope, message.header, meta, buffers)
 
     def _away(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         expected_s: float = message.meta.expected_s
         if not 0 <= expected_s < float("inf"):

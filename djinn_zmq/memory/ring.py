@@ -16,21 +16,20 @@ The other side may lie: each end counts for itself, checks what it reads of the 
 copies a record out before anybody looks at it.
 """
 
+import mmap
 import platform
-import struct
 import threading
 
 from djinn_zmq.errors import ProtocolError
 
 HEAD, TAIL, WAITING = 0, 8, 16  # indices of u64 words, a cache line apart
 CONTROL = 192  # bytes
-RECORD = struct.Struct("<II")
-HEAD_SIZE = RECORD.size
+RECORDS = CONTROL // 8  # index of the first u64 word behind it
+HEAD_SIZE = 8  # of a record: one word, kind << 32 | nbytes
 
 # x86 shows stores to others in the order they were made, and loads what it loads in order. Elsewhere
 # the count could be seen before the bytes: there a lock's release and acquire keep them apart.
 _ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
-_unpack = RECORD.unpack_from
 _barrier = threading.Lock()
 _barrier.acquire()
 
@@ -48,44 +47,46 @@ def size_of(capacity: int) -> int:
 class _End:
     """What both ends have: the counts, and the bytes between them."""
 
-    def __init__(self, memory: memoryview) -> None:
-        """memory: writable, of `size_of(capacity)` bytes, zeroed when the ring was made."""
-        self.capacity = len(memory) - CONTROL
-        control = memory[:CONTROL]
-        self._words: memoryview[int] = control.cast("Q")
-        control.release()
-        self._data = memory[CONTROL:]
+    def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
+        """memory: writable; its `size_of(capacity)` bytes from *begin* on, zeroed when the ring was
+        made, are the ring's. The map itself, because a slice of it is bytes at once."""
+        self.capacity = capacity
+        with memoryview(memory) as whole, whole[begin : begin + size_of(capacity)] as ours:
+            self._words: memoryview[int] = ours.cast("Q")
+        self._memory = memory
+        self._first = begin + CONTROL  # where the records begin
 
     def close(self) -> None:
         self._words.release()
-        self._data.release()
 
 
 class Writer(_End):
-    def __init__(self, memory: memoryview) -> None:
-        super().__init__(memory)
+    def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
+        super().__init__(memory, begin, capacity)
         self._head = self._words[HEAD]
 
-    def put(self, record: bytes) -> bool:
-        """Write a *record*, which begins with its packed header, and publish it. False where there
-        is no room for it now.
+    def put(self, kind: int, data: bytes) -> bool:
+        """Write a record and publish it. False where there is no room for it now.
 
         Raises ProtocolError where the reader claims to have taken what was never written.
         """
-        head, capacity = self._head, self.capacity
+        head, capacity, nbytes = self._head, self.capacity, len(data)
         used = head - self._words[TAIL]
-        step = len(record) + 7 & ~7
+        step = nbytes + 15 & ~7  # with the header
         if not 0 <= used <= capacity - step:
             if not 0 <= used <= capacity:
                 raise ProtocolError(f"the ring's reader claims {used} of {capacity} bytes are used")
             return False
-        place = head % capacity
-        end = place + len(record)
-        if end <= capacity:
-            self._data[place:end] = record
+        place = head % capacity  # own counts are multiples of 8: a header cannot lie outside
+        self._words[RECORDS + (place >> 3)] = kind << 32 | nbytes
+        place += HEAD_SIZE
+        begin = self._first + place
+        over = place + nbytes - capacity
+        if over <= 0:
+            self._memory[begin : begin + nbytes] = data
         else:
-            self._data[place:] = record[: capacity - place]
-            self._data[: end - capacity] = record[capacity - place :]
+            self._memory[begin : begin + nbytes - over] = data[: nbytes - over]
+            self._memory[self._first : self._first + over] = data[nbytes - over :]
         if not _ORDERED:
             _keep_order()
         self._words[HEAD] = self._head = head + step
@@ -97,8 +98,8 @@ class Writer(_End):
 
 
 class Reader(_End):
-    def __init__(self, memory: memoryview) -> None:
-        super().__init__(memory)
+    def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
+        super().__init__(memory, begin, capacity)
         self._tail = self._words[TAIL]
 
     def unfinished(self) -> bool:
@@ -117,20 +118,23 @@ class Reader(_End):
             return None
         if not _ORDERED:
             _keep_order()
-        place = tail % capacity  # own counts are multiples of 8: a header cannot lie outside
-        nbytes, kind = _unpack(self._data, place)
-        step = nbytes + 15 & ~7  # with the header
+        place = tail % capacity
+        head = self._words[RECORDS + (place >> 3)]
+        kind, nbytes = head >> 32, head & 0xFFFFFFFF
+        step = nbytes + 15 & ~7
         if not step <= there <= capacity:
             raise ProtocolError(
                 f"a record of {nbytes} bytes where {there} are said to be there, in a ring of "
                 f"{capacity}"
             )
         place += HEAD_SIZE
-        end = place + nbytes
-        if end <= capacity:
-            data = bytes(self._data[place:end])
+        begin = self._first + place
+        over = place + nbytes - capacity
+        if over <= 0:
+            data = self._memory[begin : begin + nbytes]
         else:
-            data = bytes(self._data[place:]) + bytes(self._data[: end - capacity])
+            data = self._memory[begin : begin + nbytes - over]
+            data += self._memory[self._first : self._first + over]
         self._words[TAIL] = self._tail = tail + step
         return kind, data
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import Busy, UnknownCheckpoint, UnknownSession
 from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import ModelInfo, SessionInfo
@@ -25,6 +26,8 @@ class Peer:
     """One client's connection to the bus."""
 
     envelope: bytes  # which router (one byte) and its route there: names the peer on the links
+    router: Router
+    route: bytes
     owner: str  # "uid:1000", "key:alice"; a connection without either is its own owner
     trusted: bool  # a user or a key, not just somebody on the loopback
     uid: int | None

@@ -14,7 +14,6 @@ import signal
 import socket as pysocket
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
-from djinn_zmq.server.engines import HELD_LIMIT, Engine
+from djinn_zmq.server.engines import HELD_LIMIT, READY, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
@@ -37,7 +36,7 @@ from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
-from djinn_zmq.wire import codec, states
+from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import OF_ANSWERS, Header
 from djinn_zmq.wire.messages import Broken, Farewell, Flag, Offer, Pong, Progress
 from djinn_zmq.wire.ops import TO_ENGINE, Op
@@ -125,9 +124,9 @@ class Server:
         self._poll.watch(self._wake_read, self._on_wake)
         self._poll.watch(self.arenas, self.arenas.serve)
         for tag, router in self._routers.items():
-            self._poll.watch_used(router, partial(self._on_bus, tag, router))
+            self._poll.watch_used(router, self._on_bus, tag, router)
             monitor = router.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._poll.watch(monitor, partial(self._on_disconnect, monitor, tag))
+            self._poll.watch(monitor, self._on_disconnect, monitor, tag, router)
         self.news.watch(self._poll)
         if self._admission is not None:
             self._poll.watch(self._admission.socket, self._admission.answer)
@@ -149,10 +148,10 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stopping:
-            due_s = min(self.registry.due_s, self._knocks.due_s)
-            if due_s == NEVER:
+            if self.registry.due_s == self._knocks.due_s == NEVER:
                 self._poll.turn(None)
                 continue
+            due_s = min(self.registry.due_s, self._knocks.due_s)
             self._poll.turn(max(0.0, due_s - time.monotonic() + 0.001))
             if time.monotonic() >= due_s:
                 self._do_what_is_due()
@@ -203,7 +202,7 @@ class Server:
         else:  # anybody on this machine: each connection is a stranger to the others
             owner = f"tcp:{route.hex()}"
         envelope = tag + route
-        peer = Peer(envelope, owner, bool(user) or uid is not None, uid, process)
+        peer = Peer(envelope, router, route, owner, bool(user) or uid is not None, uid, process)
         self.registry.peers[envelope] = peer
         return peer
 
@@ -246,7 +245,7 @@ class Server:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
         engine.forward(peer.envelope, header, frame, buffers)
         session.waiting += 1
-        if header.credit and engine.state is not states.Engine.READY:
+        if header.credit and engine.state is not READY:
             progress = Progress(engine.detail or f"engine {engine.index} is {engine.state}", 0, 0)
             frame = codec.encode(
                 header.op, progress, flags=Flag.PROGRESS, request=header.request, session=number
@@ -284,21 +283,23 @@ class Server:
             most -= 1
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        peer = self.registry.peers.get(envelope)
+        if peer is None:
+            return
         try:
-            self._routers[envelope[:1]].send(envelope[1:], frame, buffers)
+            peer.router.send(peer.route, frame, buffers)
         except (Lost, Busy) as exc:
-            peer = self.registry.peers.get(envelope)
-            if peer is not None:
-                if isinstance(exc, Busy):
-                    _log.warning("%s does not read its answers: dropped", peer.owner)
-                self._on_gone(peer)
+            if isinstance(exc, Busy):
+                _log.warning("%s does not read its answers: dropped", peer.owner)
+            self._on_gone(peer)
 
     # ---- the end of a client
 
-    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes) -> None:
+    def _on_disconnect(self, monitor: zmq.Socket[bytes], tag: bytes, router: Router) -> None:
         """Some connection ended; libzmq does not say whose."""
         while has_message(monitor):
             monitor.recv_multipart()
+        router.doubt()
         self._knocks.plan(tag)
 
     def _knock(self, tag: bytes) -> None:
@@ -312,8 +313,7 @@ class Server:
         """*peer*'s process is gone, or as good as."""
         if self.registry.peers.pop(peer.envelope, None) is None:
             return
-        router = self._routers[peer.envelope[:1]]
-        router.forget(peer.envelope[1:])
+        peer.router.forget(peer.route)
         self.fleet.forget_openings(peer)
         self.requests.forget_peer(peer)
         self.lanes.end_of_peer(peer)
@@ -346,16 +346,16 @@ class Server:
 
     def _watch_engine(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._poll.watch_lane(engine.link.lane, partial(self._on_link, engine))
-        self._poll.watch(engine.lease.socket, partial(self._on_engine_lease, engine))
+        self._poll.watch_lane(engine.link.lane, self._on_link, engine)
+        self._poll.watch(engine.lease.socket, self._on_engine_lease, engine)
 
     def _on_link(self, engine: Engine) -> bool:
         """Take one message of *engine*'s. Is there more?"""
         link = engine.link
-        pieces = link.receive() if link is not None else None
-        if pieces is None:
+        frames = link.receive() if link is not None else None
+        if frames is None:
             return False
-        envelope, frame, *buffers = pieces
+        envelope, frame, buffers = frames
         if envelope:
             header = codec.peek(frame)
             if not header.flags & UNFINISHED and engine.owed.pop((envelope, header.request), None):

@@ -13,7 +13,7 @@ everything: the magic, the op, the meta's shape, the number of buffers, and each
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -227,6 +227,22 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     messages.ReadReply: lambda meta: (meta.piece,),
     messages.Uploaded: lambda meta: (meta.tensor,),
 }
+
+
+# A message in one piece, as it goes over a lane: envelope, frame 0, buffers.
+Whole = tuple[bytes, bytes, list[memoryview]]
+join: Callable[[tuple[bytes, bytes, Sequence[Buffer]]], bytes] = _encode
+_BUFFERS = Annotated[list[memoryview], msgspec.Meta(max_length=BUFFERS_LIMIT)]
+_split = msgspec.msgpack.Decoder(tuple[bytes, bytes, _BUFFERS]).decode
+
+
+def split(data: bytes) -> Whole:
+    """What `join` was given; the buffers are views of *data*. Raises ProtocolError, before anything
+    is made of what a peer merely claims."""
+    try:
+        return _split(data)
+    except msgspec.MsgspecError as exc:
+        raise ProtocolError(f"not a message in one piece: {exc}") from exc
 
 
 def error_of(message: Message) -> DjinnError:

@@ -5,13 +5,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import zmq
 
 from djinn_zmq.bus.dealer import Dealer
-from djinn_zmq.bus.router import Incoming, Router
+from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import Lost
 from djinn_zmq.settings import Settings
 
@@ -53,6 +53,14 @@ def context() -> Iterator[Any]:
     context.destroy(linger=0)
 
 
+class Arrived(NamedTuple):
+    """What `Router.receive` gives."""
+
+    route: bytes
+    frame: bytes
+    buffers: Any
+
+
 class Bus:
     """A bound Router, and Dealers connected to it."""
 
@@ -76,12 +84,12 @@ class Bus:
         self._ends.append(dealer)
         return dealer
 
-    def arrives(self) -> Incoming:
+    def arrives(self) -> Arrived:
         """The next message at the router."""
         assert self.router.socket.poll(int(WAIT_S * 1000)), "nothing came"
         incoming = self.router.receive()
         assert incoming is not None
-        return incoming
+        return Arrived(*incoming)
 
     def answer(self, dealer: Dealer) -> tuple[bytes, list[memoryview]]:
         """The next message at *dealer*."""

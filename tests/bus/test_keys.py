@@ -211,9 +211,11 @@ def gate(context: Any, directory: Path) -> Iterator[Gate]:
 
 def test_an_allowed_client_comes_in_under_its_name(gate: Gate) -> None:
     incoming = gate.says(gate.client("ann", allowed=True), b"hello")
-    assert incoming is not None and incoming.frame == b"hello"
-    assert gate.router.identity(incoming.route) == ("127.0.0.1", "ann")
-    gate.router.send(incoming.route, b"welcome")
+    assert incoming is not None
+    route, frame, _ = incoming
+    assert frame == b"hello"
+    assert gate.router.identity(route) == ("127.0.0.1", "ann")
+    gate.router.send(route, b"welcome")
     assert gate.dealers[0].socket.poll(WAIT_MS)
     assert gate.dealers[0].receive() == (b"welcome", [])
 
@@ -244,7 +246,7 @@ def test_who_is_allowed_or_no_more_is_so_at_once(gate: Gate) -> None:
     allowed = keys.allow(gate.directory, gate.directory / "bob.pub")
     incoming = gate.says(bob, b"hello")
     assert incoming is not None
-    assert gate.router.identity(incoming.route) == ("127.0.0.1", "bob")
+    assert gate.router.identity(incoming[0]) == ("127.0.0.1", "bob")
     allowed.unlink()
     assert gate.says(bob, b"hello") is None
 
@@ -259,7 +261,7 @@ def test_files_that_are_no_keys_keep_nobody_out(gate: Gate) -> None:
     (allowed / "a b.pub").write_text(f"public = {ann.pair.public.decode()}\n")
     incoming = gate.says(ann, b"hello")
     assert incoming is not None
-    assert gate.router.identity(incoming.route) == ("127.0.0.1", "ann")
+    assert gate.router.identity(incoming[0]) == ("127.0.0.1", "ann")
 
 
 def test_clients_that_are_turned_away_do_not_disturb_those_that_are_in(gate: Gate) -> None:
@@ -267,6 +269,6 @@ def test_clients_that_are_turned_away_do_not_disturb_those_that_are_in(gate: Gat
     assert incoming is not None
     for _ in range(3):
         assert gate.says(None, b"noise") is None
-    gate.router.send(incoming.route, b"still here")
+    gate.router.send(incoming[0], b"still here")
     assert gate.dealers[0].socket.poll(WAIT_MS)
     assert gate.dealers[0].receive() == (b"still here", [])

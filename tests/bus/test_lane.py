@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from djinn_zmq.bus.lane import CONTINUED, MORE, PIECES_LIMIT, Ends, Lane, create, wait
+from djinn_zmq.bus.lane import CONTINUED, MORE, WHOLE, Ends, Lane, create, wait
 from djinn_zmq.errors import Busy, ProtocolError
 from djinn_zmq.memory import shared
-from djinn_zmq.memory.ring import RECORD, size_of
+from djinn_zmq.memory.ring import size_of
 from djinn_zmq.settings import KIB, MIB, Settings
+from djinn_zmq.wire.codec import BUFFERS_LIMIT
 
 CAPACITY = 64 * KIB
 SHALLOW = dataclasses.replace(Settings(), high_water=4)
@@ -29,7 +30,7 @@ from djinn_zmq.settings import Settings
 lane = Lane(Ends(*map(int, sys.argv[1:4])), Settings(), first=False)
 while True:
     while (pieces := lane.receive()) is not None:
-        lane.send(pieces)
+        lane.send(*pieces)
     wait(lane, 0, 10.0)
 """
 
@@ -71,19 +72,23 @@ def rang(lane: Lane) -> bool:
     return found
 
 
-def arrives(lane: Lane, other: int = 0) -> list[bytes]:
+def arrives(lane: Lane) -> tuple[bytes, bytes, list[bytes]]:
     """The next message; waits for it."""
     read, write = os.pipe()
     try:
-        while (pieces := lane.receive()) is None:
+        while (message := lane.receive()) is None:
             assert not wait(lane, read, WAIT_S)
     finally:
         os.close(read)
         os.close(write)
-    return [bytes(piece) for piece in pieces]
+    envelope, frame, buffers = message
+    assert type(envelope) is bytes and type(frame) is bytes  # to be looked up
+    return envelope, frame, [bytes(buffer) for buffer in buffers]
 
 
-SIZES = [(0,), (3, 0), (80, 5), (1, 2, 3), (CAPACITY, 7), (10, MIB, 64 * KIB), (1,) * PIECES_LIMIT]
+# Of the frame, then of each buffer.
+SIZES = [(0,), (3, 0), (80, 5), (1, 2, 3), (CAPACITY, 7), (10, MIB, 64 * KIB)]
+SIZES += [(1,) * (1 + BUFFERS_LIMIT)]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -91,10 +96,10 @@ def test_a_message_comes_back_from_another_process_as_it_was_sent(
     echo: tuple[Lane, "subprocess.Popen[bytes]"], sizes: tuple[int, ...]
 ) -> None:
     lane, _ = echo
-    sent = [bytes([place + 1]) * size for place, size in enumerate(sizes)]
-    for _ in range(3):  # goes round the end
-        lane.send(sent)
-        assert arrives(lane) == sent
+    frame, *buffers = [bytes([place + 1]) * size for place, size in enumerate(sizes)]
+    for envelope in (b"", b"i\0route", b""):  # goes round the end
+        lane.send(envelope, frame, [memoryview(buffer) for buffer in buffers])
+        assert arrives(lane) == (envelope, frame, buffers)
 
 
 def test_ten_thousand_messages_in_flight_keep_their_order(
@@ -104,10 +109,10 @@ def test_ten_thousand_messages_in_flight_keep_their_order(
     sent, received = 0, 0
     while received < 10_000:
         while sent < 10_000 and sent - received < 500:
-            lane.send([struct.pack("<I", sent), b"x" * (sent % 700)])
+            lane.send(struct.pack("<I", sent), b"x" * (sent % 700))
             sent += 1
-        number, rest = arrives(lane)
-        assert (number, len(rest)) == (struct.pack("<I", received), received % 700)
+        number, frame, _ = arrives(lane)
+        assert (number, len(frame)) == (struct.pack("<I", received), received % 700)
         received += 1
 
 
@@ -115,27 +120,27 @@ def test_every_message_rings_the_other_end(lanes: tuple[Lane, Lane]) -> None:
     first, second = lanes
     for one, other in ((first, second), (second, first)):
         assert not rang(other)
-        one.send([b"hello"])
+        one.send(b"", b"hello")
         assert rang(other)
         assert not rang(one)
-        assert other.receive() == [b"hello"]
+        assert other.receive() == (b"", b"hello", [])
 
 
 def test_what_finds_no_room_follows_when_there_is_some(lanes: tuple[Lane, Lane]) -> None:
     first, second = lanes
     big = bytes(CAPACITY // 8)
     for number in range(12):
-        first.send([bytes([number]), big])
+        first.send(bytes([number]), big)
     assert not first.flush()
     rang(first)
     taken = []
     while len(taken) < 12:
-        pieces = second.receive()
-        if pieces is None:
+        message = second.receive()
+        if message is None:
             assert rang(first), "who waits for room is not told of it"
             first.flush()
         else:
-            taken.append(pieces[0])
+            taken.append(message[0])
     assert taken == [bytes([number]) for number in range(12)]
     assert first.flush()
 
@@ -145,16 +150,16 @@ def test_an_end_that_does_not_read_makes_busy_and_loses_nothing(lanes: tuple[Lan
     sent = 0
     with pytest.raises(Busy, match="its other end does not read"):
         while sent < 1000:
-            first.send([b"%d" % sent, bytes(CAPACITY // 2)])
+            first.send(b"%d" % sent, bytes(CAPACITY // 2))
             sent += 1
     assert sent < 10
     taken = 0
     while taken < sent:
-        pieces = second.receive()
-        if pieces is None:
+        message = second.receive()
+        if message is None:
             first.flush()
         else:
-            assert pieces[0] == b"%d" % taken
+            assert message[0] == b"%d" % taken
             taken += 1
 
 
@@ -162,14 +167,14 @@ def test_what_a_process_sent_before_it_was_killed_is_still_there(
     echo: tuple[Lane, "subprocess.Popen[bytes]"],
 ) -> None:
     lane, process = echo
-    lane.send([b"last words"])
+    lane.send(b"", b"last words")
     assert not wait(lane, process.stdin.fileno(), WAIT_S)  # type: ignore[union-attr]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert lane.receive() == [b"last words"]
+    assert lane.receive() == (b"", b"last words", [])
     assert lane.receive() is None
     for _ in range(3):
-        lane.send([b"to nobody"])  # the lease socket tells of the death, not the lane
+        lane.send(b"", b"to nobody")  # the lease socket tells of the death, not the lane
 
 
 def test_waiting_ends_where_the_other_side_is_gone(lanes: tuple[Lane, Lane]) -> None:
@@ -183,17 +188,25 @@ def test_waiting_ends_where_the_other_side_is_gone(lanes: tuple[Lane, Lane]) -> 
     ("kind", "data"),
     [
         (0, b""),
-        (1, b""),
-        (1, b"\1\0\0"),
-        (1, b"\2\0\0\0x"),
-        (2, b"\2\0\0\0\1\0\0\0xy"),
-        (2, b"\2\0\0\0\1\0\0\0xyzw"),
-        (3, b"\2\0\0\0\1\0\0\0xyz"),
-        (PIECES_LIMIT + 1, bytes(4 * PIECES_LIMIT + 4)),
+        (0, b"\x90"),
+        (0, b"\x92\xc4\0\xc4\0"),  # no buffers, not even none
+        (0, b"\x93\xc4\0\xc4\0\xc4\0"),
+        (0, b"\x93\xc4\0\xc4\0\x91\xa1x"),  # text
+        (0, b"\x93\xc4\0\xc4\0\x91\xc6\xff\xff\xff\xffx"),  # a buffer that is cut off
+        (0, b"\x93\xc4\0\xc4\0\xdd\xff\xff\xff\xff"),
+        (0, b"\x93\xc4\0\xc4\0\x90x"),  # something behind
+        (
+            0,
+            b"\x93\xc4\0\xc4\0\xdc\0"
+            + bytes([BUFFERS_LIMIT + 1])
+            + b"\xc4\0" * (BUFFERS_LIMIT + 1),
+        ),
+        (1, b"\x93\xc4\0\xc4\0\x90"),
         (CONTINUED, b"out of turn"),
-        (MORE | 1, b"\1\0\0\0x"),
-        (MORE | 1, struct.pack("<I", 2**32 - 1) + b"x"),
-        (MORE | PIECES_LIMIT + 1, bytes(CAPACITY // 4)),
+        (MORE, b"\1\0\0\0x"),
+        (MORE, WHOLE.pack(1) + b"x"),
+        (MORE, WHOLE.pack(2**64 - 1) + b"x"),
+        (MORE | 1, WHOLE.pack(CAPACITY) + b"x"),
         (2**32 - 1, b"x"),
     ],
 )
@@ -201,7 +214,7 @@ def test_records_that_are_no_message_are_refused(
     lanes: tuple[Lane, Lane], kind: int, data: bytes
 ) -> None:
     first, second = lanes
-    assert first._out.put(RECORD.pack(len(data), kind) + data)
+    assert first._out.put(kind, data)
     with pytest.raises(ProtocolError):
         second.receive()
 
@@ -210,21 +223,33 @@ def test_a_message_that_never_ends_is_refused_before_it_is_collected(
     lanes: tuple[Lane, Lane],
 ) -> None:
     first, second = lanes
-    half = bytes(CAPACITY // 4 - 4)
-    records = [(MORE | 1, struct.pack("<I", CAPACITY // 2) + half)]
-    records += [(MORE | CONTINUED, bytes(CAPACITY // 4))] * 2
-    for kind, data in records:
-        assert first._out.put(RECORD.pack(len(data), kind) + data)
+    half = bytes(CAPACITY // 4)
+    for kind, data in [(MORE, WHOLE.pack(CAPACITY // 2) + half), (MORE | CONTINUED, half)]:
+        assert first._out.put(kind, data)
     with pytest.raises(ProtocolError, match="ends before its last record, or after it"):
         second.receive()
+
+
+def test_a_piece_beyond_the_limit_of_frames_is_refused() -> None:
+    small = dataclasses.replace(Settings(), frame_limit=CAPACITY // 2)
+    first, theirs = Lane.create(CAPACITY, Settings())
+    second = Lane(theirs, small, first=False)
+    first.send(b"", b"frame", [bytes(CAPACITY)])
+    with pytest.raises(
+        ProtocolError, match=f"a piece of {CAPACITY} bytes: at most {CAPACITY // 2}"
+    ):
+        while second.receive() is None:
+            first.flush()
+    first.close()
+    second.close()
 
 
 def test_a_bell_that_is_full_still_rings(lanes: tuple[Lane, Lane]) -> None:
     first, second = lanes
     os.eventfd_write(second.fileno(), 2**64 - 2)
-    first.send([b"one more"])
+    first.send(b"", b"one more")
     assert rang(second)
-    assert second.receive() == [b"one more"]
+    assert second.receive() == (b"", b"one more", [])
 
 
 def _bell() -> int:

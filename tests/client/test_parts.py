@@ -48,9 +48,10 @@ class Script(threading.Thread):
         while not self._end.is_set():
             if self._router.socket.poll(20):
                 incoming = self._router.receive()
-                message = codec.decode(incoming.frame, incoming.buffers)
+                route, frame, buffers = incoming
+                message = codec.decode(frame, buffers)
                 with suppress(Lost):
-                    self._take(incoming.route, message.header, message.meta)
+                    self._take(route, message.header, message.meta)
         self._router.close()
         self._context.destroy(linger=0)
 

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq import aio, errors
 from djinn_zmq.bus.lane import CAPACITY, create
-from djinn_zmq.memory.ring import HEAD, RECORD, TAIL
+from djinn_zmq.memory.ring import HEAD, TAIL
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
@@ -231,11 +230,11 @@ def own(served):
         (lane,) = lanes_of(server)
 
         def ask(frame: bytes) -> codec.Message:
-            lane.send([frame])
-            pieces = None
-            while pieces is None:
-                pieces = server.connection.lanes.hear(lane, 10.0)
-            return codec.decode(pieces[0], pieces[1:])
+            lane.send(b"", frame)
+            answer = None
+            while answer is None:
+                answer = server.connection.lanes.hear(lane, 10.0)
+            return codec.decode(*answer[1:])
 
         yield server, tiny, lane, ask
 
@@ -292,9 +291,12 @@ def test_another_owners_session_is_not_to_be_reached_over_a_lane(own, served):
     "lie",
     [
         lambda lane: lane._out._words.__setitem__(HEAD, 2**62),  # claims to have written
-        lambda lane: lane._out.put(RECORD.pack(4, 2**32 - 1) + b"what"),
-        lambda lane: lane._out.put(RECORD.pack(8, 1) + struct.pack("<I", 77) + b"what"),
-        lambda lane: (lane._in._words.__setitem__(TAIL, 2**62), lane.send([b"?"])),  # to have read
+        lambda lane: lane._out.put(2**32 - 1, b"what"),
+        lambda lane: lane._out.put(0, b"\x93\xc4\0\xc4\x4dwhat"),
+        lambda lane: (
+            lane._in._words.__setitem__(TAIL, 2**62),
+            lane.send(b"", b"?"),
+        ),  # to have read
     ],
 )
 def test_a_client_whose_ring_lies_is_dropped_and_the_others_go_on(served, lie):

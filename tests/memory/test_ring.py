@@ -1,5 +1,6 @@
 """A ring of records: what goes in comes out, whatever its length, and no lie does harm."""
 
+import mmap
 from collections import deque
 
 import pytest
@@ -8,18 +9,14 @@ from hypothesis import strategies as st
 
 from djinn_zmq.errors import ProtocolError
 from djinn_zmq.memory import ring
-from djinn_zmq.memory.ring import HEAD, RECORD, TAIL, Reader, Writer
+from djinn_zmq.memory.ring import HEAD, HEAD_SIZE, RECORDS, TAIL, Reader, Writer
 
 CAPACITY = 64
 
 
 def ends(capacity: int = CAPACITY) -> tuple[Writer, Reader]:
-    memory = memoryview(bytearray(ring.size_of(capacity)))
-    return Writer(memory), Reader(memory)
-
-
-def record(data: bytes, kind: int = 1) -> bytes:
-    return RECORD.pack(len(data), kind) + data
+    memory = mmap.mmap(-1, 64 + ring.size_of(capacity))
+    return Writer(memory, 64, capacity), Reader(memory, 64, capacity)
 
 
 @settings(max_examples=300)
@@ -32,11 +29,11 @@ def test_what_is_put_is_taken_once_and_in_order(steps: list[bytes | None]) -> No
         if step is None:
             taken = reader.take()
             assert taken == ((1, there.popleft()) if there else None)
-        elif writer.put(record(step)):
+        elif writer.put(1, step):
             there.append(step)
         else:
-            used = sum(RECORD.size + (len(data) + 7 & ~7) for data in there)
-            assert used + RECORD.size + len(step) > CAPACITY
+            used = sum(HEAD_SIZE + (len(data) + 7 & ~7) for data in there)
+            assert used + HEAD_SIZE + len(step) > CAPACITY
     while there:
         assert reader.take() == (1, there.popleft())
     assert reader.take() is None
@@ -44,14 +41,14 @@ def test_what_is_put_is_taken_once_and_in_order(steps: list[bytes | None]) -> No
 
 def test_a_record_larger_than_the_ring_never_has_room() -> None:
     writer, reader = ends()
-    assert not writer.put(record(bytes(CAPACITY)))
+    assert not writer.put(1, bytes(CAPACITY))
     assert reader.take() is None
 
 
 @pytest.mark.parametrize("head", [1, 8, CAPACITY + 24, 2**63, 2**64 - 8])
 def test_a_writer_that_lies_about_what_is_there_is_refused(head: int) -> None:
     writer, reader = ends()
-    writer.put(record(b"honest"))
+    writer.put(1, b"honest")
     reader.take()
     writer._words[HEAD] = head
     with pytest.raises(ProtocolError, match="a record of"):
@@ -61,7 +58,8 @@ def test_a_writer_that_lies_about_what_is_there_is_refused(head: int) -> None:
 @pytest.mark.parametrize("nbytes", [9, CAPACITY, 2**31, 2**32 - 1])
 def test_a_length_beyond_what_is_there_is_refused(nbytes: int) -> None:
     writer, reader = ends()
-    writer.put(RECORD.pack(nbytes, 1) + b"8 bytes!")
+    writer.put(1, b"8 bytes!")
+    writer._words[RECORDS] = 1 << 32 | nbytes
     with pytest.raises(ProtocolError, match=f"a record of {nbytes} bytes where 16 are said"):
         reader.take()
 
@@ -71,7 +69,7 @@ def test_a_reader_that_lies_about_what_it_took_is_refused(tail: int) -> None:
     writer, _ = ends()
     writer._words[TAIL] = tail
     with pytest.raises(ProtocolError, match="the ring's reader claims"):
-        writer.put(record(b""))
+        writer.put(1, b"")
 
 
 def test_a_writer_that_wants_room_is_told_of_it_once() -> None:
