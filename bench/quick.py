@@ -69,11 +69,10 @@ def checks(folder: Path) -> list[Check]:
         # The first is the question asked; that each of the others is flat as well is told by the run.
         found += flat[:1]
     for path in sorted((folder / "decompose").glob("*.json")):
-        results = schema.read(path)
-        if results.settings["to"] == "logits":
-            found += [
-                Check(f"{one.what} ({path.stem})", one.held, one.found) for one in results.checks
-            ]
+        found += [
+            Check(f"{one.what} ({path.stem})", one.held, one.found)
+            for one in schema.read(path).checks
+        ]
     return found
 
 

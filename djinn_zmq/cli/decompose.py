@@ -42,6 +42,12 @@ from djinn_zmq.probe.ways import has_lane
     help="Tokens of the prompt.",
 )
 @click.option("--layer", type=int, help="Layers before the stop. [default: half of them]")
+@click.option(
+    "--lane/--no-lane",
+    "by_lane",
+    default=True,
+    help="Resume by the lane where this client has one. [default: lane]",
+)
 def decompose(
     asked: Asked,
     place: Place,
@@ -50,6 +56,7 @@ def decompose(
     to: str,
     positions: int,
     layer: int | None,
+    by_lane: bool,
 ) -> None:
     """Where does a resume's time go? The ladder from the bare socket up, and whether it adds up.
 
@@ -60,10 +67,13 @@ def decompose(
     server         a no-op to Djinn's server
     engine         a no-op through the server to the engine
     lane           the no-op by shared memory, where this client has the lane
-    resume         the whole; what it adds to a no-op is told by the spans in its reply
+    between        the no-op once more, each behind a resume: its way is not warm any more
+    resume         the whole
 
     All rungs carry the same number of bytes up and take turns in one run. A step is what a rung adds
-    to the one below it. The steps must explain the whole within 10 %; "rest" is what they do not.
+    to the one below it. What a resume adds to a no-op is measured where it is spent: by the client's
+    clock, by the spans in its reply, and, behind the last of these, by making its answer once more.
+    The steps must explain the whole within 10 %; "rest" is what they do not.
 
     \b
       djinn-decompose
@@ -71,8 +81,7 @@ def decompose(
       python -m tools.decompose --shape small --positions 128 --to ready --plot out.png
 
     Against a server on another machine there is no bare echo to compare with: those rungs are named
-    as not measured. Exit status 1 where the steps to the logits do not add up. (Of a resume that is
-    only made ready, the rest holds what no rung has: the server is told of the new checkpoint first.)
+    as not measured. Exit status 1 where the steps do not add up.
     """
     settings = {"carry": carry, "to": to, "positions": positions}
     results = command.begin("decompose", asked, settings)
@@ -80,7 +89,7 @@ def decompose(
         way = transport if transport in standing.endpoints else next(iter(standing.endpoints))
         server = standing.connect(way)
         model = server.model(standing.model)
-        beside = standing.connect(way, lane=True).model(standing.model)
+        beside = standing.connect(way, lane=by_lane).model(standing.model)
         lane = beside if has_lane(beside) else None
         point = command.stopped(lane or model, positions, layer)
         results.settings |= {"model": model.name, "layer": point.layer, "endpoint": way}
@@ -90,9 +99,9 @@ def decompose(
         ) as built:
             taken = command.take(asked, built.cases, [*standing.pids, *built.pids], results)
     results.not_measured += built.not_measured
-    found = ladder.decompose(
-        taken, built.spans[-taken[ladder.RESUME].n :], built.placed_s, built.nbytes
-    )
+    count = taken[ladder.RESUME].n
+    own_s = {rung: own[-count:] for rung, own in built.own_s.items()}
+    found = ladder.decompose(taken, built.spans[-count:], own_s, built.nbytes)
     results.settings["nbytes"] = found.nbytes
     results.tables["steps"] = found.rows()
     results.checks.append(
@@ -109,7 +118,7 @@ def decompose(
         return drawing.stacked(f"Where the time goes: {about}", {way: found})
 
     command.finish(asked, results, draw)
-    if not found.adds_up and to == "logits":
+    if not found.adds_up:
         raise click.ClickException(
             f"the steps explain {found.explained:.1%} of the whole: more than "
             f"{ladder.ADDS_UP:.0%} is missing or counted twice; is the machine busy?"

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -155,11 +156,16 @@ def tcp_echo() -> None:
 
 def doorbell(memory: str, bell: str, answer: str) -> None:
     """The barest lane: a word in shared memory and an eventfd each way; what stands in the first
-    word comes back in the ninth. Descriptors, inherited."""
+    word, for how many nanoseconds to stay awake before, comes back in the ninth. Descriptors,
+    inherited."""
     words = memoryview(mmap.mmap(int(memory), mmap.PAGESIZE)).cast("Q")
     _say("doorbell")
     while True:
         os.eventfd_read(int(bell))
+        if words[0]:
+            until_ns = time.perf_counter_ns() + words[0]
+            while time.perf_counter_ns() < until_ns:
+                pass
         words[8] = words[0]
         os.eventfd_write(int(answer), 1)
 
@@ -209,8 +215,9 @@ def front_and_back(endpoint: str, back_endpoint: str) -> Iterator[tuple[str, lis
 
 
 @contextmanager
-def ringing() -> Iterator[tuple[Callable[[], None], int]]:
-    """A call that takes one round trip to `doorbell` and back; and its pid."""
+def ringing() -> Iterator[tuple[Callable[..., None], int]]:
+    """A call that takes one round trip to `doorbell` and back, and as many nanoseconds longer as it
+    is given; and the pid."""
     fds = (os.memfd_create("doorbell"), os.eventfd(0), os.eventfd(0))
     memory, bell, answer = fds
     try:
@@ -218,8 +225,8 @@ def ringing() -> Iterator[tuple[Callable[[], None], int]]:
         words = memoryview(mmap.mmap(memory, mmap.PAGESIZE)).cast("Q")
         with running("doorbell", *map(str, fds), fds=fds) as (_, pid):
 
-            def call() -> None:
-                words[0] += 1
+            def call(after_ns: int = 0) -> None:
+                words[0] = after_ns
                 os.eventfd_write(bell, 1)
                 os.eventfd_read(answer)
 

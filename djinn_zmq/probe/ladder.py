@@ -6,11 +6,21 @@
     server         a no-op to Djinn's server                                  (+ its loop)
     engine         a no-op through the server to the engine                   (+ the link, the loop)
     lane           the same no-op by the lane, where this client has one      (what that saves)
+    between        the no-op once more, each behind a resume           (its way is warm no more)
+    answer         the resume's own answer made, and the server told of what it keeps; and a no-op's
+    doorbell       the bare one, answered after as long as the engine takes; and at once
     resume         the whole, as a user waits for it
 
 A step is the difference of two neighbouring medians; all rungs take turns in one run. What a resume
-adds to a no-op is not a difference but told by the resume itself: the spans in its reply, measured
-inside the engine. So the steps need not add up to the whole, and that they do is a finding.
+adds to a no-op is not a difference of wholes but what is measured where it is spent:
+
+    client         all that this process does itself, for a resume and for a no-op, by its own clock
+    answer         the very messages that the engine makes behind its last span, made here, beyond a
+                   no-op's; where there is no lane, the server's reading of its notice too
+    wake-up        who is woken after a longer sleep wakes later
+    the others     the spans in the resume's own reply, measured inside the engine
+
+So the steps need not add up to the whole, and that they do is a finding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +33,22 @@ from djinn_zmq.probe import tables
 from djinn_zmq.probe.samples import Samples
 from djinn_zmq.spans import Spans
 
-RAW, ZMQ, CODEC, SERVER, ENGINE, LANE, RESUME = (
+RAW, ZMQ, CODEC, SERVER, ENGINE, LANE, BETWEEN, ANSWER, PONG, LATE, BELL, RESUME = (
     "raw socket",
     "ZeroMQ",
     "codec",
     "server, no-op",
     "engine, no-op",
     "engine, no-op, lane",
+    "no-op between resumes",
+    "answer, resume's",
+    "answer, no-op's",
+    "doorbell, late",
+    "doorbell",
     "resume",
 )
 BARE = (RAW, ZMQ, CODEC)
+NO_OPS = (RAW, ZMQ, CODEC, SERVER, ENGINE, LANE, BETWEEN)  # each above the one before it
 ADDS_UP = 0.1  # of the whole: how much of it may be unexplained
 
 ABOUT = {
@@ -42,13 +58,17 @@ ABOUT = {
     SERVER: "the server's loop",
     ENGINE: "the link and the engine's loop",
     LANE: "shared memory in place of sockets",
-    "messages": "the resume's own messages, beyond a no-op's",
+    BETWEEN: "the no-op's way is not warm where something else went before",
+    "client": "asking and taking in, beyond a no-op's",
+    "messages": "in the engine, checked and put together",
     "queue": "in the engine, between turns",
     "restore": "the checkpoint out of its slot",
     "record": "the layers' arguments",
     "edit": "the edits made",
     "compute": "layers and head",
     "copy": "what is kept, into its slot",
+    "answer": "made, and the server told, beyond a no-op's",
+    "wake-up": "who is woken after a longer sleep wakes later",
 }
 
 
@@ -134,47 +154,41 @@ def _signed(value: float) -> str:
 def decompose(
     taken: Mapping[str, Samples],
     spans: Sequence[Spans],
-    placed_s: Sequence[float] = (),
+    own_s: Mapping[str, Sequence[float]],
     nbytes: int = 0,
 ) -> Decomposition:
     """Steps from what each rung took, and from the spans of the resumes.
 
-    placed_s: what bringing the bytes took within each no-op, so that it counts once. nbytes: that
-    every rung carried up.
+    own_s: by rung, what this process spent itself in each call; of a resume, and of the no-op below
+    it. nbytes: that every rung carried up.
     """
     steps = []
     below = 0.0
-    for rung in (RAW, ZMQ, CODEC, SERVER, ENGINE, LANE):
-        if rung in taken:
-            steps.append(Step(rung, taken[rung].median_s - below, taken[rung].n))
-            below = taken[rung].median_s
+    there = [rung for rung in NO_OPS if rung in taken]
+    for rung in there:
+        steps.append(Step(rung, taken[rung].median_s - below, taken[rung].n))
+        below = taken[rung].median_s
     whole = taken[RESUME]
-    inside, ends = _medians(spans)
-    if CODEC in taken:
-        ends -= taken[CODEC].median_s - taken[ZMQ].median_s
-    if placed_s:
-        ends -= float(np.median(placed_s))
-    steps.append(Step("messages", ends, len(spans)))
-    steps += [Step(name, seconds, len(spans)) for name, seconds in inside.items()]
+    client = float(np.median(own_s[RESUME])) - float(np.median(own_s[there[-1]]))
+    steps.append(Step("client", client, len(own_s[RESUME])))
+    steps += [Step(name, seconds, len(spans)) for name, seconds in _medians(spans).items()]
+    for name, more, less in (("answer", ANSWER, PONG), ("wake-up", LATE, BELL)):
+        beyond_s = taken[more].median_s - taken[less].median_s
+        steps.append(Step(name, beyond_s, taken[more].n))
     return Decomposition(tuple(steps), whole, nbytes)
 
 
-def _medians(spans: Sequence[Spans]) -> tuple[dict[str, float], float]:
-    """(the engine's spans by name, all making and reading of messages together), in seconds.
+def _medians(spans: Sequence[Spans]) -> dict[str, float]:
+    """The engine's spans by name, in seconds; what it makes and reads of messages together.
 
     A run's spans are: the client's encode, the wire, the engine's own, the client's decode.
     """
     inside: dict[str, list[float]] = {}
-    ends = []
     for one in spans:
-        names = ("encode", "decode")
         by_name: dict[str, int] = {}
         for name, elapsed_ns in one[2:-1]:
+            name = "messages" if name in ("encode", "decode") else name
             by_name[name] = by_name.get(name, 0) + elapsed_ns
-        messages_ns = sum(by_name.pop(name, 0) for name in names)
-        ends.append((one[0][1] + one[-1][1] + messages_ns) / 1e9)
         for name, elapsed_ns in by_name.items():
             inside.setdefault(name, []).append(elapsed_ns / 1e9)
-    return {name: float(np.median(values)) for name, values in inside.items()}, float(
-        np.median(ends)
-    )
+    return {name: float(np.median(values)) for name, values in inside.items()}

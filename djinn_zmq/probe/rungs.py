@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,24 @@ from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.server import Server
 from djinn_zmq.probe import echoes
-from djinn_zmq.probe.ladder import BARE, CODEC, ENGINE, LANE, RAW, RESUME, SERVER, ZMQ
+from djinn_zmq.probe.answering import answering
+from djinn_zmq.probe.ladder import (
+    ANSWER,
+    BARE,
+    BELL,
+    BETWEEN,
+    CODEC,
+    ENGINE,
+    LANE,
+    LATE,
+    PONG,
+    RAW,
+    RESUME,
+    SERVER,
+    ZMQ,
+)
 from djinn_zmq.probe.results import NotMeasured
-from djinn_zmq.probe.rounds import Case, Task
+from djinn_zmq.probe.rounds import Case, Task, told_clock
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
@@ -30,7 +45,8 @@ from djinn_zmq.wire.ops import Op
 class Ladder:
     """cases: rung → one call. pids: of the bare echoes. nbytes: that each rung carries up.
 
-    spans: of every resume made so far. placed_s: what bringing the bytes took in each no-op.
+    spans: of every resume made so far. own_s: by rung, what this process spent itself in each call,
+    apart from waiting for the answer.
     """
 
     nbytes: int
@@ -38,7 +54,7 @@ class Ladder:
     pids: list[int] = field(default_factory=list)
     not_measured: list[NotMeasured] = field(default_factory=list)
     spans: list[Spans] = field(default_factory=list)
-    placed_s: list[float] = field(default_factory=list)
+    own_s: dict[str, list[float]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -68,14 +84,28 @@ def standing(
             why = f"{endpoint} is another machine, and no bare echo runs there"
             ladder.not_measured += [NotMeasured(rung, why) for rung in BARE]
         ladder.cases[SERVER] = _no_op(model, array, 0)
-        ladder.cases[ENGINE] = _no_op(model, array, model.session_id, ladder.placed_s)
+        ladder.cases[ENGINE] = _no_op(model, array, model.session_id)
         if lane is not None:
-            ladder.cases[LANE] = _no_op(lane, array, lane.session_id, ladder.placed_s)
+            ladder.cases[LANE] = _no_op(lane, array, lane.session_id)
         else:
             ladder.not_measured.append(NotMeasured(LANE, "this client has no lane"))
-        ladder.cases[RESUME] = resuming(
-            point, lane or model, ladder.spans, ready=ready, hidden=array
+        resumed = lane or model
+        own_s = ladder.own_s = {BETWEEN: [], RESUME: []}
+        behind = _behind(resuming(point, resumed, ready=True))
+        no_op = _no_op(resumed, array, resumed.session_id, own_s[BETWEEN])
+        ladder.cases[BETWEEN] = Task(no_op, behind)
+        answer, pong = stack.enter_context(
+            answering(point, resumed, ready=ready, passed_on=lane is None)
         )
+        ladder.cases[ANSWER] = Task(answer, behind, told_clock)
+        ladder.cases[PONG] = Task(pong, behind, told_clock)
+        ladder.cases[RESUME] = resuming(
+            point, resumed, ladder.spans, own_s[RESUME], ready=ready, hidden=array
+        )
+        ring, pid = stack.enter_context(echoes.ringing())
+        ladder.pids.append(pid)
+        ladder.cases[LATE] = Task(_late(ring, ladder.spans), clock=told_clock)
+        ladder.cases[BELL] = ring
         yield ladder
 
 
@@ -210,35 +240,67 @@ def _upload_call(dealer: zmq.Socket[bytes], data: memoryview) -> Case:
 
 
 def _no_op(
-    model: Model, array: np.ndarray | None, session: int, placed_s: list[float] | None = None
+    model: Model, array: np.ndarray | None, session: int, own_s: list[float] | None = None
 ) -> Case:
     """A ping, behind whatever brings *array* to where a resume would find it. session: 0: only to
-    the server."""
+    the server. own_s: gets what each took beside the waiting for its answer."""
 
     def operation() -> Any:
         parcel = Parcel(model.connection, model.session_id)
-        begin_ns = time.perf_counter_ns()
         if array is not None:
             yield from parcel.place(array)
-        if placed_s is not None:
-            placed_s.append((time.perf_counter_ns() - begin_ns) / 1e9)
-        yield Call(Op.PING, messages.Ping(), session=session)
+        asked = Call(Op.PING, messages.Ping(), session=session)
+        yield asked
         parcel.settle()
+        return asked
 
-    return lambda: model.drive(operation())
+    def call() -> None:
+        begin_ns = time.perf_counter_ns()
+        asked = model.drive(operation())
+        if own_s is not None:
+            elapsed_ns = time.perf_counter_ns() - begin_ns
+            own_s.append((elapsed_ns - (asked.arrived_ns - asked.sent_ns)) / 1e9)
+
+    return call
+
+
+def _late(ring: Callable[[int], None], spans: Sequence[Spans]) -> Callable[[], float]:
+    """A bare doorbell that is answered after as long as an engine takes, less that. For `told_clock`.
+    spans: of the resumes so far."""
+
+    def call() -> float:
+        inside_ns = sum(ns for _, ns in spans[-1][2:-1])
+        begin_ns = time.perf_counter_ns()
+        ring(inside_ns)
+        return (time.perf_counter_ns() - begin_ns - inside_ns) / 1e9
+
+    return call
+
+
+def _behind(resume: Task) -> Case:
+    """What has gone before where a resume is called: another one, and its release."""
+    assert resume.before is not None
+    release = resume.before
+
+    def go_before() -> None:
+        resume.call()
+        release()
+
+    return go_before
 
 
 def resuming(
     point: Checkpoint,
     model: Model,
     spans: list[Spans] | None = None,
+    own_s: list[float] | None = None,
     *,
     ready: bool = False,
     rewrite: Case | None = None,
     **options: Any,
 ) -> Task:
-    """Resuming *point*, whose session is *model*'s. spans: gets each run's. rewrite: called, and timed,
-    in front of each.
+    """Resuming *point*, whose session is *model*'s. spans: gets each run's. own_s: what each took
+    beside the waiting for its answer. rewrite: called, and timed, in front of each.
 
     ready: stop at the checkpoint's own layer, when layer N+1 could run. That keeps another
     checkpoint each time; the one before is released, and the release done, before the clock starts.
@@ -250,11 +312,15 @@ def resuming(
     def call() -> None:
         if rewrite is not None:
             rewrite()
+        begin_ns = time.perf_counter_ns()
         run = point.resume(**options)
+        elapsed_ns = time.perf_counter_ns() - begin_ns
         if ready:
             held.append(run)
         if spans is not None:
             spans.append(run.spans)
+        if own_s is not None:
+            own_s.append((elapsed_ns - sum(ns for _, ns in run.spans[1:-1])) / 1e9)
 
     def release() -> None:
         held.clear()
