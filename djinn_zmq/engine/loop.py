@@ -375,19 +375,19 @@ class EngineLoop:
             self._debugging.began(active)
 
     def _resume(
-        self, envelope: bytes, message: Message, session: EngineSession, watch: Stopwatch
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         if not self._debugging.tells:
             if self._answers.again(envelope, message.header):
                 return
             self._model_of(session)
-            stayed = self._runner.stay(message.meta, session, watch)
+            stayed = self._runner.stay(message.meta, session, begin_ns)
             if stayed is not None:
                 reply, entry = stayed
                 self._tell_kept(entry.ids, reply.checkpoints, session)
                 self._answers.answer(envelope, message.header, reply, store=True)
                 return
-        self._run(envelope, message, session, watch)
+        self._run(envelope, message, session, begin_ns)
 
     def _model_of(self, session: EngineSession) -> ServedModel:
         model = self._models.get(session.model)

@@ -103,7 +103,7 @@ class Runner:
         return job, self.settling(job, self._work(job, opening, start))
 
     def stay(
-        self, asked: Resume, session: EngineSession, watch: Stopwatch
+        self, asked: Resume, session: EngineSession, begin_ns: int
     ) -> tuple[RunReply, Entry] | None:
         """The reply to a resume that stops where it begins, and the checkpoint of the same bytes that it
         keeps: where that is ready as it is there is nothing to take turns for. None for any other,
@@ -118,7 +118,7 @@ class Runner:
             or asked.edits
             or asked.hidden is not None
             or wanted.save_at
-            or wanted.logits != "none"
+            or wanted.logits == "top"  # which may ask for more than there are
             or entry.place
             or entry.past
             or entry.midway is not None
@@ -127,7 +127,7 @@ class Runner:
             return None
         run = new_id()
         kept = self._keeping.share(entry, run)
-        spans = (("restore", watch.elapsed_ns()),)
+        spans = (("restore", time.perf_counter_ns() - begin_ns),)
         reply = RunReply(
             run, "stopped", entry.layer, None, (kept,), None, 0, None, None, None, spans
         )

@@ -106,6 +106,21 @@ def test_a_branch_can_stop_again_and_go_on(tiny):
     assert bits(later.checkpoint.resume().logits) == bits(whole.logits)
 
 
+def test_a_resume_that_stops_where_it_begins_is_another_checkpoint_of_the_same_bytes(tiny, server):
+    first = tiny.run(FRANCE, stop_at=2).checkpoint
+    whole, used = first.resume().logits, server.status().memory.used
+    run = first.resume(stop_at=2, logits="none")
+    assert (run.state, run.layer, dict(run.spans).keys() >= {"restore"}) == ("stopped", 2, True)
+    second = run.checkpoint
+    assert second.id != first.id
+    assert server.status().memory.used == used + second.nbytes  # counted for each, kept once
+    first.release()
+    assert bits(second.hidden) == bits(tiny.run(FRANCE, stop_at=2).checkpoint.hidden)
+    assert bits(second.resume().logits) == bits(whole)
+    with pytest.raises(UnknownCheckpoint):
+        first.resume(stop_at=2, logits="none")
+
+
 def test_an_activation_replaced_outright_is_what_the_rest_of_the_model_sees(tiny):
     france = tiny.run(FRANCE, stop_at=2).checkpoint
     germany = tiny.run(GERMANY, stop_at=2).checkpoint
