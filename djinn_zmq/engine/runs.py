@@ -118,7 +118,7 @@ class Runner:
             or asked.edits
             or asked.hidden is not None
             or wanted.save_at
-            or wanted.logits == "top"  # which may ask for more than there are
+            or wanted.logits not in ("last", "all", "none")
             or entry.place
             or entry.past
             or entry.midway is not None
