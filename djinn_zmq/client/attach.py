@@ -18,7 +18,7 @@ from djinn_zmq.client.connection import Call, Next, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import OVER, Parts
-from djinn_zmq.client.run import Checkpoint, Way
+from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.talk import Session
 from djinn_zmq.errors import Closed
@@ -54,9 +54,9 @@ class Stop:
         self.before = np.array(view(meta.before, message.buffers))[0]
         self.held = True
         points: dict[int, Checkpoint] = {}
-        way = Way(None, self.before)
         for kept in meta.checkpoints:
-            point = Checkpoint(attached.session, kept, self.ids, points.get(kept.base), way)
+            base = points.get(kept.base)
+            point = Checkpoint(attached.session, kept, self.ids, base, before=self.before)
             points[kept.id] = point
         self.checkpoint: Checkpoint = points[meta.checkpoints[-1].id]
         self.place: str = self.checkpoint.place

@@ -12,7 +12,7 @@ from djinn_zmq.client.looks import Top
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import WINDOW, Parts
-from djinn_zmq.client.run import Checkpoint, Way, along
+from djinn_zmq.client.run import Checkpoint, along
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import LayerError, RequestError
 from djinn_zmq.spans import Spans
@@ -99,7 +99,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         self._begin = begin
         self._parcel: Parcel | None = None
         self._said = Said(session, begin, None, None, [])
-        self._way = Way()
+        self._previous: Checkpoint | None = None  # the last that was kept on the way here
 
     @property
     def text(self) -> str:
@@ -150,7 +150,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         session.says(self._said)
         begin = self._said.begin = session.standing if self._begin is None else self._begin
         point, mark = begin.checkpoint, begin.mark
-        self._way = Way(begin.previous, begin.ids)
+        self._previous = begin.previous
         parcel = self._parcel = Parcel(session.connection, session.id)
         text, ids = yield from session.placed(prompt, begin.pending, parcel)
         hidden, edits = None, ()
@@ -218,10 +218,10 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         if not kepts:
             return {}
         ids = self._ids_of(kepts[0])
-        way = Way(self._way.previous, ids[: len(ids) - kepts[0].tensor.shape[1]])
-        own = ids[len(way.before) :].reshape(1, -1)
-        found = along(self.session, kepts, own, way)
-        self._way = Way(list(found.values())[-1], way.before)
+        begin = len(ids) - kepts[0].tensor.shape[1]  # of the forward's own
+        own = ids[begin:].reshape(1, -1)
+        found = along(self.session, kepts, own, self._previous, ids[:begin])
+        self._previous = list(found.values())[-1]
         return found
 
     def _ids_of(self, kept: messages.Kept) -> np.ndarray:
@@ -255,7 +255,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         self.checkpoints = self._saved(reply.checkpoints, len(self.tokens))
         session, stand = self.session, type(self._said.begin)
         if reply.branch:
-            mark = Mark(session.connection, session.id, reply.branch, ids, self._way.previous)
+            mark = Mark(session.connection, session.id, reply.branch, ids, self._previous)
             session.has_said(self._said, stand(mark))
         else:
             session.has_said(self._said, stand(None, self.checkpoint))

@@ -126,7 +126,6 @@ class Looked(Protocol):
     """What a checkpoint offers to a look."""
 
     id: int
-    shape: tuple[int, ...]
 
 
 class Looks:
@@ -134,7 +133,6 @@ class Looks:
 
     id: int
     layer: int
-    shape: tuple[int, ...]
     _session: Session
     _kept: Kept
     _ids: np.ndarray  # of its run: int64 (batch, positions)

@@ -3,7 +3,8 @@
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -30,6 +31,9 @@ from djinn_zmq.wire.tensors import DTYPES, Tensor, dtype_name, view
 if TYPE_CHECKING:
     from djinn_zmq.client.sweep import Sweep
 
+NO_IDS = np.zeros(0, np.int64)
+_base_of = attrgetter("base")
+
 
 class Checkpoint(Looks, Tiered):
     """What was saved at a stop: immutable, resumable any number of times.
@@ -46,23 +50,46 @@ class Checkpoint(Looks, Tiered):
         kept: Kept,
         ids: np.ndarray,
         base: "Checkpoint | None" = None,
-        way: "Way | None" = None,
+        previous: "Checkpoint | None" = None,
+        before: np.ndarray = NO_IDS,
     ) -> None:
         """ids: its run's, int64 (batch, positions). base: for one inside a layer, that layer's
-        input, kept as long as this. way: how it was come to."""
+        input, kept as long as this. previous: the one before it on its way. before: the tokens of
+        its conversation before its run's own, int64 (positions,)."""
         self._session = session
         self._kept = kept
         self._ids = ids
-        self._way = way or Way()
+        self._base = base
+        self._previous = previous
+        self._before = before
+        self._held = True
         self.id: int = kept.id
         self.layer: int = kept.layer
-        self.place: str = kept.place
-        self._base = base
-        self.shape: tuple[int, ...] = kept.tensor.shape
-        self.dtype: np.dtype = DTYPES[kept.tensor.dtype]
-        self.nbytes: int = kept.tensor.nbytes
-        self._released = weakref.finalize(self, session.connection.forget, kept.session, kept.id)
-        self._released.atexit = False
+
+    # Not a weakref.finalize: every stop and every resume makes a checkpoint, and that costs 4 us.
+    def __del__(self) -> None:
+        if self._held:
+            self._session.connection.forget(self._kept.session, self.id)
+
+    def __copy__(self) -> "Checkpoint":
+        """Itself, as of anything immutable: the end of a second one would release both."""
+        return self
+
+    @property
+    def place(self) -> str:
+        return self._kept.place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._kept.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self._kept.tensor.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self._kept.tensor.nbytes
 
     @property
     def ids(self) -> np.ndarray:
@@ -110,8 +137,9 @@ class Checkpoint(Looks, Tiered):
         try:
             placed, on_wire = yield from self.carry(edits, hidden, parcel)
             meta = messages.Resume(self.id, placed, on_wire, wanted)
-            way = Way(self, self._way.before)
-            run = yield from ask(self._session, Op.RESUME, meta, parcel, timeout_s, way)
+            run = yield from ask(
+                self._session, Op.RESUME, meta, parcel, timeout_s, self, self._before
+            )
             self._session.stand_at(run)
             return run
         finally:
@@ -164,25 +192,25 @@ class Checkpoint(Looks, Tiered):
         while point is not None:
             if point.kept:
                 found.append(point)
-            point = point._way.previous
+            point = point._previous
         return found[::-1]
 
     @property
     def position(self) -> int:
         """Tokens of its conversation up to here, its own forward's included."""
-        return len(self._way.before) + self._ids.shape[1]
+        return len(self._before) + self._ids.shape[1]
 
     @property
     def kept(self) -> bool:
         """False once it was released."""
-        return self._released.alive
+        return self._held
 
     def release(self) -> Any:
         """Give its memory back now. Resuming it afterwards raises UnknownCheckpoint."""
         return self._session.drive(self._release())
 
     def _release(self) -> Operation[None]:
-        self._released.detach()
+        self._held = False
         self._base = None  # others inside the same layer may still need it
         meta = messages.Release((self.id,))
         yield Call(Op.RELEASE, meta, session=self._kept.session)
@@ -223,30 +251,60 @@ class Run:
     state: "finished" or "stopped". layer: layers executed. ids: the prompt, int64
     (batch, positions). checkpoints: by layer, or by path inside of one: those of `save_at` and the
     stop's own, in the order in which the run came to them.
-    spans: where the time went; print it.
     """
 
-    def __init__(self, session: Session, message: Message, way: "Way | None" = None) -> None:
-        """way: how it was come to; its checkpoints are the next steps on it."""
+    mark: Mark | None = None
+    _logits: np.ndarray | None = None
+
+    def __init__(
+        self,
+        session: Session,
+        call: Call,
+        message: Message,
+        begin_ns: int,
+        previous: Checkpoint | None = None,
+        before: np.ndarray = NO_IDS,
+    ) -> None:
+        """message: what *call* was answered with, which was begun at *begin_ns*. previous: the
+        checkpoint it was resumed from, or that came before it; its own are the next steps on that
+        way. before: the tokens of its conversation before its own, int64 (positions,)."""
         reply: RunReply = message.meta
-        way = way or Way()
         self._session = session
         self._message = message
-        self._logits: np.ndarray | None = None
         self.id: int = reply.run
         self.state: str = reply.state
         self.layer: int = reply.layer
-        self.spans = Spans()
-        self.ids = _ids_of(message, way)
-        self.checkpoints = along(session, reply.checkpoints, self.ids, way)
-        self.mark: Mark | None = None
+        if reply.ids is not None:
+            self.ids = np.array(view(reply.ids, message.buffers))
+        elif previous is not None:
+            self.ids = previous._ids
+        else:
+            raise ProtocolError("a run that begins at its tokens was answered without them")
+        self.checkpoints = along(session, reply.checkpoints, self.ids, previous, before)
         if reply.branch:
-            last = list(self.checkpoints.values())[-1] if self.checkpoints else way.previous
-            ids = np.concatenate([way.before, self.ids[0]])
+            last = list(self.checkpoints.values())[-1] if self.checkpoints else previous
+            ids = np.concatenate([before, self.ids[0]])
             self.mark = Mark(session.connection, session.id, reply.branch, ids, last)
         if reply.logits_id:
             release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
+        self._instants = begin_ns, call.sent_ns, call.arrived_ns, time.perf_counter_ns()
+
+    @property
+    def spans(self) -> Spans:
+        """Where the time went; print it."""
+        begin_ns, sent_ns, arrived_ns, made_ns = self._instants
+        spans = self._message.meta.spans
+        # What the engine did not spend between our sending and the reply's coming is the wire's.
+        inside_ns = sum(elapsed_ns for _, elapsed_ns in spans)
+        return Spans(
+            (
+                ("encode", sent_ns - begin_ns),
+                ("wire", max(0, arrived_ns - sent_ns - inside_ns)),
+                *spans,
+                ("decode", made_ns - arrived_ns),
+            )
+        )
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -330,37 +388,23 @@ class Run:
         return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
 
 
-def _ids_of(message: Message, way: "Way") -> np.ndarray:
-    """The prompt of a run: int64 (batch, positions)."""
-    ids: Tensor | None = message.meta.ids
-    if ids is not None:
-        return np.array(view(ids, message.buffers))
-    if way.previous is None:
-        raise ProtocolError("a run that begins at its tokens was answered without them")
-    return way.previous._ids
-
-
-class Way(NamedTuple):
-    """How a run was come to."""
-
-    previous: Checkpoint | None = None  # the one it was resumed from, or that came before it
-    before: np.ndarray = np.zeros(0, np.int64)  # the tokens of its conversation before its own
-
-
 def along(
-    session: Session, kepts: Sequence[Kept], ids: np.ndarray, way: Way
+    session: Session,
+    kepts: Sequence[Kept],
+    ids: np.ndarray,
+    previous: Checkpoint | None,
+    before: np.ndarray,
 ) -> dict[int | str, Checkpoint]:
     """The checkpoints that a run kept, by layer or by path, each the step before the next."""
-    inputs = {kept.base for kept in kepts}  # of layers, for what is inside of them
+    inputs = set(map(_base_of, kepts))  # of layers, for what is inside of them
     found: dict[int | str, Checkpoint] = {}
     bases: dict[int, Checkpoint] = {}
     for kept in kepts:
-        point = Checkpoint(session, kept, ids, bases.get(kept.base), way)
+        point = Checkpoint(session, kept, ids, bases.get(kept.base), previous, before)
         if kept.id in inputs:
             bases[kept.id] = point
         else:
-            found[kept.place or kept.layer] = point
-            way = Way(point, way.before)
+            found[kept.place or kept.layer] = previous = point
     return found
 
 
@@ -370,9 +414,10 @@ def ask(
     meta: msgspec.Struct,
     parcel: Parcel,
     timeout_s: float | None,
-    way: Way | None = None,
+    previous: Checkpoint | None = None,
+    before: np.ndarray = NO_IDS,
 ) -> Operation[Run]:
-    """Send a RUN, RESUME or CONTINUE and make a Run of the reply."""
+    """Send a RUN, RESUME or CONTINUE and make a Run of the reply. previous, before: as it has them."""
     call = Call(
         op,
         meta,
@@ -382,18 +427,7 @@ def ask(
         progress=session.progress,
     )
     reply = yield call
-    run = Run(session, reply, way)
-    # What the engine did not spend between our sending and the reply's coming is the wire's.
-    inside = sum(elapsed_ns for _, elapsed_ns in reply.meta.spans)
-    run.spans = Spans(
-        (
-            ("encode", call.sent_ns - parcel.begin_ns),
-            ("wire", max(0, call.arrived_ns - call.sent_ns - inside)),
-            *reply.meta.spans,
-            ("decode", time.perf_counter_ns() - call.arrived_ns),
-        )
-    )
-    return run
+    return Run(session, call, reply, parcel.begin_ns, previous, before)
 
 
 def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:

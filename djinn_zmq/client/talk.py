@@ -24,7 +24,7 @@ from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
-from djinn_zmq.client.run import Checkpoint, Run, Way, ask
+from djinn_zmq.client.run import NO_IDS, Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import Closed, PromptError, RequestError
@@ -34,7 +34,6 @@ from djinn_zmq.wire.tensors import Tensor
 
 NOTHING = messages.Wanted(None, (), "none", 0)
 CLOSE_S = 1.0
-NO_IDS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Standing:
     @property
     def ids(self) -> np.ndarray:
         if self.checkpoint is not None:
-            own = np.concatenate([self.checkpoint._way.before, self.checkpoint._ids[0]])
+            own = np.concatenate([self.checkpoint._before, self.checkpoint._ids[0]])
         else:
             own = NO_IDS if self.mark is None else self.mark.ids
         return np.concatenate([own, self.pending])
@@ -117,8 +116,7 @@ class Session(Channel):
             number = 0 if here.mark is None else here.mark.number
             meta = talks.Continue(number, self.static, text, ids, wanted)
             before = NO_IDS if here.mark is None else here.mark.ids
-            way = Way(here.previous, before)
-            run = yield from ask(self, Op.CONTINUE, meta, parcel, timeout_s, way)
+            run = yield from ask(self, Op.CONTINUE, meta, parcel, timeout_s, here.previous, before)
         finally:
             parcel.settle()
         self.stand_at(run)
@@ -259,10 +257,10 @@ class Session(Channel):
         here = self.standing
         point = here.previous
         if here.checkpoint is not None and not here.pending.size:
-            point = here.checkpoint._way.previous
+            point = here.checkpoint._previous
         at = len(here.ids)
         while point is not None and (not point.kept or (by == "token" and point.position >= at)):
-            point = point._way.previous
+            point = point._previous
         if point is None:
             raise RequestError("there is no checkpoint before here: use stop_at= or save_at=")
         return point

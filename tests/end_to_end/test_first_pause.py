@@ -1,5 +1,6 @@
 """The main job: stop, look, edit, go on."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -229,6 +230,23 @@ def test_a_checkpoint_nobody_refers_to_is_released_by_itself(tiny, server):
     gc.collect()
     tiny.ping()  # takes along what is released, past the server
     until(lambda: server.status().memory.checkpoints <= before + 2, "the others are released")
+
+
+def test_the_end_of_a_copy_of_a_checkpoint_releases_nothing(tiny):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    copy.copy(point)
+    tiny.ping()
+    assert point.kept and point.resume().top(1)[0].token == "paris"
+
+
+def test_a_program_ends_in_silence_with_what_it_still_keeps(served):
+    program = (
+        "import sys, djinn_zmq as djinn; model = djinn.connect(sys.argv[1]).model('tiny');"
+        "run = model.run('the capital of france is', stop_at=2); run.itself = run"
+    )
+    command = [sys.executable, "-c", program, served.endpoint]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
 
 
 def test_the_hidden_state_read_while_its_checkpoint_goes_out_of_scope_is_still_good(tiny):
