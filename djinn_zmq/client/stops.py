@@ -133,24 +133,22 @@ def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
     Raises RequestError for what is none.
     """
     number, breaks = _stop_of(stop_at)
-    if isinstance(save_at, str) and save_at == "all":
-        save_at = range(layer, (depth if number is None else number) + 1)
-    saves = [save_at] if isinstance(save_at, (int, str, np.integer)) else save_at
-    places = [_place("save_at", one) for one in saves]
-    numbers = tuple(sorted({one for one in places if isinstance(one, int)}))
-    paths = tuple(dict.fromkeys(one for one in places if isinstance(one, str)))
+    numbers: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+    if not isinstance(save_at, tuple) or save_at:
+        numbers, paths = _saves_of(save_at, layer, depth if number is None else number)
     stop: int | wire.Stops | None = number
     if paths or breaks:
         if number is not None:
             breaks = (wire.Break(number, ()),)
         stop = wire.Stops(breaks, paths)
-    if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
-        if logits < 1:
-            raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
-        return Wanted(stop, numbers, "top", int(logits))
-    if logits not in ("last", "all", "none"):
+    if isinstance(logits, str) and logits in ("last", "all", "none"):
+        return Wanted(stop, numbers, str(logits), 0)
+    if not isinstance(logits, (int, np.integer)) or isinstance(logits, bool):
         raise RequestError(f'logits={logits!r}: "last", "all", "none" or how many')
-    return Wanted(stop, numbers, str(logits), 0)
+    if logits < 1:
+        raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
+    return Wanted(stop, numbers, "top", int(logits))
 
 
 def breaks_of(stop_at: Any) -> tuple[wire.Break, ...]:
@@ -162,10 +160,20 @@ def breaks_of(stop_at: Any) -> tuple[wire.Break, ...]:
     return breaks if number is None else (wire.Break(number, ()),)
 
 
+def _saves_of(save_at: Any, first: int, last: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Numbers and paths, each once."""
+    if isinstance(save_at, str) and save_at == "all":
+        save_at = range(first, last + 1)
+    saves = [save_at] if isinstance(save_at, (int, str, np.integer)) else save_at
+    places = [_place("save_at", one) for one in saves]
+    numbers = tuple(sorted({one for one in places if isinstance(one, int)}))
+    return numbers, tuple(dict.fromkeys(one for one in places if isinstance(one, str)))
+
+
 def _stop_of(stop_at: Any) -> tuple[int | None, tuple[wire.Break, ...]]:
     """A number alone, or all that is more than one."""
-    if stop_at is None:
-        return None, ()
+    if stop_at is None or type(stop_at) is int:
+        return stop_at, ()
     if isinstance(stop_at, Break):
         return None, (stop_at.on_wire,)
     if isinstance(stop_at, (list, tuple)):

@@ -13,6 +13,7 @@ everything: the magic, the op, the meta's shape, the number of buffers, and each
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -172,30 +173,27 @@ def _name(op: int) -> str:
 def tensors_of(meta: Any) -> Iterable[Tensor]:
     """Every tensor a message's meta speaks of."""
     find = _TENSORS.get(type(meta))
-    return () if find is None else [tensor for tensor in find(meta) if tensor is not None]
+    return () if find is None else filter(None, find(meta))
 
+
+# Getters of the standard library's, where every run's reply is read: a generator is ten times that.
+_tensor = attrgetter("tensor")
+_of_reply = attrgetter("ids", "logits", "top_values", "top_ids", "top_log_norm")
 
 _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     messages.Run: lambda meta: (meta.ids, *tensors_in(meta.edits)),
     messages.Tokens: lambda meta: (meta.ids,),
     messages.TokensReply: lambda meta: (meta.ids,),
     messages.Resume: lambda meta: (meta.hidden, *tensors_in(meta.edits)),
-    messages.RunReply: lambda meta: (
-        meta.ids,
-        *(kept.tensor for kept in meta.checkpoints),
-        meta.logits,
-        meta.top_values,
-        meta.top_ids,
-        meta.top_log_norm,
-    ),
-    tiers.WhereReply: lambda meta: (kept.tensor for kept in meta.kept),
-    tiers.ClaimReply: lambda meta: (*(kept.tensor for kept in meta.kept), *meta.ids),
-    tiers.MoveReply: lambda meta: (kept.tensor for kept in meta.kept),
+    messages.RunReply: lambda meta: (*_of_reply(meta), *map(_tensor, meta.checkpoints)),
+    tiers.WhereReply: lambda meta: map(_tensor, meta.kept),
+    tiers.ClaimReply: lambda meta: (*map(_tensor, meta.kept), *meta.ids),
+    tiers.MoveReply: lambda meta: map(_tensor, meta.kept),
     tiers.HoldReply: lambda meta: (meta.tensor,),
     tiers.Restore: lambda meta: (meta.hidden, meta.ids),
     tiers.RestoreReply: lambda meta: (meta.kept.tensor,),
     tiers.Moved: lambda meta: (meta.kept.tensor,),
-    LookReply: lambda meta: (seen.tensor for seen in meta.seen),
+    LookReply: lambda meta: map(_tensor, meta.seen),
     talks.Continue: lambda meta: (meta.ids,),
     talks.Generate: lambda meta: (meta.ids, meta.hidden, *tensors_in(meta.edits)),
     talks.Token: lambda meta: (
@@ -203,9 +201,9 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
         meta.logits,
         meta.top_values,
         meta.top_ids,
-        *(kept.tensor for kept in meta.checkpoints),
+        *map(_tensor, meta.checkpoints),
     ),
-    talks.Generated: lambda meta: (meta.ids, *(kept.tensor for kept in meta.checkpoints)),
+    talks.Generated: lambda meta: (meta.ids, *map(_tensor, meta.checkpoints)),
     sweeps.Sweep: lambda meta: (one for edits in meta.branches for one in tensors_in(edits)),
     sweeps.Trace: lambda meta: (
         prompt for prompt in (meta.clean, meta.corrupted) if isinstance(prompt, Tensor)
@@ -214,16 +212,16 @@ _TENSORS: dict[type, Callable[[Any], Iterable[Tensor | None]]] = {
     sweeps.Traced: lambda meta: sweeps.tensors_of(meta.outcomes),
     sweeps.TraceReply: lambda meta: (meta.ids, *sweeps.tensors_of(meta.base)),
     forwards.Forward: forwards.tensors_of,
-    forwards.Forwarded: lambda meta: (output.tensor for output in meta.outputs),
+    forwards.Forwarded: lambda meta: map(_tensor, meta.outputs),
     forwards.CardReply: lambda meta: (piece for file in meta.files for piece in file.pieces),
     attach.GoOn: lambda meta: (meta.hidden, *tensors_in(meta.edits)),
     attach.Stopped: lambda meta: (
         meta.before,
         meta.ids,
-        *(kept.tensor for kept in meta.checkpoints),
+        *map(_tensor, meta.checkpoints),
     ),
-    messages.Keep: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
-    messages.Adopt: lambda meta: (meta.ids, *(kept.tensor for kept in meta.kept)),
+    messages.Keep: lambda meta: (meta.ids, *map(_tensor, meta.kept)),
+    messages.Adopt: lambda meta: (meta.ids, *map(_tensor, meta.kept)),
     messages.ReadReply: lambda meta: (meta.piece,),
     messages.Uploaded: lambda meta: (meta.tensor,),
 }

@@ -82,16 +82,17 @@ def check(tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> None:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise ProtocolError(f'dtype "{tensor.dtype}" is not one of {", ".join(DTYPES)}')
-    if len(tensor.shape) > RANK_LIMIT:
-        raise ProtocolError(f"a tensor of rank {len(tensor.shape)}: at most {RANK_LIMIT}")
-    if any(extent < 0 for extent in tensor.shape):
-        raise ProtocolError(f"a tensor of shape {tensor.shape}: extents cannot be negative")
-    nbytes = math.prod(tensor.shape) * dtype.itemsize
+    shape = tensor.shape
+    if len(shape) > RANK_LIMIT:
+        raise ProtocolError(f"a tensor of rank {len(shape)}: at most {RANK_LIMIT}")
+    if shape and min(shape) < 0:
+        raise ProtocolError(f"a tensor of shape {shape}: extents cannot be negative")
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > NBYTES_LIMIT:
         raise ProtocolError(f"a tensor of {nbytes} bytes: at most {NBYTES_LIMIT}")
     # (0, 1 << 63) has no bytes, and still no array library can make it.
-    if not nbytes and math.prod(extent or 1 for extent in tensor.shape) > NBYTES_LIMIT:
-        raise ProtocolError(f"a tensor of shape {tensor.shape}: its extents are too large")
+    if not nbytes and math.prod(extent or 1 for extent in shape) > NBYTES_LIMIT:
+        raise ProtocolError(f"a tensor of shape {shape}: its extents are too large")
     where = tensor.where
     if isinstance(where, Inline):
         got = len(where.data)
@@ -103,7 +104,7 @@ def check(tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> None:
         return
     if got != nbytes:
         raise ProtocolError(
-            f"{tensor.dtype} {tensor.shape} takes {nbytes} bytes, the message carries {got}"
+            f"{tensor.dtype} {shape} takes {nbytes} bytes, the message carries {got}"
         )
 
 
