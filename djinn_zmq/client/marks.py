@@ -1,6 +1,5 @@
 """Where a conversation stands between two forwards, kept on the server as long as somebody cares."""
 
-import weakref
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,13 @@ class Mark:
         self.number = number
         self.ids = ids
         self.checkpoint = checkpoint
-        released = weakref.finalize(self, connection.forget, session, number)
-        released.atexit = False
+        self._connection = connection
+
+    def __del__(self) -> None:  # of each forward of a conversation: as a `Checkpoint`'s
+        self._connection.forget(self.session, self.number)
+
+    def __copy__(self) -> "Mark":
+        return self
 
     def __repr__(self) -> str:
         return f"<mark after {len(self.ids)} tokens>"

@@ -24,13 +24,15 @@ class Parcel:
     buffers: of the message. begin_ns: when the request was begun (perf_counter_ns).
     """
 
+    # Most requests bring nothing: what is not there is not made either.
+    buffers: tuple[bytes | memoryview, ...] = ()
+    _leases: tuple[Lease, ...] = ()
+    _uploads: tuple[int, ...] = ()
+
     def __init__(self, connection: Connection, session: int) -> None:
-        self.session = session
         self.begin_ns = time.perf_counter_ns()
-        self.buffers: list[bytes | memoryview] = []
+        self.session = session
         self._connection = connection
-        self._leases: list[Lease] = []
-        self._uploads: list[int] = []
 
     def place(self, array: np.ndarray) -> Operation[Tensor]:
         """Decide how *array* travels, and bring it there. Raises ArenaFull for no room."""
@@ -44,22 +46,22 @@ class Parcel:
         sharing = self._connection.sharing
         if sharing.lease is not None and array.nbytes >= SLOT_FROM:
             lease = sharing.stage(array.nbytes)
-            self._leases.append(lease)
+            self._leases += (lease,)
             np.frombuffer(lease.view, np.uint8)[:] = np.frombuffer(raw, np.uint8)
             return Tensor(array.dtype.name, array.shape, lease.slot)
         if array.nbytes <= PIECE:
-            self.buffers.append(raw)
+            self.buffers += (raw,)
             return Tensor(array.dtype.name, array.shape, Frame(len(self.buffers) - 1))
         uploaded = yield Call(
             Op.UPLOAD, messages.Upload(array.nbytes), session=self.session, data=raw
         )
-        self._uploads.append(uploaded.meta.id)
+        self._uploads += (uploaded.meta.id,)
         return Tensor(array.dtype.name, array.shape, uploaded.meta.tensor.where)
 
     def settle(self) -> None:
         """The request is answered, or never will be: what travelled with it comes back."""
-        if self._connection.closed:  # its memory went with the connection
-            return
+        if not (self._leases or self._uploads) or self._connection.closed:
+            return  # nothing did, or its memory went with the connection
         for lease in self._leases:
             self._connection.sharing.give_back(lease)
         for number in self._uploads:

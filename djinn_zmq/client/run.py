@@ -133,14 +133,16 @@ class Checkpoint(Looks, Tiered):
         wanted: messages.Wanted,
         timeout_s: float | None,
     ) -> Operation["Run"]:
-        parcel = Parcel(self._session.connection, self._kept.session)
+        session = self._session
+        parcel = Parcel(session.connection, self._kept.session)
+        placed: Tensor | None = None
+        on_wire: tuple[WireEdit, ...] = ()
         try:
-            placed, on_wire = yield from self.carry(edits, hidden, parcel)
+            if hidden is not None or not isinstance(edits, tuple) or edits:
+                placed, on_wire = yield from self.carry(edits, hidden, parcel)
             meta = messages.Resume(self.id, placed, on_wire, wanted)
-            run = yield from ask(
-                self._session, Op.RESUME, meta, parcel, timeout_s, self, self._before
-            )
-            self._session.stand_at(run)
+            run = yield from ask(session, Op.RESUME, meta, parcel, timeout_s, self, self._before)
+            session.stand_at(run)
             return run
         finally:
             parcel.settle()
