@@ -232,6 +232,25 @@ class Keeping:
         entry = Entry(new_id(), session, run, layer, body, midway, 0, place, base)
         return self._enter(entry)
 
+    def keep_sent(
+        self, tensor: Tensor, buffers: Sequence[bytes | memoryview], like: Entry, run: int
+    ) -> Kept:
+        """A checkpoint of what a client sent to stand in the place of *like*, copied from where it is.
+
+        Raises AccessDenied, ArenaFull. Complete when the device's `computed` says so.
+        """
+        was = like.body
+        data: torch.Tensor | np.ndarray
+        if isinstance(tensor.where, DeviceSlot):
+            data = self.holds.find(tensor, was.owner)
+        else:
+            self._check_owner(tensor, was.owner)
+            data = self._bytes(tensor, buffers)
+        args = was.dtype, was.shape, was.nbytes, like.session, was.owner, like.layer, was.ids
+        body = self._body(*args, {**was.facts})
+        self.tiers.place(body, data)
+        return self._enter(Entry(new_id(), like.session, run, like.layer, body))
+
     def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
         """Another checkpoint of the same bytes: nothing is copied."""
         self.tiers.touch(entry.body)
@@ -286,6 +305,12 @@ class Keeping:
         if body.device is not None:
             return body.arrived
         return body.resident and self.device.reads_host and not self.tiers.slabs.limit
+
+    def raised(self, entry: Entry) -> bool:
+        """Begin to copy it up to the device, if it is in host memory and there is room for it."""
+        if entry.body.resident and not self.device.reads_host:
+            self.hidden(entry)
+        return entry.body.device is not None
 
     def bring(self, entry: Entry) -> Iterator[None]:
         """Make it resident. Raises ArenaFull, BadFile."""

@@ -29,6 +29,7 @@ from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.tracing import Tracer
@@ -87,6 +88,7 @@ class EngineLoop:
         self._debugging = Debugging(
             self._keeping, self._runner, self._turns, self._answers, self._sessions, self._model_of
         )
+        self._stays = Stays(self._keeping, self._answers, self._tell_kept, self._end_if_broken)
         self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
@@ -150,13 +152,16 @@ class EngineLoop:
             while True:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
-                wait_s = 0 if self._chores or tiers.filling else self._turns.until_s()
+                copying = self._stays or tiers.filling
+                wait_s = 0 if self._chores or copying else self._turns.until_s()
                 if wait_s == 0 and tiers.beside:
                     # A thread that waits for the interpreter wakes when we let go of it, in a system
                     # call, and finds that we have it back: for half a minute, on a machine that wakes
                     # slowly. Long enough asleep, and it gets it.
                     time.sleep(GIVE_WAY_S)
                 self._poll.turn(wait_s)
+                if self._stays:
+                    self._stays.answer()
                 if tiers.filling:
                     tiers.fill()
                 if self._lease.late:  # came while an answer was waited for
@@ -305,8 +310,10 @@ class EngineLoop:
 
     def _leave(self, message: Message) -> None:
         number = message.header.session
+        closed = Cancelled("its session was closed")
         for active in self._turns.of(number):
-            self._end(active, Cancelled("its session was closed"))
+            self._end(active, closed)
+        self._stays.end(number, closed)
         session = self._sessions.pop(number, None)
         if session is not None:
             self._debugging.leave(session)
@@ -381,11 +388,9 @@ class EngineLoop:
             if self._answers.again(envelope, message.header):
                 return
             self._model_of(session)
-            stayed = self._runner.stay(message.meta, session, begin_ns)
-            if stayed is not None:
-                reply, entry = stayed
-                self._tell_kept(entry.ids, reply.checkpoints, session)
-                self._answers.answer(envelope, message.header, reply, store=True)
+            if self._stays.begin(
+                message.meta, message.buffers, session, envelope, message.header, begin_ns
+            ):
                 return
         self._run(envelope, message, session, begin_ns)
 
@@ -544,7 +549,6 @@ class EngineLoop:
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header
-        self._tell_moves()  # the server must know before the client asks it
         try:
             meta, buffers = replies.of(job)
         except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
@@ -588,6 +592,8 @@ class EngineLoop:
     # ---- telling the server
 
     def _tell_kept(self, ids: np.ndarray, kept: Sequence[Kept], session: EngineSession) -> None:
+        if self._keeping.moves or self._keeping.vault.moves:
+            self._tell_moves()  # the server must know before the client asks it
         if kept:  # ids inside the meta: they outlive this process in the server's books
             keep = messages.Keep(inline(ids), tuple(kept))
             self._answers.tell(Op.KEEP, keep, session.id)

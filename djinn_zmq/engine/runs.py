@@ -15,7 +15,7 @@ import torch
 from djinn_zmq.engine import editing, inside
 from djinn_zmq.engine.caches import Past, Segment
 from djinn_zmq.engine.jobs import Change, EngineSession, Given, Halt, Halting, Job, Turns
-from djinn_zmq.engine.keeping import Entry, Keeping, new_id
+from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.plans import Planner, Start
@@ -24,7 +24,7 @@ from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
-from djinn_zmq.wire.messages import Kept, Resume, Run, RunReply, Wanted
+from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
 from djinn_zmq.wire.talks import Generate
 from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
@@ -101,37 +101,6 @@ class Runner:
         job = Job(session, model, entry.ids, layer, wanted, shared, watch, *planned, ids_known=True)
         opening = self.opening(job, entry, asked, buffers)
         return job, self.settling(job, self._work(job, opening, start))
-
-    def stay(
-        self, asked: Resume, session: EngineSession, begin_ns: int
-    ) -> tuple[RunReply, Entry] | None:
-        """The reply to a resume that stops where it begins, and the checkpoint of the same bytes that it
-        keeps: where that is ready as it is there is nothing to take turns for. None for any other,
-        which is `resume`'s, right or wrong."""
-        entry = self._keeping.entries.get(asked.checkpoint)
-        wanted = asked.wanted
-        if (
-            entry is None
-            or entry.session != session.id
-            or entry.layer != wanted.stop_at
-            or not self._keeping.ready(entry)
-            or asked.edits
-            or asked.hidden is not None
-            or wanted.save_at
-            or wanted.logits not in ("last", "all", "none")
-            or entry.place
-            or entry.past
-            or entry.midway is not None
-            or session.attached is not None
-        ):
-            return None
-        run = new_id()
-        kept = self._keeping.share(entry, run)
-        spans = (("restore", time.perf_counter_ns() - begin_ns),)
-        reply = RunReply(
-            run, "stopped", entry.layer, None, (kept,), None, 0, None, None, None, spans
-        )
-        return reply, entry
 
     def place_of(self, entry: Entry, model: ServedModel) -> Place | None:
         """Where inside a layer a checkpoint is; None between two layers. Raises RequestError for one

@@ -84,17 +84,25 @@ class Tiers:
 
     # ---- in
 
-    def place(self, body: Body, data: torch.Tensor) -> None:
+    def place(self, body: Body, data: torch.Tensor | np.ndarray) -> None:
         """Give *body* its bytes: a device copy where that tier has room, and a host copy, written
-        through. Raises ArenaFull where neither has any; then nothing has changed."""
+        through. Raises ArenaFull where neither has any; then nothing has changed.
+
+        data: on the device, or uint8 (nbytes,) in host memory.
+        """
         slot = None if body.fixed else self._device_slot(body.nbytes, body.zone)
         lease, full = self._host_slot(body)
         if lease is None and slot is None:
             raise full or self.pool.full(body.nbytes, body.zone)
         if slot is not None:
             body.device = slot
-            self._device.copy(data, slot.data)
+            if isinstance(data, np.ndarray):
+                self._device.fill(data, slot.data)
+            else:
+                self._device.copy(data, slot.data)
             data = slot.data
+        elif isinstance(data, np.ndarray):
+            data = self._device.see(data, body.shape, getattr(torch, body.dtype))
         if lease is None:
             body.busy = self._device.computed()
         else:

@@ -1,0 +1,135 @@
+"""Resumes that stop where they begin: "is layer N+1 ready to run?"
+
+There is no layer to take turns for, so they are no jobs: the checkpoint is there already, or a copy is begun
+and the answer waits for it, beside all else.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from djinn_zmq.engine.answers import Answers
+from djinn_zmq.engine.jobs import EngineSession
+from djinn_zmq.engine.keeping import Entry, Keeping, new_id
+from djinn_zmq.engine.runs import check_hidden
+from djinn_zmq.errors import DjinnError, RunError
+from djinn_zmq.wire import states
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import Kept, Resume, RunReply
+
+LOGITS = ("last", "all", "none")  # it has none in any case; "top" says how many, to be checked
+STOPPED = str(states.Run.STOPPED)
+
+Tell = Callable[[np.ndarray, Sequence[Kept], EngineSession], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Stay:
+    """kept: what it comes to, once *done* says that it is there; None: it is."""
+
+    session: EngineSession
+    envelope: bytes
+    header: Header
+    begin_ns: int
+    entry: Entry
+    kept: Kept
+    run: int
+    done: Callable[[], bool] | None
+
+
+class Stays:
+    def __init__(
+        self, keeping: Keeping, answers: Answers, tell: Tell, failed: Callable[[Exception], None]
+    ) -> None:
+        """tell: tells the server of what is kept. failed: raises where the device is of no use any
+        more after an error of its."""
+        self._keeping = keeping
+        self._answers = answers
+        self._tell = tell
+        self._failed = failed
+        self._waiting: list[_Stay] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def begin(
+        self,
+        asked: Resume,
+        buffers: Sequence[bytes | memoryview],
+        session: EngineSession,
+        envelope: bytes,
+        header: Header,
+        begin_ns: int,
+    ) -> bool:
+        """Take a request that is such a resume. False for any other, right or wrong, and for what has
+        to wait for room or the disk: those are jobs.
+
+        Raises EditError, AccessDenied.
+        """
+        for one in self._waiting:
+            if one.session is session and one.header.request == header.request:
+                one.envelope = envelope  # asked again meanwhile: answer the newer asker
+                return True
+        keeping, wanted = self._keeping, asked.wanted
+        entry = keeping.entries.get(asked.checkpoint)
+        if (
+            entry is None
+            or entry.session != session.id
+            or entry.layer != wanted.stop_at
+            or asked.edits
+            or wanted.save_at
+            or wanted.logits not in LOGITS
+            or entry.place
+            or entry.past
+            or entry.midway is not None
+            or session.attached is not None
+        ):
+            return False
+        run = new_id()
+        if asked.hidden is not None:
+            check_hidden(asked.hidden, entry.body.tensor)
+            if not keeping.fits(entry.body.nbytes, session.owner):
+                return False
+            kept = keeping.keep_sent(asked.hidden, buffers, entry, run)
+            done = keeping.device.computed()
+        elif keeping.ready(entry):
+            kept, done = keeping.share(entry, run), None
+        elif keeping.raised(entry):
+            kept, done = keeping.share(entry, run), entry.body.arriving
+        else:
+            return False
+        stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done)
+        if not self._answered(stay):
+            self._waiting.append(stay)
+        return True
+
+    def answer(self) -> None:
+        """Answer those that are there by now."""
+        for stay in tuple(self._waiting):
+            if self._answered(stay):
+                self._waiting.remove(stay)
+
+    def _answered(self, stay: _Stay) -> bool:
+        try:
+            if stay.done is not None and not stay.done():
+                return False
+        except Exception as exc:  # noqa: BLE001  the device's
+            self._failed(exc)
+            error = RunError(f"{type(exc).__name__}: {exc}")
+            self._answers.refuse(stay.envelope, stay.header, error)
+            return True
+        kept = (stay.kept,)
+        self._tell(stay.entry.ids, kept, stay.session)
+        spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
+        layer = stay.entry.layer
+        reply = RunReply(stay.run, STOPPED, layer, None, kept, None, 0, None, None, None, spans)
+        self._answers.answer(stay.envelope, stay.header, reply, store=True)
+        return True
+
+    def end(self, session: int, error: DjinnError) -> None:
+        """Those of *session* are over."""
+        for stay in [one for one in self._waiting if one.session.id == session]:
+            self._waiting.remove(stay)
+            self._answers.refuse(stay.envelope, stay.header, error)
