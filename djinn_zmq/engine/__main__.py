@@ -6,6 +6,7 @@ the server was killed while this process was deep in a layer.
 
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -44,14 +45,19 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
     # Else each layer's keys of a long prompt leave a gap behind them that fits nothing: 50 GB of a GPU
     # taken for 42 (64 stopped sessions of the Llama-2-13B shape).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # What is imported stays: looking through it for garbage, again and again, takes a fifth of a start.
+    gc.disable()
     # Here, not above: torch takes seconds, and the server's death is watched for from the start.
     import torch
+    import transformers.modeling_utils  # noqa: F401  every model needs it
 
     from djinn_zmq.bus.lane import Ends
     from djinn_zmq.engine.devices import Broken, Cpu, Device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
+    gc.freeze()
+    gc.enable()
     ends = Ends(*map(int, link.split(",")))
     limits = Settings(**json.loads(settings))
     if limits.threads is not None:
