@@ -20,6 +20,7 @@ from zmq.backend import zmq_poll
 from djinn_zmq.bus.lane import Lane
 
 MANY = 64  # messages a source may hand over before the others are looked at
+AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
 
 POLLIN = int(zmq.POLLIN)
 
@@ -96,7 +97,9 @@ class Poll:
         if self._unheard and (silent := self._silent_ones()):
             self._take_many(silent)
             return
-        for fd, _ in self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s):
+        for fd, _ in (
+            self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s, AT_ONCE)
+        ):
             ready, args = self._ready.get(fd, NOBODY)
             if ready(*args):
                 self._unheard.add(fd)
@@ -113,7 +116,7 @@ class Poll:
 
     def _take_many(self, silent: list[int]) -> None:
         """From all that have something: a busy source must not keep the others from being heard."""
-        spoke = [fd for fd, _ in self._epoll.poll(0)]
+        spoke = [fd for fd, _ in self._epoll.poll(0, AT_ONCE)]
         for fd in dict.fromkeys(silent + spoke):
             for _ in range(MANY):
                 ready, args = self._ready.get(fd, NOBODY)
@@ -129,9 +132,9 @@ class Poll:
             for fd, lane in self._lanes.items():
                 if lane.unfinished():
                     return [(fd, 0)]
-            if found := self._epoll.poll(0):
+            if found := self._epoll.poll(0, AT_ONCE):
                 return found
-        return self._epoll.poll(timeout_s)
+        return self._epoll.poll(timeout_s, AT_ONCE)
 
     def close(self) -> None:
         self._epoll.close()

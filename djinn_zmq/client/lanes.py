@@ -16,6 +16,7 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.wire.codec import Whole
 from djinn_zmq.wire.messages import Broken, Offer
 
+AT_ONCE = 16  # descriptors told of at once; for epoll's default of 1023 each wait allocates 12 KiB
 RETRY_S = 0.2  # between two offers that the server could not pass on
 
 
@@ -90,7 +91,7 @@ class Lanes:
         """Has something come on the lease socket: perhaps that an engine is gone?"""
         if self._epoll is None or self._sharing.lease is None:
             return False
-        spoke = self._epoll.poll(0)
+        spoke = self._epoll.poll(0, AT_ONCE)
         return bool(spoke) and self._sharing.lease.socket.fileno() in dict(spoke)
 
     def hear(self, lane: Lane, timeout_s: float) -> Whole | None:
@@ -104,7 +105,7 @@ class Lanes:
                     pass
             if not lane.unfinished():
                 assert self._epoll is not None
-                self._epoll.poll(timeout_s)
+                self._epoll.poll(timeout_s, AT_ONCE)
             frames = lane.receive()
         return frames
 

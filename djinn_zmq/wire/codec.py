@@ -14,7 +14,7 @@ everything: the magic, the op, the meta's shape, the number of buffers, and each
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
@@ -34,7 +34,9 @@ BUFFERS_LIMIT = 64
 Buffer = bytes | memoryview
 
 
-class Header(NamedTuple):
+# Structs, not named tuples: made in one call of C, and a field is read where it lies. A named tuple
+# takes 5 us more to make where it is cold, and 2 us to read from.
+class Header(msgspec.Struct, frozen=True, gc=False):
     magic: bytes
     version: int
     op: int
@@ -54,14 +56,12 @@ NOT_A_REPLY = int(Flag.ERROR | Flag.PROGRESS | Flag.PART)
 NOBODYS = Header(MAGIC, VERSION, Op.PING, 0, 0, 0, 0, 0, 0)
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True):
     header: Header
     meta: Any  # the struct that REQUESTS or REPLIES names for the op
     buffers: Sequence[Buffer]
 
 
-# A named tuple's own constructor is a Python function: on every message's way, 2 us where it is cold.
-_new = tuple.__new__
 _pack, _unpack = HEADER.pack, HEADER.unpack_from
 _KINDS = Flag.REPLY | Flag.ERROR | Flag.PROGRESS | Flag.PART
 _FAILED = Flag.REPLY | Flag.ERROR
@@ -116,8 +116,8 @@ def peek(frame: Buffer) -> Header:
     """The header of frame 0. Raises ProtocolError for what is not one."""
     if len(frame) < HEADER_SIZE:
         raise ProtocolError(f"{len(frame)} bytes are no header: it has {HEADER_SIZE}")
-    header = _new(Header, _unpack(frame))
-    if header[0] != MAGIC or header[1] != VERSION:
+    header = Header(*_unpack(frame))
+    if header.magic != MAGIC or header.version != VERSION:
         if header.magic != MAGIC:
             raise ProtocolError(f"magic {header.magic!r}: a message starts with {MAGIC!r}")
         raise ProtocolError(f"protocol version {header.version}: this side speaks {VERSION}")
@@ -141,7 +141,7 @@ def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None 
     if type(meta) in _TENSORS:
         for tensor in tensors_of(meta):
             check(tensor, buffers)
-    return _new(Message, (header, meta, buffers))
+    return Message(header, meta, buffers)
 
 
 def _another_decoder(header: Header) -> msgspec.msgpack.Decoder[Any]:
