@@ -202,14 +202,18 @@ class OwnArena(Arena):
         """Read the free pieces off the table: all of a new arena, the gaps of an adopted one."""
         place = 0
         while place < self.count:
-            granules = self._table[2 * place + 1] & ~FILLING
-            if granules == 0:
+            entry = self._table[2 * place + 1]
+            granules = entry & ~FILLING
+            if entry == 0:
                 start = place
                 while place < self.count and not self._table[2 * place + 1]:
                     place += 1
                 self.free.give(start, place - start)
-            elif place + granules > self.count:
-                raise ProtocolError(f"slot {place} ends beyond the arena: its table is damaged")
+            elif not granules or place + granules > self.count:
+                raise ProtocolError(
+                    f"slot {place} of {granules} granules, in an arena of {self.count}: its table is "
+                    "damaged"
+                )
             else:
                 place += granules
 

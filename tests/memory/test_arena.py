@@ -11,6 +11,7 @@ from djinn_zmq.errors import Closed, OnDevice, ProtocolError, StaleSlot
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import (
     ENTRY_SIZE,
+    FILLING,
     GRANULE,
     HEADER,
     HEADER_ROOM,
@@ -136,8 +137,10 @@ def test_a_table_that_lies_about_a_length_is_refused(arena: OwnArena) -> None:
     os.pwrite(arena.fd, struct.pack("<I", 2**32 - 1), HEADER_ROOM + 4)
     with pytest.raises(ProtocolError, match="bytes of slot 0"):
         arena.view(lease.slot, 9 * GRANULE)
-    with pytest.raises(ProtocolError, match="damaged"):
-        OwnArena(1, os.dup(arena.fd))
+    for length in (2**32 - 1, FILLING):  # beyond the arena; none, and still to be filled
+        os.pwrite(arena.fd, struct.pack("<I", length), HEADER_ROOM + 4)
+        with pytest.raises(ProtocolError, match="damaged"):
+            OwnArena(1, os.dup(arena.fd))
 
 
 def test_a_closed_arena_says_so(arena: OwnArena) -> None:
