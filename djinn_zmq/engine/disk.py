@@ -29,6 +29,12 @@ class Disk:
         self._wake = wake
         self._writer = ThreadPoolExecutor(1, "djinn-disk-writer")
         self._reader = ThreadPoolExecutor(1, "djinn-disk-reader")
+        self._under_way: set[Future[Any]] = set()  # threads take theirs out themselves
+
+    @property
+    def busy(self) -> bool:
+        """Is a thread reading or writing?"""
+        return bool(self._under_way)
 
     def fits(self, nbytes: int) -> bool:
         return self.folder is not None and self.used + nbytes <= self.limit
@@ -93,8 +99,13 @@ class Disk:
         self._writer.submit(work)
 
     def _watched(self, future: "Future[Any]") -> "Future[Any]":
-        future.add_done_callback(lambda _: self._wake())
+        self._under_way.add(future)
+        future.add_done_callback(self._done)
         return future
+
+    def _done(self, future: "Future[Any]") -> None:
+        self._under_way.discard(future)
+        self._wake()
 
     def close(self) -> None:
         """Wait for what is under way, so that no half-made file stays."""

@@ -80,7 +80,7 @@ class Tiers:
     @property
     def beside(self) -> bool:
         """Is a thread at work for us?"""
-        return bool(self._growing or self._writing)
+        return bool(self._growing) or self.disk.busy
 
     # ---- in
 
