@@ -34,9 +34,8 @@ class Router:
         self._users = keys is not None
         self._fresh: set[bytes] = set()
         self._known: dict[bytes, tuple[str, str]] = {}
-        self._sure: set[bytes] = (
-            set()
-        )  # routes that need no look: whose they are cannot have changed
+        # Routes that need no look: whose they are cannot have changed.
+        self._sure: set[bytes] = set()
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:

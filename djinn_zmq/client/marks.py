@@ -13,6 +13,8 @@ class Mark:
     ids: all tokens up to here, int64 (positions,). checkpoint: the last one on the way, or None.
     """
 
+    number = 0  # of one that was never made whole: it holds nothing
+
     def __init__(
         self, connection: Connection, session: int, number: int, ids: np.ndarray, checkpoint: Any
     ) -> None:
@@ -23,7 +25,8 @@ class Mark:
         self._connection = connection
 
     def __del__(self) -> None:  # of each forward of a conversation: as a `Checkpoint`'s
-        self._connection.forget(self.session, self.number)
+        if self.number:
+            self._connection.forget(self.session, self.number)
 
     def __copy__(self) -> "Mark":
         return self

@@ -45,6 +45,8 @@ class Checkpoint(Looks, Tiered):
     It is kept on the server until `release`, or until nothing refers to this object any more.
     """
 
+    _held = False  # of one that was never made whole, by copy.deepcopy for one: it holds nothing
+
     def __init__(
         self,
         session: Session,

@@ -44,7 +44,8 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Else each layer's keys of a long prompt leave a gap behind them that fits nothing: 50 GB of a GPU
     # taken for 42 (64 stopped sessions of the Llama-2-13B shape).
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # What is imported stays: looking through it for garbage, again and again, takes a fifth of a start.
     gc.disable()
     # Here, not above: torch takes seconds, and the server's death is watched for from the start.

@@ -306,8 +306,9 @@ class Keeping:
             return body.arrived
         return body.resident and self.device.reads_host and not self.tiers.slabs.limit
 
-    def raised(self, entry: Entry) -> bool:
-        """Begin to copy it up to the device, if it is in host memory and there is room for it."""
+    def promote(self, entry: Entry) -> bool:
+        """Begin to copy it up to the device. False where it is not in host memory, or there is no
+        room for it."""
         if entry.body.resident and not self.device.reads_host:
             self.hidden(entry)
         return entry.body.device is not None

@@ -96,7 +96,7 @@ class Stays:
             done = keeping.device.computed()
         elif keeping.ready(entry):
             kept, done = keeping.share(entry, run), None
-        elif keeping.raised(entry):
+        elif keeping.promote(entry):
             kept, done = keeping.share(entry, run), entry.body.arriving
         else:
             return False

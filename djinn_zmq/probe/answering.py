@@ -91,7 +91,7 @@ class _Taking:
         while self._taken < count:
             self._poll.turn(0)
 
-    def _take_one(self, *_: int) -> bool:
+    def _take_one(self) -> bool:
         pieces = self._link.receive()
         if pieces is not None:
             self._taken += 1

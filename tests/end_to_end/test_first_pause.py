@@ -232,6 +232,18 @@ def test_a_checkpoint_nobody_refers_to_is_released_by_itself(tiny, server):
     until(lambda: server.status().memory.checkpoints <= before + 2, "the others are released")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_what_holds_a_connection_is_not_copied_deeply_and_says_so_without_noise(tiny):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    with tiny.session() as talk:
+        talk.run(FRANCE)
+        for held in (point, talk.mark()):
+            with pytest.raises(TypeError):
+                copy.deepcopy(held)
+    gc.collect()
+    assert point.kept and point.resume().state == "finished"
+
+
 def test_the_end_of_a_copy_of_a_checkpoint_releases_nothing(tiny):
     point = tiny.run(FRANCE, stop_at=2).checkpoint
     copy.copy(point)
