@@ -8,6 +8,7 @@ refers to the iterator any more.
 """
 
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import Any, Generic, Self, TypeVar
 
@@ -24,7 +25,7 @@ WINDOW = 16  # parts under way at once
 OVER = object()
 
 
-class Stream(Generic[T, R]):
+class Stream(ABC, Generic[T, R]):
     """An iterator, sync or async, over what an operation comes to step by step.
 
     result: what it all came to; None until it is over.
@@ -69,12 +70,13 @@ class Stream(Generic[T, R]):
         """Take no more: what is still to be done for it is cancelled."""
         return self._session.drive(self._close())
 
+    @abstractmethod
     def _close(self) -> Operation[None]:
-        raise NotImplementedError
+        """Cancel what is still to be done."""
 
+    @abstractmethod
     def _step(self) -> Operation[Any]:
         """The next, or OVER."""
-        raise NotImplementedError
 
 
 class Parts(Stream[T, R]):
@@ -144,17 +146,17 @@ class Bundles(Stream[T, R]):
         self._parts: Parts[Message, Message] | None = None
         self._ready: deque[T] = deque()
 
+    @abstractmethod
     def _more(self) -> Operation[Call] | None:
         """Makes the next call, and `_parcel`; None where all have been made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _items(self, message: Message) -> list[T]:
         """Those of a part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self, message: Message) -> Operation[None]:
         """The reply of one request has come."""
-        raise NotImplementedError
 
     def _step(self) -> Operation[Any]:
         while not self._ready:
