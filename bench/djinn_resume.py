@@ -169,7 +169,7 @@ def _case(
     before = task.before
     if tier is not None:
         before = _in_tier(point, tier, before)
-    return Timed(NAME, variant, layer, task.call, before, more=more)
+    return Timed(NAME, variant, layer, task.call, before, task.clock, more=more)
 
 
 def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
