@@ -28,15 +28,14 @@ import torch
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.growing import Grow, Growing
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
-from djinn_zmq.memory.arena import Lease, OwnArena, Pool
+from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.wire.tensors import over
 
 _log = logging.getLogger(__name__)
 
-GROW_AGAIN_S = 1.0  # after the system refused memory
-WAITING = 4  # arenas that are made beside us, one after the other
 WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
 
 
@@ -59,17 +58,14 @@ class Tiers:
         pool: Pool,
         disk: Disk,
         moved: Moved,
-        grow: Callable[[int], "Future[OwnArena]"],
+        grow: Grow,
     ) -> None:
-        """grow: makes an arena of so many bytes beside us, its pages taken."""
         self.slabs = slabs
         self.pool = pool
         self.disk = disk
         self._device = device
         self._moved = moved
-        self._grow = grow
-        self._growing: list[tuple[Future[OwnArena], int]] = []  # with their bytes
-        self._grow_from_s = 0.0  # monotonic: the system had no memory before
+        self.growing = Growing(pool, grow)
         self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
         self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
         self._writing: list[_Writing] = []
@@ -80,7 +76,7 @@ class Tiers:
     @property
     def beside(self) -> bool:
         """Is a thread at work for us?"""
-        return bool(self._growing) or self.disk.busy
+        return bool(self.growing) or self.disk.busy
 
     # ---- in
 
@@ -108,7 +104,7 @@ class Tiers:
         else:
             self._store(body, data, lease)
         self.add(body)
-        self.tend(body.zone)
+        self.growing.tend(body.zone)
 
     def _store(self, body: Body, data: torch.Tensor, lease: Lease) -> None:
         """Begin to copy *data* to the slot of *lease*, which is *body*'s from now on."""
@@ -147,7 +143,7 @@ class Tiers:
         """
         self.settle()
         while not self.pool.ready(nbytes, zone):
-            if self._growing or self._grow_beside(nbytes, zone):
+            if self.growing or self.growing.begin(nbytes, zone):
                 yield
                 self.settle()
                 continue
@@ -157,39 +153,6 @@ class Tiers:
                 return
             yield
             self.settle()
-
-    def _grow_beside(self, nbytes: int, zone: str) -> bool:
-        """Begin to make an arena with room for *nbytes*. False where there may be none."""
-        if len(self._growing) == WAITING or time.monotonic() < self._grow_from_s:
-            return False
-        size = self.pool.may_grow(nbytes, zone)
-        if size:
-            self.pool.coming += size
-            self._growing.append((self._grow(size), size))
-        return bool(size)
-
-    def expect(self, nbytes: int) -> None:
-        """So much will be wanted soon of what nobody maps: have arenas made for it, since a system gives
-        fresh pages slowly."""
-        missing = nbytes - self.pool.free("") - self.pool.coming
-        while missing > 0 and self._grow_beside(1, ""):
-            missing -= self._growing[-1][1]
-
-    def _grown(self) -> None:
-        for one in [one for one in self._growing if one[0].done()]:
-            self._growing.remove(one)
-            future, size = one
-            self.pool.coming -= size
-            try:
-                self.pool.add(future.result())
-            except ArenaFull as exc:  # the system has no more, whatever the limit says
-                _log.warning("no more host memory: %s", exc)
-                self._grow_from_s = time.monotonic() + GROW_AGAIN_S
-
-    def tend(self, zone: str) -> None:
-        """Make the next arena in advance, where the last one is half full."""
-        if not self._growing and not self.pool.ready(self.pool.arena_nbytes // 2, zone):
-            self._grow_beside(1, zone)
 
     def host_slot(self, nbytes: int, session: int) -> Generator[None, None, Lease | None]:
         """A slot for what is not a checkpoint and nobody maps; None where nothing makes room."""
@@ -204,9 +167,8 @@ class Tiers:
             try:
                 return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
             except ArenaFull as exc:
-                if self._growing:  # they have what the limit leaves: the first is soon there
-                    self._growing[0][0].exception()
-                    self._grown()
+                if self.growing:  # they have what the limit leaves: the first is soon there
+                    self.growing.wait()
                 elif not self._drop_one() and not self.more_room():
                     return None, exc
 
@@ -278,7 +240,7 @@ class Tiers:
     def settle(self) -> None:
         """Take note of what has been done beside us: files written, slots free to be used again,
         an arena made."""
-        self._grown()
+        self.growing.take()
         for writing in [one for one in self._writing if one.future.done()]:
             self._writing.remove(writing)
             self._written(writing)
@@ -561,10 +523,7 @@ class Tiers:
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""
-        for future, _ in self._growing:
-            if future.exception() is None:
-                future.result().close()
-        self._growing.clear()
+        self.growing.close()
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()

@@ -228,7 +228,7 @@ class Vault:
         self.shrinking = True
         try:
             while self._excess > 0:
-                self.tiers.expect(AHEAD * self._excess)
+                self.tiers.growing.expect(AHEAD * self._excess)
                 batch = self._oldest(self._excess)
                 if not batch or not (yield from self._move_out(batch)):
                     return
