@@ -37,7 +37,7 @@ class Batching:
     def rows_of(self, model: ServedModel, ids: np.ndarray, job: Job) -> Rows:
         key = (model.info.name, ids.shape[1])
         with job.watch.span("record"):
-            rows = Rows(model, self._runner.recording_of(model, ids), self._rows.get(key))
+            rows = Rows(model, self._runner.recordings.of(model, ids), self._rows.get(key))
         self._rows[key] = rows.free
         return rows
 

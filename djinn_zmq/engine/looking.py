@@ -105,7 +105,7 @@ class Looker:
         _check_between(entry)
 
         def work() -> Iterator[None]:
-            recording = self._runner.recording(job)
+            recording = self._runner.recordings.of(job.model, job.ids)
             hidden = yield from self._runner.lend(job, entry)
             yield
             with job.watch.span("compute"):
@@ -128,7 +128,7 @@ class Looker:
         _check_top(view.k, len(entries) * batch * len(positions), job.model)
 
         def work() -> Iterator[None]:
-            recording = self._runner.recording(job)
+            recording = self._runner.recordings.of(job.model, job.ids)
             rows = []
             for one in entries:
                 hidden = yield from self._runner.lend(job, one)
@@ -189,7 +189,7 @@ class Looker:
         def work() -> Iterator[None]:
             cache = None
             if midway is None:
-                recording = self._runner.recording(job)
+                recording = self._runner.recordings.of(job.model, job.ids)
             else:
                 branch, below = midway.branch, midway.below
                 yield from self._runner.pin(job, branch.past, below)

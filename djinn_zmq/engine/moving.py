@@ -197,7 +197,7 @@ class Mover:
 
     def _restore(self, job: RestoreJob, asked: Restore, buffers: Buffers) -> Iterator[None]:
         job.advance("start")
-        like = self._runner.recording(job).embedded
+        like = self._runner.recordings.of(job.model, job.ids).embedded
         wanted = NAMES[like.dtype], tuple(like.shape)
         given = asked.hidden.dtype, asked.hidden.shape
         if given != wanted:

@@ -5,11 +5,9 @@ with its reply, and a resume is a new run that starts further up.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from djinn_zmq.engine import editing, inside
@@ -19,6 +17,7 @@ from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.plans import Planner, Start
+from djinn_zmq.engine.recordings import Recordings
 from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
@@ -30,7 +29,6 @@ from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 FRESH = Start(0, fresh=True)
-RECORDINGS_NBYTES = 256 * MIB  # of past prompts, so that a resume need not record again
 
 
 # What a job starts with and may not change (None: its ids), and the checkpoint that it is, if any.
@@ -43,8 +41,7 @@ class Runner:
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
         self.planner = Planner()
-        self._recordings: OrderedDict[bytes, Recording] = OrderedDict()
-        self._recordings_nbytes = 0
+        self.recordings = Recordings()
 
     # ---- from a request to a job
 
@@ -287,7 +284,7 @@ class Runner:
             yield from self._stay(job, hidden, unchanged)
             return
         with watch.span("record"):
-            recording = self.recording(job)
+            recording = self.recordings.of(job.model, job.ids)
         if hidden is None and job.plan is not None:
             recording = yield from inside.recorded(job, recording, self.keep)
         if hidden is None:
@@ -476,25 +473,6 @@ class Runner:
         job.kept.clear()
         job.logits_kept = None
         self.settle(job)
-
-    def recording(self, job: Job) -> Recording:
-        """What the model hands its layers for this prompt: the last few prompts' are at hand."""
-        return self.recording_of(job.model, job.ids)
-
-    def recording_of(self, model: ServedModel, ids: np.ndarray) -> Recording:
-        """ids: int64 (batch, positions)"""
-        key = b"\0".join((model.info.name.encode(), repr(ids.shape).encode(), ids.tobytes()))
-        recording = self._recordings.get(key)
-        if recording is None:
-            tokens = torch.from_numpy(ids).to(model.device)
-            recording = self._recordings[key] = model.stepper.record(tokens)
-            self._recordings_nbytes += recording.nbytes
-            while self._recordings_nbytes > RECORDINGS_NBYTES and len(self._recordings) > 1:
-                _, oldest = self._recordings.popitem(last=False)
-                self._recordings_nbytes -= oldest.nbytes
-        else:
-            self._recordings.move_to_end(key)
-        return recording
 
 
 def _stops_behind(job: Job) -> bool:

@@ -114,7 +114,7 @@ class Tracer(Batching):
         """Both prompts run to the end; their hidden states (2, positions, hidden_size) by layer."""
         stepper = job.model.stepper
         with job.watch.span("record"):
-            recording = self._runner.recording_of(job.model, job.ids)
+            recording = self._runner.recordings.of(job.model, job.ids)
         hidden = recording.embedded.clone()
         found = {0: hidden.clone()}
         for index in range(stepper.num_layers):
