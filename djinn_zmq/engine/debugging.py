@@ -23,6 +23,7 @@ from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
 from djinn_zmq.engine.runs import Runner, check_hidden
+from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
     Busy,
@@ -71,6 +72,7 @@ class Debugging:
         runner: Runner,
         turns: Turns,
         answers: Answers,
+        telling: Telling,
         sessions: dict[int, EngineSession],
         model_of: Callable[[EngineSession], ServedModel],
     ) -> None:
@@ -78,6 +80,7 @@ class Debugging:
         self._runner = runner
         self._turns = turns
         self._answers = answers
+        self._telling = telling
         self._sessions = sessions
         self._model_of = model_of
         self._attachments: list[Attachment] = []
@@ -275,8 +278,7 @@ class Debugging:
         halt.number, halt.since_ns = self._last, time.perf_counter_ns()
         active.halt = halt
         self._held[halt.number] = attachment, active, halt
-        keep = messages.Keep(inline(job.ids), tuple(halt.kept))
-        self._answers.tell(Op.KEEP, keep, attachment.debugger.id)
+        self._telling.kept(job.ids, halt.kept, attachment.debugger)
         buffers: list[bytes | memoryview] = []
         before = NO_IDS
         if isinstance(job, TalkJob):

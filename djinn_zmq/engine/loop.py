@@ -32,6 +32,7 @@ from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
+from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.tracing import Tracer
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (
@@ -49,12 +50,12 @@ from djinn_zmq.errors import (
 )
 from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire import codec, messages, talks
+from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import NOBODYS, OF_ANSWERS, Header, Message
-from djinn_zmq.wire.messages import Flag, Kept
+from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import inline, view
-from djinn_zmq.wire.tiers import AwayReply, Moved
+from djinn_zmq.wire.tensors import view
+from djinn_zmq.wire.tiers import AwayReply
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +86,12 @@ class EngineLoop:
         self._poll = Poll(settings.spin_us)
         self._lanes = Lanes(self._poll, settings, self._take_on_lane, self._on_broken_lane)
         self._answers = Answers(link, self._lanes)
+        self._telling = Telling(self._answers, self._keeping, self._sessions)
         self._debugging = Debugging(
-            self._keeping, self._runner, self._turns, self._answers, self._sessions, self._model_of
-        )
-        self._stays = Stays(self._keeping, self._answers, self._tell_kept, self._end_if_broken)
+            self._keeping, self._runner, self._turns, self._answers, self._telling, self._sessions,
+            self._model_of,
+        )  # fmt: skip
+        self._stays = Stays(self._keeping, self._answers, self._telling, self._end_if_broken)
         self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
@@ -173,7 +176,7 @@ class EngineLoop:
                     for chore in tuple(self._chores):  # copies, both directions at once
                         self._chore(chore)
                 if self._keeping.moves or self._keeping.vault.moves:
-                    self._tell_moves()
+                    self._telling.moves()
 
     def close(self) -> None:
         self._lanes.close_all()
@@ -337,7 +340,7 @@ class EngineLoop:
         self._keeping.drop(numbers, session.id)
         for number in numbers:
             session.branches.pop(number, None)
-        self._tell_held(session)
+        self._telling.held(session)
 
     def _adopt(self, message: Message) -> None:
         self._adopting = True
@@ -488,17 +491,6 @@ class EngineLoop:
             _log.exception("bringing back a session's checkpoints failed")
             self._chores.remove(chore)
 
-    def _tell_moves(self) -> None:
-        moves, self._keeping.moves = self._keeping.moves, []
-        for entry, how, elapsed_ns in moves:
-            self._answers.tell(Op.MOVED, Moved(entry.kept, how, elapsed_ns), entry.session)
-        moved, self._keeping.vault.moves = self._keeping.vault.moves, []
-        for one in moved:
-            session = self._sessions.get(one.session)
-            nbytes = session.account.nbytes if session is not None else 0
-            held = talks.Held(nbytes, one.how, one.nbytes, one.elapsed_ns)
-            self._answers.tell(Op.HELD, held, one.session)
-
     def _work(self, active: Active) -> None:
         """One layer of one run, and what follows where it was the last."""
         if active.left_s < 0:
@@ -544,7 +536,7 @@ class EngineLoop:
         active.credit -= 1
         header = active.header
         job = active.job
-        self._tell_kept(job.ids, getattr(part.meta, "checkpoints", ()), job.session)
+        self._telling.kept(job.ids, getattr(part.meta, "checkpoints", ()), job.session)
         self._answers.part(active.envelope, header, part.meta, part.buffers)
 
     def _finish(self, active: Active) -> None:
@@ -557,8 +549,8 @@ class EngineLoop:
             self._runner.discard(job)
             self._answers.refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
-        self._tell_kept(job.ids, job.everything_kept, job.session)
-        self._tell_held(job.session)
+        self._telling.kept(job.ids, job.everything_kept, job.session)
+        self._telling.held(job.session)
         self._answers.answer(active.envelope, header, meta, buffers, store=True)
         if self._debugging.tells:
             self._debugging.ended(active)
@@ -588,20 +580,6 @@ class EngineLoop:
         self._runner.discard(active.job)
         if isinstance(active.held, Part):  # what its client was never told of
             self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])
-
-    # ---- telling the server
-
-    def _tell_kept(self, ids: np.ndarray, kept: Sequence[Kept], session: EngineSession) -> None:
-        if self._keeping.moves or self._keeping.vault.moves:
-            self._tell_moves()  # the server must know before the client asks it
-        if kept:  # ids inside the meta: they outlive this process in the server's books
-            keep = messages.Keep(inline(ids), tuple(kept))
-            self._answers.tell(Op.KEEP, keep, session.id)
-
-    def _tell_held(self, session: EngineSession) -> None:
-        if session.account.nbytes != session.told_nbytes:
-            session.told_nbytes = session.account.nbytes
-            self._answers.tell(Op.HELD, talks.Held(session.told_nbytes), session.id)
 
 
 def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.runs import check_hidden
+from djinn_zmq.engine.telling import Telling
 from djinn_zmq.errors import DjinnError, RunError
 from djinn_zmq.wire import states
 from djinn_zmq.wire.codec import Header
@@ -21,8 +20,6 @@ from djinn_zmq.wire.messages import Kept, Resume, RunReply
 
 LOGITS = ("last", "all", "none")  # it has none in any case; "top" says how many, to be checked
 STOPPED = str(states.Run.STOPPED)
-
-Tell = Callable[[np.ndarray, Sequence[Kept], EngineSession], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +38,16 @@ class _Stay:
 
 class Stays:
     def __init__(
-        self, keeping: Keeping, answers: Answers, tell: Tell, failed: Callable[[Exception], None]
+        self,
+        keeping: Keeping,
+        answers: Answers,
+        telling: Telling,
+        failed: Callable[[Exception], None],
     ) -> None:
-        """tell: tells the server of what is kept. failed: raises where the device is of no use any
-        more after an error of its."""
+        """failed: raises where the device is of no use any more after an error of its."""
         self._keeping = keeping
         self._answers = answers
-        self._tell = tell
+        self._telling = telling
         self._failed = failed
         self._waiting: list[_Stay] = []
 
@@ -121,7 +121,7 @@ class Stays:
             self._answers.refuse(stay.envelope, stay.header, error)
             return True
         kept = (stay.kept,)
-        self._tell(stay.entry.ids, kept, stay.session)
+        self._telling.kept(stay.entry.ids, kept, stay.session)
         spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
         layer = stay.entry.layer
         reply = RunReply(stay.run, STOPPED, layer, None, kept, None, 0, None, None, None, spans)

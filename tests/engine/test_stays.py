@@ -37,9 +37,8 @@ class Engine:
             answer=lambda envelope, header, reply, store: self.said.append((envelope, reply)),
             refuse=lambda envelope, header, error: self.said.append((envelope, error)),
         )
-        self.stays = Stays(
-            keeping, answers, lambda ids, kept, _: self.said.append(("kept", kept)), self._failed
-        )
+        telling: Any = SimpleNamespace(kept=lambda ids, kept, _: self.said.append(("kept", kept)))
+        self.stays = Stays(keeping, answers, telling, self._failed)
         self.data = torch.randn(2, 5, 8)
         kept = keeping.keep(self.data, session=1, owner=OWNER, run=7, layer=2, ids=IDS)
         self.point = kept.id
