@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 import djinn_zmq as djinn
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.probe import command, echoes, interrupted, pinning, tables

@@ -26,16 +26,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.connection import (
-    LOOK_S,
-    WINDOW,
-    Call,
-    Connection,
-    Heard,
-    Next,
-    Operation,
-    Step,
-)
+from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, Step
+from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, reporter

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.client.connection import PIECE, Call, Connection, Operation
+from djinn_zmq.client.calls import PIECE, Call, Operation
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.errors import AccessDenied, Lost, OnDevice, StaleSlot, UnknownCheckpoint
 from djinn_zmq.wire.edits import Index, selection

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Next, Operation
+from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import OVER, Parts

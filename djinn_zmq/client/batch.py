@@ -8,7 +8,7 @@ GPU, and rounded as that shape is.)
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.session import Session

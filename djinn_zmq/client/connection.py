@@ -9,16 +9,15 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import msgspec
 import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
+from djinn_zmq.client.calls import LOOK_S, PIECE, Arriving, Call, Heard, Next, Operation, T
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
@@ -31,7 +30,7 @@ from djinn_zmq.errors import (
     RequestError,
     Unreachable,
 )
-from djinn_zmq.settings import MIB, Settings
+from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import NOT_A_REPLY, Message
@@ -44,93 +43,15 @@ from djinn_zmq.wire.talks import Generated, Token
 if TYPE_CHECKING:  # a room that only those with a key need
     from djinn_zmq.bus.keys import ClientKeys
 
-T = TypeVar("T")
 Frames = tuple[Piece, Sequence[Piece]]
-Progress = Callable[[messages.Progress], None]
 
-PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this size
 WINDOW = 8  # pieces asked for at once
-LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
 PROGRESS_CREDIT = 1000
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
 # Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
 MONITOR_EVENT = struct.Struct("=hi")
 DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
-
-
-class Arriving:
-    """The parts of one answer that have come, and how many were taken since more were asked for."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.parts: deque[Message] = deque()
-        self.taken = 0
-
-
-class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python, with each request
-    """One request. data: what an UPLOAD sends behind it, in pieces.
-
-    parts: how many parts of its answer may be under way at once; 0: it is answered in one.
-    lane: the way it took; None: the bus.
-    held_s: for how long a debugger has held what was asked, which does not count; held_since: now it
-    does, from then on (monotonic seconds).
-    sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
-    reply: what came, or why nothing will; arriving: where its answer comes in parts.
-    """
-
-    op: Op
-    meta: msgspec.Struct
-    session: int = 0
-    buffers: Sequence[bytes | memoryview] = ()
-    timeout_s: float | None = None
-    progress: Progress | None = None
-    data: memoryview | None = None
-    parts: int = 0
-    lane: Lane | None = None
-    held_s: float = 0.0
-    held_since: float | None = None
-    sent_ns: int = 0
-    arrived_ns: int = 0
-    reply: Message | DjinnError | None = None
-    arriving: Arriving | None = None
-
-    def waits_until(self) -> float | None:
-        """When its client gives up waiting (monotonic seconds); the engine has done so before."""
-        return None if self.timeout_s is None else time.monotonic() + self.timeout_s + 2 * LOOK_S
-
-    def hold(self, held: bool) -> None:
-        """A debugger holds it from now on, or does no more: meanwhile its time stands still."""
-        now = time.monotonic()
-        if self.held_since is not None:
-            self.held_s += now - self.held_since
-        self.held_since = now if held else None
-
-    def late(self, limit_s: float | None) -> bool:
-        """Has its client waited long enough? limit_s: of `waits_until`."""
-        if limit_s is None or self.held_since is not None:
-            return False
-        return time.monotonic() > limit_s + self.held_s
-
-
-@dataclass(slots=True, eq=False)
-class Next:
-    """The next part of an answer whose call was sent before, or the reply that ends it; None where
-    neither has come after *timeout_s*."""
-
-    request: int
-    timeout_s: float | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Heard:
-    """Something has come on *subscriber*, or LOOK_S have passed."""
-
-    subscriber: Any  # a bus.news.Subscriber: a room that only those who listen need
-
-
-Step = Call | list[Call] | Next | Heard
-Operation = Generator[Step, Any, T]
 
 
 class Connection:

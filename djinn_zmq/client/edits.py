@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from djinn_zmq.client.connection import Operation
+from djinn_zmq.client.calls import Operation
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.errors import EditError, RequestError

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from djinn_zmq.bus.news import ALL, CHANGED_S, Subscriber
-from djinn_zmq.client.connection import LOOK_S, Call, Heard, Operation
+from djinn_zmq.client.calls import LOOK_S, Call, Heard, Operation
 from djinn_zmq.errors import Closed, Lost, RequestError
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.ops import Op

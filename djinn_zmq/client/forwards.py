@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
-from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.spans import Spans

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.marks import Mark

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import LayerError, RequestError, SelectionError
 from djinn_zmq.wire import looks as wire

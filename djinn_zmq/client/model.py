@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from djinn_zmq.client import tiers
-from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of

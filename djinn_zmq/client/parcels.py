@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 
-from djinn_zmq.client.connection import PIECE, Call, Connection, Operation
+from djinn_zmq.client.calls import PIECE, Call, Operation
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.memory.arena import Lease
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import Any, Generic, Self, TypeVar
 
-from djinn_zmq.client.connection import Call, Next, Operation
+from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.wire.codec import Message

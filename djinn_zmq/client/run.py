@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top
 from djinn_zmq.client.marks import Mark

@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from djinn_zmq.client.connection import Call, Connection, Operation
+from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Connection, Operation, Progress
+from djinn_zmq.client.calls import Call, Operation, Progress
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.errors import RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.parcels import Parcel

@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 
 from djinn_zmq.client import tiers
-from djinn_zmq.client.connection import Call, Connection, Operation, Progress
+from djinn_zmq.client.calls import Call, Operation, Progress
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
 from djinn_zmq.client.marks import Mark

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.client.arrays import RemoteArray
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import BadFile, RequestError

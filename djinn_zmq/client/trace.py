@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import WINDOW, Bundles
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of

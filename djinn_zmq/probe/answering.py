@@ -12,7 +12,7 @@ from typing import Any
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import Poll
-from djinn_zmq.client.connection import Call, Operation
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.stops import wanted_of

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from djinn_zmq.client.connection import PIECE, Call
+from djinn_zmq.client.calls import PIECE, Call
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.run import Checkpoint, Run

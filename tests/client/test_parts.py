@@ -17,7 +17,7 @@ import zmq
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.bus.router import Router
-from djinn_zmq.client.connection import Call
+from djinn_zmq.client.calls import Call
 from djinn_zmq.client.parts import Parts
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import Closed, DjinnError, Lost, PromptError

@@ -5,7 +5,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import errors
-from djinn_zmq.client.connection import Call
+from djinn_zmq.client.calls import Call
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 

@@ -9,7 +9,7 @@ import zmq
 import djinn_zmq as djinn
 from djinn_zmq import aio, errors
 from djinn_zmq.bus.news import Subscriber
-from djinn_zmq.client.connection import Call
+from djinn_zmq.client.calls import Call
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Events as Asked

@@ -330,7 +330,7 @@ def test_a_client_killed_with_requests_on_its_lane_leaves_nothing_behind(served)
 
 FLOOD = """
 import sys, numpy as np, djinn_zmq as djinn
-from djinn_zmq.client.connection import Call
+from djinn_zmq.client.calls import Call
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 server = djinn.connect(sys.argv[1])

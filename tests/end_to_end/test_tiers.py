@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import djinn_zmq as djinn
-from djinn_zmq.client.connection import Call
+from djinn_zmq.client.calls import Call
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,

@@ -165,7 +165,7 @@ def test_an_edit_in_place_on_the_gpu_is_resumed_with_no_byte_moved(tiered):
 
 
 def test_a_device_slot_that_was_not_lent_is_refused(tiered):
-    from djinn_zmq.client.connection import Call
+    from djinn_zmq.client.calls import Call
     from djinn_zmq.wire.messages import Resume, Wanted
     from djinn_zmq.wire.ops import Op
     from djinn_zmq.wire.tensors import Device, Tensor
