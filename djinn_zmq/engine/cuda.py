@@ -166,16 +166,16 @@ class Cuda(Cpu):
         event.record(stream)
         return event
 
-    def mark(self) -> Callable[[], bool]:
-        events = [self._event(stream) for stream in (self._compute, self._out, self._in)]
-        return lambda: all(event.query() for event in events)
-
     def computed(self) -> Callable[[], bool]:
         done: Callable[[], bool] = self._event(self._compute).query
         return done
 
     def stored(self) -> Callable[[], bool]:
         done: Callable[[], bool] = self._event(self._out).query
+        return done
+
+    def filled(self) -> Callable[[], bool]:
+        done: Callable[[], bool] = self._event(self._in).query
         return done
 
     def broken(self, error: BaseException) -> str:

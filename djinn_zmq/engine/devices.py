@@ -38,7 +38,7 @@ class Cpu:
     # ---- host memory
 
     def store(self, data: torch.Tensor, slot: memoryview) -> None:
-        """Copy *data* into *slot* (as many bytes). Complete when `mark` after it says so."""
+        """Copy *data* into *slot* (as many bytes). Complete when `stored` after it says so."""
         flat = data.detach().contiguous().reshape(-1).view(torch.uint8)
         torch.frombuffer(slot, dtype=torch.uint8).copy_(flat)
 
@@ -77,7 +77,7 @@ class Cpu:
         slot.numpy()[:] = data
 
     def fill_beside(self, data: np.ndarray, slot: torch.Tensor) -> None:
-        """The same, beside the layers: complete when `mark` says so."""
+        """The same, beside the layers: complete when `filled` says so."""
         self.fill(data, slot)
 
     def free_nbytes(self) -> int:
@@ -95,16 +95,17 @@ class Cpu:
 
     # ---- order
 
-    def mark(self) -> Callable[[], bool]:
-        """A question: is all done that was begun before this call?"""
-        return lambda: True
-
     def computed(self) -> Callable[[], bool]:
-        """The same of layers, and of copies in that these wait for."""
+        """A question: are all layers done that were begun before this call, and copies in that these
+        wait for?"""
         return lambda: True
 
     def stored(self) -> Callable[[], bool]:
         """The same of copies out, and of what these waited for."""
+        return lambda: True
+
+    def filled(self) -> Callable[[], bool]:
+        """The same of copies in beside the layers."""
         return lambda: True
 
     def broken(self, error: BaseException) -> str:

@@ -223,7 +223,7 @@ class Keeping:
 
         midway: of a checkpoint in a session, what else its forward goes on with.
 
-        The copies are complete when the device's `mark`, called afterwards, says so. facts: what a
+        The copies are complete when the device's `computed` and `stored`, called afterwards, say so. facts: what a
         file of it would say of its model.
         """
         shape = tuple(data.shape)

@@ -372,7 +372,7 @@ class Tiers:
         begin_ns = time.perf_counter_ns()
         assert body.host is not None
         self._device.fill_beside(np.frombuffer(body.host.view, np.uint8), slot.data)
-        done = self._device.mark()
+        done = self._device.filled()
         body.busy, body.rising = done, True
         try:
             while not done():

@@ -181,7 +181,7 @@ class Vault:
                 made.append(self._fill(stored))
                 if place % IN_A_TURN == IN_A_TURN - 1:
                     yield
-            done = self.device.mark()
+            done = self.device.filled()
             while not done():
                 yield
             for (segment, stored), parts in zip(away, made, strict=True):
@@ -191,7 +191,7 @@ class Vault:
             for _, stored in away:
                 stored.moving = False
             if not all(stored.here for _, stored in away):  # a copy may still write into these
-                self._alive.append((done or self.device.mark(), made))
+                self._alive.append((done or self.device.filled(), made))
         self._tell("prefetch", [stored for _, stored in away], begin_ns)
 
     def _fill(self, stored: Stored) -> dict[Any, torch.Tensor]:
@@ -263,7 +263,7 @@ class Vault:
                         break  # host memory is full: it stays
                     self.on_host += stored.nbytes
                     self._store(segment, stored)
-            done = self.device.mark()
+            done = self.device.stored()  # not copies in: they would be waited for in turns
             while not done():
                 yield
         finally:
