@@ -8,11 +8,17 @@ Nothing is copied. Devices are matched by UUID: their numbers differ between pro
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from djinn_zmq.errors import RequestError
+from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.wire.tensors import DTYPES, Tensor
+from djinn_zmq.wire.tensors import Device as Slot
 from djinn_zmq.wire.tiers import Handle
+
+ANY_WAY = 4  # cudaMemcpyDefault: CUDA sees by the addresses where they are
+PLAIN_STREAM = 0  # CUDA's default one
 
 
 class _Opened:
@@ -39,6 +45,21 @@ class _Mapped:
         self.opened = opened
 
 
+@dataclass(slots=True, eq=False)
+class _Writable:
+    """What `CudaMemory.writable` gave. spare: in the same slab; None: there is none, or it is on its way."""
+
+    tensor: Tensor
+    device: int
+    address: int
+    spare: Slot | None
+
+    def address_of(self, slot: Slot) -> int:
+        where = self.tensor.where
+        assert isinstance(where, Slot) and slot.slab == where.slab
+        return self.address + (slot.index - where.index) * GRANULE
+
+
 class CudaMemory:
     """The slabs that one connection has opened, and the slots in them it may write into."""
 
@@ -46,7 +67,7 @@ class CudaMemory:
         self._cupy = _imported()
         self._devices = _devices(self._cupy)
         self._opened: dict[bytes, _Opened] = {}
-        self._writable: dict[int, tuple[Tensor, int]] = {}  # by address, with the device
+        self._writable: dict[int, _Writable] = {}  # by address
 
     def tensor(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
         """The slot as a torch tensor where torch is imported, else as a cupy array.
@@ -69,29 +90,49 @@ class CudaMemory:
             return raw.view(cupy.uint16).reshape(tensor.shape)
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
-    def writable(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
-        """The same, to be found again by `sent`."""
-        address = self._open(handle).pointer + handle.offset
+    def writable(
+        self, tensor: Tensor, handle: Handle, spare: Slot | None, end: Callable[[], None]
+    ) -> Any:
+        """The same, to be found again by `sent`. spare: a slot to give away with what is in it."""
+        opened = self._open(handle)
+        address = opened.pointer + handle.offset
 
         def forget() -> None:
             self._writable.pop(address, None)
             end()
 
         made = self.tensor(tensor, handle, forget)
-        self._writable[address] = (tensor, self._open(handle).device)
+        self._writable[address] = _Writable(tensor, opened.device, address, spare)
         return made
 
-    def sent(self, value: Any) -> Tensor | None:
-        """How *value* travels if it is what `writable` gave, its edits complete; else None."""
+    def sent(self, value: Any, *, to_keep: bool) -> Tensor | None:
+        """How *value* travels if it is what `writable` gave, its edits complete; else None.
+
+        to_keep: it becomes a checkpoint as it is. Then a copy of it is given away, where there is a
+        spare: one made by this process, whose kernels have just run on the GPU, takes 0.02 ms, by the
+        engine 0.3 (H200).
+        """
         found = self._writable.get(address_of(value))
-        if found is None:
+        if found is None or tuple(value.shape) != found.tensor.shape:
             return None
-        tensor, device = found
-        if tuple(value.shape) != tensor.shape:
-            return None
-        with self._cupy.cuda.Device(device):
-            self._cupy.cuda.runtime.deviceSynchronize()
-        return tensor
+        tensor, spare = found.tensor, found.spare
+        runtime = self._cupy.cuda.runtime
+        with self._cupy.cuda.Device(found.device):
+            runtime.deviceSynchronize()  # the edits may be on any stream
+            if not to_keep or spare is None:
+                return tensor
+            found.spare = None
+            runtime.memcpyAsync(
+                found.address_of(spare), found.address, tensor.nbytes, ANY_WAY, PLAIN_STREAM
+            )
+            runtime.streamSynchronize(PLAIN_STREAM)
+        return Tensor(tensor.dtype, tensor.shape, spare)
+
+    def restock(self, value: Any, spare: Slot | None) -> None:
+        """*spare* is the next that may be given away for *value*."""
+        found = self._writable.get(address_of(value))
+        if found is not None:
+            found.spare = spare
 
     def _open(self, handle: Handle) -> _Opened:
         opened = self._opened.get(handle.data)

@@ -142,9 +142,12 @@ class Checkpoint(Looks, Tiered):
         on_wire: tuple[WireEdit, ...] = ()
         try:
             if hidden is not None or not isinstance(edits, tuple) or edits:
-                placed, on_wire = yield from self.carry(edits, hidden, parcel)
+                stays = wanted.stop_at == self.layer and not (edits or wanted.save_at)
+                placed, on_wire = yield from self.carry(edits, hidden, parcel, to_keep=stays)
             meta = messages.Resume(self.id, placed, on_wire, wanted)
             run = yield from ask(session, RESUME, meta, parcel, timeout_s, self, self._before)
+            if run._message.meta.spare is not None:
+                session.connection.sharing.cuda().restock(hidden, run._message.meta.spare)
             session.stand_at(run)
             return run
         finally:
@@ -226,22 +229,23 @@ class Checkpoint(Looks, Tiered):
         return f"<checkpoint {where}: {self.dtype} {self.shape}, {tier}>"
 
     def carry(
-        self, edits: Sequence[Edit], hidden: Any, parcel: Parcel
+        self, edits: Sequence[Edit] | Edit, hidden: Any, parcel: Parcel, *, to_keep: bool = False
     ) -> Operation[tuple[Tensor | None, tuple[WireEdit, ...]]]:
-        """Edits and a hidden state in its place, as they travel with *parcel*."""
+        """Edits and a hidden state in its place, as they travel with *parcel*. to_keep: the hidden
+        state becomes a checkpoint as it is."""
         on_wire = yield from placed_edits(edits, parcel)
         placed = None
         if hidden is not None:
-            placed = self._on_device(hidden)
+            placed = self._on_device(hidden, to_keep)
             if placed is None:
                 placed = yield from parcel.place(as_hidden(hidden, self.dtype))
         return placed, on_wire
 
-    def _on_device(self, hidden: Any) -> Tensor | None:
+    def _on_device(self, hidden: Any, to_keep: bool) -> Tensor | None:
         """How a tensor of `writable_cuda` travels; None for what is not on a GPU."""
         if not on_device(hidden):
             return None
-        placed = self._session.connection.sharing.cuda().sent(hidden)
+        placed = self._session.connection.sharing.cuda().sent(hidden, to_keep=to_keep)
         if placed is None:
             raise EditError(
                 "a CUDA tensor that is not one of writable_cuda(), whole: edit one of these in "

@@ -134,8 +134,9 @@ class Tiered:
             connection.forget(session, held.hold)
 
         try:
-            make = cuda.writable if copy else cuda.tensor
-            return make(held.tensor, held.handle, end)
+            if copy:
+                return cuda.writable(held.tensor, held.handle, held.spare, end)
+            return cuda.tensor(held.tensor, held.handle, end)
         except BaseException:
             end()
             raise

@@ -3,12 +3,19 @@
 A hold ends when its client lets go, or with the client's session. A slot on the device that a client
 has mapped is not used again before the client has let go of it or its process is certainly gone: until
 then a kernel of its own might still write there.
+
+    writable   the client's, to change and to send any number of times
+    spares     empty ones beside it: into one of them the client copies what it has changed, and gives it
+               away with a resume; it becomes the checkpoint's, as it is
+
+A GPU takes 0.2 ms to turn from one process's kernels to another's (H200), a copy from slab to slab
+counts as one, and the client's kernels have just run there: so the client makes that copy.
 """
 
 import os
 import select
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,23 +25,32 @@ from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import AccessDenied, RequestError
 from djinn_zmq.wire.tensors import Device, Tensor
 
+SPARES = 2  # one is told of with the answer that takes the other
+
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """body: what is viewed; or copy: a slot that is the client's to change."""
+    """body: what is viewed; or writable: a slot that is the client's to change."""
 
     session: int
     owner: str
     pidfd: int  # of the client, for a device slot; -1: host memory, which it can only read
     body: Body | None = None
-    copy: DeviceSlot | None = None
+    writable: DeviceSlot | None = None
+    spares: list[DeviceSlot] = field(default_factory=list)
     nbytes: int = 0
+
+    @property
+    def spare(self) -> Device | None:
+        """The one that the client may give away next."""
+        return self.spares[0].where if self.spares else None
 
 
 class Holds:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._holds: dict[int, Hold] = {}
+        self._lent: dict[Device, Hold] = {}  # by each slot that may be written into
 
     def __contains__(self, number: int) -> bool:
         return number in self._holds
@@ -52,33 +68,63 @@ class Holds:
         body.views += 1
         self._holds[number] = Hold(session, body.owner, pidfd, body)
 
-    def lend_copy(self, number: int, session: int, body: Body, pid: int) -> DeviceSlot:
-        """A slot with the same bytes for a client to write into. Raises ArenaFull."""
+    def lend_copy(self, number: int, session: int, body: Body, pid: int) -> Hold:
+        """A slot with the same bytes for a client to write into, and spares for it where there is room.
+        Raises ArenaFull."""
         pidfd = _pidfd(pid)
         try:
             slot = self._tiers.copy_of(body)
         except BaseException:
             os.close(pidfd)
             raise
-        self._holds[number] = Hold(session, body.owner, pidfd, None, slot, body.nbytes)
-        return slot
+        hold = Hold(session, body.owner, pidfd, writable=slot, nbytes=body.nbytes)
+        self._holds[number] = self._lent[slot.where] = hold
+        self.restock(hold)
+        return hold
+
+    def restock(self, hold: Hold) -> None:
+        """Have SPARES of them again. They lie in the slab of the writable slot, which the client has
+        opened; where that is full it has to do without."""
+        assert hold.writable is not None
+        while len(hold.spares) < SPARES:
+            slot = self._tiers.slabs.lease_beside(hold.writable.where, hold.nbytes)
+            if slot is None:
+                return
+            hold.spares.append(slot)
+            self._lent[slot.where] = hold
 
     def find(self, tensor: Tensor, owner: str) -> torch.Tensor:
         """uint8 (nbytes,): the device slot that *tensor* names. Raises AccessDenied unless it was
         lent to *owner* to write into, and is still."""
+        hold = self._hold_of(tensor, owner)
+        slots = [hold.writable, *hold.spares]
+        return next(one.data for one in slots if one is not None and one.where == tensor.where)
+
+    def take(self, tensor: Tensor, owner: str) -> tuple[DeviceSlot, Hold] | None:
+        """The spare that *tensor* names: nobody's any more, to be taken over. None for the writable
+        slot. Raises as `find`."""
+        hold = self._hold_of(tensor, owner)
+        for slot in hold.spares:
+            if slot.where == tensor.where:
+                hold.spares.remove(slot)
+                del self._lent[slot.where]
+                return slot, hold
+        return None
+
+    def _hold_of(self, tensor: Tensor, owner: str) -> Hold:
         where = tensor.where
         assert isinstance(where, Device)
-        for hold in self._holds.values():
-            if hold.copy is not None and hold.copy.where == where and hold.owner == owner:
-                if tensor.nbytes != hold.nbytes:
-                    raise RequestError(
-                        f"{tensor.nbytes} bytes in a device slot that was lent for {hold.nbytes}"
-                    )
-                return hold.copy.data
-        raise AccessDenied(
-            f"slot {where.index} of slab {where.slab} was not lent to you to write into, or not by "
-            "this engine: take another with writable_cuda()"
-        )
+        hold = self._lent.get(where)
+        if hold is None or hold.owner != owner:
+            raise AccessDenied(
+                f"slot {where.index} of slab {where.slab} was not lent to you to write into, or not by "
+                "this engine: take another with writable_cuda()"
+            )
+        if tensor.nbytes != hold.nbytes:
+            raise RequestError(
+                f"{tensor.nbytes} bytes in a device slot that was lent for {hold.nbytes}"
+            )
+        return hold
 
     def end(self, number: int, *, gone: bool) -> None:
         """gone: its client did not say that it is done."""
@@ -86,8 +132,10 @@ class Holds:
         done = _when_gone(hold.pidfd) if gone and hold.pidfd >= 0 else None
         if hold.pidfd >= 0 and done is None:
             os.close(hold.pidfd)
-        if hold.copy is not None:
-            self._tiers.give_back_when(done or (lambda: True), hold.copy)
+        for slot in (hold.writable, *hold.spares):
+            if slot is not None:
+                del self._lent[slot.where]
+                self._tiers.give_back_when(done or (lambda: True), slot)
         if hold.body is not None:
             hold.body.views -= 1
             if done is not None and hold.body.device is not None:
@@ -99,6 +147,7 @@ class Holds:
             if hold.pidfd >= 0:
                 os.close(hold.pidfd)
         self._holds.clear()
+        self._lent.clear()
 
 
 def _pidfd(pid: int) -> int:

@@ -22,7 +22,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
-from djinn_zmq.engine.holds import Holds
+from djinn_zmq.engine.holds import Hold, Holds
 from djinn_zmq.engine.slabs import Slabs
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
@@ -239,17 +239,33 @@ class Keeping:
 
         Raises AccessDenied, ArenaFull. Complete when the device's `computed` says so.
         """
-        was = like.body
+        owner = like.body.owner
         data: torch.Tensor | np.ndarray
         if isinstance(tensor.where, DeviceSlot):
-            data = self.holds.find(tensor, was.owner)
+            data = self.holds.find(tensor, owner)
         else:
-            self._check_owner(tensor, was.owner)
+            self._check_owner(tensor, owner)
             data = self._bytes(tensor, buffers)
-        args = was.dtype, was.shape, was.nbytes, like.session, was.owner, like.layer, was.ids
-        body = self._body(*args, {**was.facts})
+        body = self._body_like(like)
         self.tiers.place(body, data)
         return self._enter(Entry(new_id(), like.session, run, like.layer, body))
+
+    def take_spare(self, tensor: Tensor, like: Entry, run: int) -> tuple[Kept, Hold] | None:
+        """The same of what a client has put into a spare of a hold of its: nothing is copied, and it is
+        complete. None where *tensor* names none. Raises AccessDenied."""
+        taken = self.holds.take(tensor, like.body.owner)
+        if taken is None:
+            return None
+        slot, hold = taken
+        body = self._body_like(like)
+        self.tiers.take_over(body, slot)
+        return self._enter(Entry(new_id(), like.session, run, like.layer, body)), hold
+
+    def _body_like(self, like: Entry) -> Body:
+        """Without its bytes."""
+        was = like.body
+        args = was.dtype, was.shape, was.nbytes, like.session, was.owner, like.layer, was.ids
+        return self._body(*args, {**was.facts})
 
     def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
         """Another checkpoint of the same bytes: nothing is copied."""

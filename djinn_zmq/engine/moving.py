@@ -18,7 +18,7 @@ from djinn_zmq.errors import BadFile, RequestError
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.messages import Wanted
-from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tensors import Device, Tensor
 from djinn_zmq.wire.tiers import (
     TIERS,
     Handle,
@@ -48,10 +48,11 @@ class HoldJob(Job):
     hold: int = 0
     tensor: Tensor | None = None
     handle: Handle | None = None
+    spare: Device | None = None
 
     def reply(self) -> HoldReply:
         assert self.tensor is not None
-        return HoldReply(self.hold, self.tensor, self.handle)
+        return HoldReply(self.hold, self.tensor, self.handle, self.spare)
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +151,9 @@ class Mover:
             job.tensor = body.tensor
         else:
             if asked.copy:
-                slot = holds.lend_copy(number, session.id, body, session.pid)
+                hold = holds.lend_copy(number, session.id, body, session.pid)
+                assert hold.writable is not None
+                slot, job.spare = hold.writable, hold.spare
             else:
                 holds.view(number, session.id, body, session.pid)
                 assert body.device is not None

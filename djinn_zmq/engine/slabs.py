@@ -104,6 +104,10 @@ class Slabs:
         slab = self._grow(nbytes, zone)
         return None if slab is None else slab.lease(nbytes)
 
+    def lease_beside(self, where: Where, nbytes: int) -> DeviceSlot | None:
+        """One more in the slab of *where*, or None where that has no room."""
+        return self.slabs[where.slab].lease(nbytes)
+
     def _grow(self, nbytes: int, zone: str) -> Slab | None:
         room = self.limit - self.mapped
         # Else checkpoints would leave clients nothing to write into.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from djinn_zmq.engine.answers import Answers
+from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.runs import check_hidden
@@ -17,6 +18,7 @@ from djinn_zmq.errors import DjinnError, RunError
 from djinn_zmq.wire import states
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Kept, Resume, RunReply
+from djinn_zmq.wire.tensors import Device
 
 LOGITS = ("last", "all", "none")  # it has none in any case; "top" says how many, to be checked
 STOPPED = str(states.Run.STOPPED)
@@ -24,7 +26,8 @@ STOPPED = str(states.Run.STOPPED)
 
 @dataclass(slots=True, eq=False)
 class _Stay:
-    """kept: what it comes to, once *done* says that it is there; None: it is."""
+    """kept: what it comes to, once *done* says that it is there; None: it is. hold: whose spare it
+    took."""
 
     session: EngineSession
     envelope: bytes
@@ -34,6 +37,7 @@ class _Stay:
     kept: Kept
     run: int
     done: Callable[[], bool] | None
+    hold: Hold | None = None
 
 
 class Stays:
@@ -87,20 +91,24 @@ class Stays:
             or session.attached is not None
         ):
             return False
-        run = new_id()
+        run, done, hold = new_id(), None, None
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
             if not keeping.fits(entry.body.nbytes, session.owner):
                 return False
-            kept = keeping.keep_sent(asked.hidden, buffers, entry, run)
-            done = keeping.device.computed()
+            sent = asked.hidden
+            if isinstance(sent.where, Device) and (taken := keeping.take_spare(sent, entry, run)):
+                kept, hold = taken
+            else:
+                kept = keeping.keep_sent(sent, buffers, entry, run)
+                done = keeping.device.computed()
         elif keeping.ready(entry):
-            kept, done = keeping.share(entry, run), None
+            kept = keeping.share(entry, run)
         elif keeping.promote(entry):
             kept, done = keeping.share(entry, run), entry.body.arriving
         else:
             return False
-        stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done)
+        stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done, hold)
         if not self._answered(stay):
             self._waiting.append(stay)
         return True
@@ -123,9 +131,14 @@ class Stays:
         kept = (stay.kept,)
         self._telling.kept(stay.entry.ids, kept, stay.session)
         spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
-        layer = stay.entry.layer
-        reply = RunReply(stay.run, STOPPED, layer, None, kept, None, 0, None, None, None, spans)
+        layer, hold = stay.entry.layer, stay.hold
+        spare = None if hold is None else hold.spare
+        reply = RunReply(
+            stay.run, STOPPED, layer, None, kept, None, 0, None, None, None, spans, 0, spare
+        )
         self._answers.answer(stay.envelope, stay.header, reply, store=True)
+        if hold is not None:
+            self._keeping.holds.restock(hold)
         return True
 
     def end(self, session: int, error: DjinnError) -> None:

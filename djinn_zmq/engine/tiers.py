@@ -47,6 +47,17 @@ class _Writing:
     begin_ns: int
 
 
+@dataclass(slots=True, eq=False)
+class _Storing:
+    """Is the copy of *body* to its host slot done? It may be begun later than it was promised."""
+
+    body: Body
+    begun: Callable[[], bool] | None = None
+
+    def __call__(self) -> bool:
+        return self.begun is not None and self.begun()
+
+
 Moved = Callable[[Body, str, int], None]  # a body, what was done ("evict", "prefetch"), nanoseconds
 
 
@@ -72,6 +83,7 @@ class Tiers:
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
         self.filling: list[Body] = []  # whose host slots are told of, and not filled yet
+        self._unbegun: list[_Storing] = []  # those of them whose copies are still to be begun
 
     @property
     def beside(self) -> bool:
@@ -87,22 +99,36 @@ class Tiers:
         data: on the device, or uint8 (nbytes,) in host memory.
         """
         slot = None if body.fixed else self._device_slot(body.nbytes, body.zone)
-        lease, full = self._host_slot(body)
-        if lease is None and slot is None:
-            raise full or self.pool.full(body.nbytes, body.zone)
-        if slot is not None:
+        if slot is not None:  # somebody waits for this copy: it is begun before all else
             body.device = slot
             if isinstance(data, np.ndarray):
                 self._device.fill(data, slot.data)
             else:
                 self._device.copy(data, slot.data)
             data = slot.data
-        elif isinstance(data, np.ndarray):
+        lease, full = self._host_slot(body)
+        if lease is None and slot is None:
+            raise full or self.pool.full(body.nbytes, body.zone)
+        if isinstance(data, np.ndarray):
             data = self._device.see(data, body.shape, getattr(torch, body.dtype))
         if lease is None:
             body.busy = self._device.computed()
         else:
             self._store(body, data, lease)
+        self.add(body)
+        self.growing.tend(body.zone)
+
+    def take_over(self, body: Body, slot: DeviceSlot) -> None:
+        """*slot* holds *body*'s bytes already, and is its device copy from now on. The copy to host
+        memory is begun by `fill`: it need not be before an answer."""
+        body.device = slot
+        lease, _ = self._host_slot(body)
+        if lease is not None:
+            body.host = lease
+            body.busy = body.storing = storing = _Storing(body)
+            self.pool.arenas[lease.slot.arena].filling(lease.slot)
+            self.filling.append(body)
+            self._unbegun.append(storing)
         self.add(body)
         self.growing.tend(body.zone)
 
@@ -117,7 +143,13 @@ class Tiers:
             self.filling.append(body)
 
     def fill(self) -> None:
-        """Let host slots be read that are filled by now."""
+        """Begin what `take_over` left, and let host slots be read that are filled by now."""
+        while self._unbegun:
+            storing = self._unbegun.pop()
+            slot, lease = storing.body.device, storing.body.host
+            assert slot is not None and lease is not None  # they stay until the body is settled
+            self._device.store(slot.data, lease.view)
+            storing.begun = self._device.stored()
         for body in [one for one in self.filling if one.stored]:
             self.filling.remove(body)
             if body.host is not None:
@@ -125,6 +157,7 @@ class Tiers:
 
     def stored(self, body: Body) -> Iterator[None]:
         """Wait until the host slot of *body*, where it has one, can be read."""
+        self.fill()
         while not body.stored:
             yield
         self.fill()
@@ -528,3 +561,4 @@ class Tiers:
         self._writing.clear()
         self._leaving.clear()
         self.filling.clear()
+        self._unbegun.clear()

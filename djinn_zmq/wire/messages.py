@@ -15,7 +15,7 @@ from djinn_zmq.wire.ops import Op, Spans, message
 from djinn_zmq.wire.stops import Wanted
 from djinn_zmq.wire.sweeps import Sweep, SweepReply, Swept, Trace, Traced, TraceReply
 from djinn_zmq.wire.talks import Continue, Generate, Generated, Held, Token
-from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tensors import Device, Tensor
 from djinn_zmq.wire.tiers import Kept, TierInfo
 
 VERSION = 1
@@ -221,6 +221,9 @@ class RunReply(msgspec.Struct, **message(Op.RUN)):
     top_log_norm: Tensor | None  # float64 (batch,): log of the sum of exp over all logits
     spans: Spans
     branch: int = 0  # of a session's finished run: what can go on from here
+    # Where the RESUME's hidden named a spare: the next. A spare is an empty slot of the engine's, in the slab
+    # of one that was lent to be written into (HOLD). What a client copies there and sends is taken over.
+    spare: Device | None = None
 
 
 class Release(msgspec.Struct, **message(Op.RELEASE)):

@@ -3,7 +3,7 @@
 import msgspec
 
 from djinn_zmq.wire.ops import Op, Spans, message
-from djinn_zmq.wire.tensors import Tensor
+from djinn_zmq.wire.tensors import Device, Tensor
 
 TIERS = ("device", "host", "disk")  # the fastest first
 
@@ -138,6 +138,7 @@ class HoldReply(msgspec.Struct, **message(Op.HOLD)):
     hold: int  # to RELEASE it by
     tensor: Tensor
     handle: Handle | None  # for the device tier
+    spare: Device | None = None  # with a copy: see RunReply
 
 
 class Away(msgspec.Struct, **message(Op.AWAY)):

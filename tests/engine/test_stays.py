@@ -1,5 +1,6 @@
 """Resumes that stop where they begin, beside a device that takes its time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,17 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import Cancelled, EditError
-from djinn_zmq.settings import KIB
+from djinn_zmq.errors import AccessDenied, Cancelled, EditError, OnDevice
+from djinn_zmq.settings import MIB
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.edits import Zero
 from djinn_zmq.wire.messages import Resume, Wanted
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import Inline, Tensor
+from djinn_zmq.wire.tensors import Device, Inline, Tensor
 from tests.engine.keepers import IDS, OWNER, Late, ServerSide, running
 
 STAY = Wanted(2, (), "none", 0)
@@ -50,7 +52,9 @@ class Engine:
         self, *, hidden: Any = None, wanted: Wanted = STAY, envelope: bytes = b"a", **more: Any
     ):
         placed = None
-        if hidden is not None:
+        if isinstance(hidden, Device):
+            placed = Tensor("float32", (2, 5, 8), hidden)
+        elif hidden is not None:
             raw = hidden.numpy().tobytes()
             placed = Tensor("float32", tuple(hidden.shape), Inline(raw))
         meta = Resume(self.point, placed, more.get("edits", ()), wanted)
@@ -63,7 +67,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     device = Late()
     with (
         closing(ServerSide(tmp_path)) as server,
-        running(server, device, device_memory=1024 * KIB) as keeping,
+        running(server, device, device_memory=4 * MIB) as keeping,
     ):
         engine = Engine(keeping, device)
         device.finish()
@@ -145,3 +149,99 @@ def test_what_has_more_to_do_is_a_job(engine: Engine, wanted: Wanted, edits: Any
 def test_a_debuggers_session_is_served_by_jobs_alone(engine: Engine) -> None:
     engine.session.attached = SimpleNamespace()
     assert not engine.ask()
+
+
+# ---- spares
+
+
+@pytest.fixture
+def hold(engine: Engine) -> Hold:
+    body = engine.keeping.entries[engine.point].body
+    return engine.keeping.holds.lend_copy(99, 1, body, os.getpid())
+
+
+def put(engine: Engine, where: Device | None, data: torch.Tensor) -> Device:
+    """As a client that has mapped the slab does."""
+    assert where is not None
+    hold = engine.keeping.holds._lent[where]
+    slot = next(one for one in (hold.writable, *hold.spares) if one and one.where == where)
+    slot.data.view(torch.float32).reshape(data.shape).copy_(data)
+    return where
+
+
+def test_what_is_put_into_a_spare_becomes_the_checkpoint_at_once_and_where_it_is(
+    engine: Engine, hold: Hold
+) -> None:
+    sent = torch.randn(2, 5, 8)
+    spare = put(engine, hold.spare, sent)
+    engine.device.busy = True  # whatever it does, nobody waits for it
+    assert engine.ask(hidden=spare)
+    reply = engine.said[-1][1]
+    entry = engine.keeping.entries[reply.checkpoints[0].id]
+    assert entry.body.device is not None and entry.body.device.where == spare
+    assert same_bits(engine.keeping.hidden(entry), sent)
+    assert reply.spare == hold.spare not in (None, spare)
+
+
+def test_its_copy_to_host_memory_is_begun_behind_the_answer(engine: Engine, hold: Hold) -> None:
+    sent = torch.randn(2, 5, 8)
+    assert engine.ask(hidden=put(engine, hold.spare, sent))
+    (kept,) = engine.said[-1][1].checkpoints
+    assert kept.tiers == ("device", "host") and not engine.device.copies
+    with pytest.raises(OnDevice):
+        engine.keeping.load(kept.tensor)
+    engine.keeping.tiers.fill()
+    engine.device.finish()
+    engine.keeping.tiers.fill()
+    assert same_bits(engine.keeping.load(kept.tensor), sent)
+
+
+def test_each_answer_names_the_next_spare_and_all_slots_come_back(
+    engine: Engine, hold: Hold
+) -> None:
+    slabs, kept, spare = engine.keeping.tiers.slabs, {}, hold.spare
+    before = slabs.used
+    for value in range(5):
+        data = torch.full((2, 5, 8), float(value))
+        assert engine.ask(hidden=put(engine, spare, data))
+        reply = engine.said[-1][1]
+        kept[reply.checkpoints[0].id], spare = data, reply.spare
+    for number, data in kept.items():
+        assert same_bits(engine.keeping.hidden(engine.keeping.entries[number]), data)
+    engine.keeping.drop(list(kept))
+    engine.keeping.tiers.fill()
+    engine.device.finish()
+    engine.keeping.tiers.settle()
+    assert slabs.used == before
+    engine.keeping.drop([99])
+    engine.keeping.tiers.settle()
+    assert slabs.used < before and not engine.keeping.holds._lent
+
+
+def test_a_spare_is_given_away_once_and_by_its_own_owner(engine: Engine, hold: Hold) -> None:
+    spare = hold.spare
+    assert engine.ask(hidden=spare)
+    with pytest.raises(AccessDenied, match="was not lent to you"):
+        engine.ask(hidden=spare)
+    hold.owner = "somebody else"
+    with pytest.raises(AccessDenied, match="was not lent to you"):
+        engine.ask(hidden=hold.spare)
+
+
+def test_what_is_sent_as_the_writable_slot_is_copied_and_stays_the_clients(
+    engine: Engine, hold: Hold
+) -> None:
+    assert hold.writable is not None
+    assert engine.ask(hidden=put(engine, hold.writable.where, torch.ones(2, 5, 8)))
+    kept = engine.keeping.entries[engine.said[-1][1].checkpoints[0].id]
+    put(engine, hold.writable.where, torch.zeros(2, 5, 8))
+    assert same_bits(engine.keeping.hidden(kept), torch.ones(2, 5, 8))
+
+
+def test_where_the_slab_is_full_there_is_no_spare(engine: Engine, hold: Hold) -> None:
+    slabs = engine.keeping.tiers.slabs
+    assert hold.writable is not None
+    while slabs.lease_beside(hold.writable.where, 64):
+        pass
+    assert engine.ask(hidden=hold.spare) and engine.ask(hidden=hold.spare)
+    assert hold.spare is None and engine.said[-1][1].spare is None

@@ -164,6 +164,30 @@ def test_an_edit_in_place_on_the_gpu_is_resumed_with_no_byte_moved(tiered):
         point.resume(hidden=torch.zeros_like(edited))
 
 
+def test_an_edit_in_place_on_the_gpu_is_kept_as_it_is_and_stays_the_clients(tiered):
+    model = tiered.model("llama-2-13b")
+    point = model.run(IDS, stop_at=20).checkpoint
+    edited, other = point.writable_cuda(), torch.cuda.Stream()
+    kept = []
+    for value in range(5):
+        with torch.cuda.stream(other):  # not waited for: the resume does that
+            edited[0, -1] = value
+        kept.append(point.resume(hidden=edited, stop_at=20, logits="none").checkpoint)
+        assert kept[-1].tier == "device"
+    edited[:] = 9  # theirs are others
+    torch.cuda.synchronize()
+    row = np.zeros(model.hidden_size, np.float32)
+    for value, one in enumerate(kept):
+        wanted = point.resume([djinn.Set(row + value, at=(0, -1))], stop_at=20).checkpoint
+        assert np.asarray(one.hidden).tobytes() == np.asarray(wanted.hidden).tobytes()
+        assert one.resume().logits.tobytes() == wanted.resume().logits.tobytes()
+        assert one.evict("host") == "host"
+    ones = point.resume(hidden=edited, stop_at=20, logits="none").checkpoint
+    assert np.asarray(ones.hidden).astype(np.float32).tobytes() == (
+        np.full(point.shape, 9, np.float32).tobytes()
+    )
+
+
 def test_a_device_slot_that_was_not_lent_is_refused(tiered):
     from djinn_zmq.client.calls import Call
     from djinn_zmq.wire.messages import Resume, Wanted
