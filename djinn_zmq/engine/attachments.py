@@ -8,7 +8,7 @@ import torch
 
 from djinn_zmq.engine import inside
 from djinn_zmq.engine.jobs import EngineSession, Given, Halt, Halting, Job
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.places import BEFORE, Place
 from djinn_zmq.engine.plans import Plan, Start
 from djinn_zmq.engine.runs import Runner
@@ -61,8 +61,10 @@ class Attachment:
             )
         try:
             yield from self._keep(halt, value, place, rests)
-        except DjinnError as exc:
+        except BaseException as exc:  # its program's giving up meanwhile is one
             self.keeping.drop([kept.id for kept in halt.kept])
+            if not isinstance(exc, DjinnError):
+                raise
             self.fail(self, exc)
             return value
         yield halt
@@ -75,12 +77,21 @@ class Attachment:
         nbytes = value.nbytes + sum(rest.value.nbytes for rest in rests)
         if not self.keeping.fits(nbytes, owner):
             yield from self.keeping.room(nbytes, owner)
-        with job.watch.span("copy"):
+        kept = self.keeping.entries
+        held: list[Entry] = []
+        try:
+            with job.watch.span("copy"):
 
-            def keep(*args: object, **where: object) -> messages.Kept:
-                return self.runner.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
+                def keep(*args: object, **where: object) -> messages.Kept:
+                    one = self.runner.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
+                    held.append(kept[one.id])
+                    self.keeping.hold(held[-1])  # it stays where it is until that has been told
+                    return one
 
-            base = inside.keep_rests(job, rests, keep, halt.kept)
-            path = "" if place is None else place.path
-            halt.kept.append(keep(job, value, job.layer, place=path, base=base))
-        yield from self.runner.until_done(job)
+                base = inside.keep_rests(job, rests, keep, halt.kept)
+                path = "" if place is None else place.path
+                halt.kept.append(keep(job, value, job.layer, place=path, base=base))
+            yield from self.runner.until_done(job)
+        finally:
+            for entry in held:
+                self.keeping.let_go(entry)

@@ -182,9 +182,9 @@ class Debugging:
             if self._halt_of(asked.stop, session) is halt:
                 halt.value = value
                 self._let_go(asked.stop)
+            if changed:  # what was sent lies in its client's memory, which is its own again then
+                yield from self._runner.until_done(job)
             job.advance("finish")
-            return
-            yield
 
         return job, self._runner.settling(job, work())
 
