@@ -332,6 +332,7 @@ class Talker:
             job.layer, job.place, job.id = 0, "", new_id()
             if job.working.hollow:
                 past = job.working.past
+                yield from self._runner.pin(job, past, ())  # others may have branched off it, too
                 job.working = stepper.caches.open(past, job.start.static, job.session.account)
         job.ids = np.ascontiguousarray(job.tokens[:, job.working.length :])
         self._plan(job, opening is None)

@@ -148,6 +148,27 @@ def test_an_edit_in_the_middle_of_a_generation_holds_for_that_branch_alone(
     assert again.logits == edited.logits
 
 
+@pytest.mark.parametrize("name", ["Llama"])
+def test_what_a_generation_goes_on_from_stays_while_others_branch_off_it_and_memory_is_pressed(
+    talk: Talk, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = talk.generate(prompts(1), branch=0)
+    (point,) = talk.generate(
+        prompts(1), branch=0, wanted=Wanted(1, (), "last", 0), steps=(2,)
+    ).job.kept
+    saves = Wanted(None, (3,), "last", 0)
+    heard = talk.drive(*talk.begin(None, 4, checkpoint=point.id, wanted=saves))
+    said = [next(heard)]
+    talk.resume(talk.kept[-1].id)  # of its first step, all layers executed
+    vault = talk.runner._keeping.vault
+    monkeypatch.setattr(vault, "limit", 1)
+    for _ in vault.shrink():
+        pass
+    said += heard
+    assert [bits(part) for part in said] == whole.logits[2:]
+    talk.session.branches.clear()
+
+
 MANY = [*FEW, "GPTNeoX", "Gemma3Text", "Qwen3", "Phi3", "Bloom", "Falcon", "OPT", "GptOss"]
 
 
