@@ -4,33 +4,37 @@
     end         ready: until layer N+1 could run; logits: the layers behind it and the head as well
     edits       none; row: a vector added to one; all: the activation replaced by another array;
                 in_place: all of it rewritten in memory that the engine reads where it stands;
-                row_in_place: a row rewritten in the engine's own GPU memory (CUDA IPC)
+                row_in_place: a row rewritten in the engine's own GPU memory (CUDA IPC);
+                what is edited in place is timed twice: alone, and with the edit (`bench.writing`)
     tier        where the checkpoint lies when it is resumed: device, host, disk
 
 Each is varied alone, the others at the first that there is; `every_combination` does all with all.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import djinn_zmq as djinn
 from bench.cases import Found, Timed
 from bench.config import ResumeLatency
+from bench.writing import ALONE, WITH_EDIT, rewriting
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.errors import RequestError
 from djinn_zmq.probe.results import NotMeasured
+from djinn_zmq.probe.rounds import Case
 from djinn_zmq.probe.rungs import resuming
 from djinn_zmq.probe.ways import has_lane
 from djinn_zmq.spans import Spans
 
 NAME = "djinn"
+IN_PLACE = ("in_place", "row_in_place")
 
 
 @dataclass(slots=True)
@@ -106,85 +110,102 @@ def exact(found: Djinn, plain_bits: bytes) -> tuple[int, int]:
 
 def cases(found: Djinn, config: ResumeLatency) -> Found:
     chosen: Found = list(found.missing)
-    for transport, end, edit, tier in _variants(config, [one.transport for one in found.clients]):
-        client = next(one for one in found.clients if one.transport == transport)
-        variant = f"{transport}, to {end}, edited {edit}" + (f", from {tier}" if tier else "")
-        on_gpu = client.model.device.startswith("cuda") and transport != "tcp"
-        if edit == "row_in_place" and not on_gpu:
+    for one in _variants(config, [client.transport for client in found.clients]):
+        client = next(client for client in found.clients if client.transport == one.transport)
+        on_gpu = client.model.device.startswith("cuda") and one.transport != "tcp"
+        if one.edit == "row_in_place" and not on_gpu:
             why = "only a client on the machine of a GPU can write there"
-            chosen.append(NotMeasured(f"{NAME}: {variant}", why))
+            chosen.append(NotMeasured(f"{NAME}: {one}", why))
             continue
         try:
             chosen += [
-                _case(found, client, point, layer, variant, (end, edit, tier))
-                for layer, point in client.points.items()
+                _case(found, client, point, layer, one) for layer, point in client.points.items()
             ]
         except RequestError as exc:  # no cupy, mostly
-            chosen.append(NotMeasured(f"{NAME}: {variant}", str(exc)))
+            chosen.append(NotMeasured(f"{NAME}: {one}", str(exc)))
     return chosen
 
 
-def _variants(
-    config: ResumeLatency, transports: list[str]
-) -> Iterator[tuple[str, str, str, str | None]]:
-    """(transport, end, edit, tier); tier None: wherever the engine keeps it."""
+class Variant(NamedTuple):
+    """tier: None: wherever the engine keeps it. timed: what of an edit in place is."""
+
+    transport: str
+    end: str
+    edit: str
+    tier: str | None
+    timed: str = ALONE
+
+    def __str__(self) -> str:
+        place = f", from {self.tier}" if self.tier else ""
+        timed = f", {self.timed}" if self.edit in IN_PLACE else ""
+        return f"{self.transport}, to {self.end}, edited {self.edit}{place}{timed}"
+
+
+def _variants(config: ResumeLatency, transports: list[str]) -> Iterator[Variant]:
     axes: list[list[Any]] = [
         transports,
         list(config.ends),
         list(config.edits),
         [None, *config.tiers],
     ]
-    if config.every_combination:
-        yield from itertools.product(*axes)
-        return
     base = [axis[0] for axis in axes]
-    chosen = [tuple(base)]
-    for place, axis in enumerate(axes):
-        chosen += [(*base[:place], value, *base[place + 1 :]) for value in axis[1:]]
-    if "logits" in config.ends:  # every way's whole as well, for who does not care for halves
-        chosen += [(way, "logits", base[2], None) for way in transports]
-    yield from dict.fromkeys(chosen)
+    if config.every_combination:
+        chosen = list(itertools.product(*axes))
+    else:
+        chosen = [tuple(base)]
+        for place, axis in enumerate(axes):
+            chosen += [(*base[:place], value, *base[place + 1 :]) for value in axis[1:]]
+        if "logits" in config.ends:  # every way's whole as well, for who does not care for halves
+            chosen += [(way, "logits", base[2], None) for way in transports]
+    for one in dict.fromkeys(chosen):
+        yield Variant(*one)
+        if one[2] in IN_PLACE:
+            yield Variant(*one, WITH_EDIT)
 
 
-def _case(
-    found: Djinn,
-    client: Client,
-    point: Checkpoint,
-    layer: int,
-    variant: str,
-    what: tuple[str, str, str | None],
-) -> Timed:
-    end, edit, tier = what
+def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Variant) -> Timed:
     options: dict[str, Any] = {}
-    if edit == "row":
-        options["edits"] = [djinn.Add(client.row, at=(0, -1))]
-    elif edit == "all":
-        options["hidden"] = np.asarray(point.hidden)
-    spans = found.spans.setdefault(variant, [])
     rewrite = None
-    if edit in ("in_place", "row_in_place"):
-        options["hidden"], rewrite = _in_place(point, edit)
-    task = resuming(point, client.model, spans, ready=end == "ready", rewrite=rewrite, **options)
-    more = {"transport": client.transport, "end": end, "edit": edit, "tier": tier or point.tier}
-    before = task.before
-    if tier is not None:
-        before = _in_tier(point, tier, before)
-    return Timed(NAME, variant, layer, task.call, before, task.clock, more=more)
+    if one.edit == "row":
+        options["edits"] = [djinn.Add(client.row, at=(0, -1))]
+    elif one.edit == "all":
+        options["hidden"] = np.asarray(point.hidden)
+    elif one.edit in IN_PLACE:
+        options["hidden"], rewrite = _in_place(point, one.edit)
+    spans = found.spans.setdefault(str(one), [])
+    on_clock = rewrite if one.timed == WITH_EDIT else None
+    ready = one.end == "ready"
+    task = resuming(point, client.model, spans, ready=ready, rewrite=on_clock, **options)
+    steps = [task.before]
+    if one.tier is not None:
+        steps.append(_bringing(point, one.tier))
+    if one.timed == ALONE:
+        steps.append(rewrite)
+    more = one._asdict() | {"tier": one.tier or point.tier}
+    return Timed(NAME, str(one), layer, task.call, _in_turn(steps), task.clock, more=more)
 
 
-def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
-    """The view that is edited and sent, and the edit: it is timed with the resume."""
+def _in_turn(steps: list[Case | None]) -> Case | None:
+    """All of them, one after the other."""
+    there = [one for one in steps if one is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+
+    def go() -> None:
+        for step in there:
+            step()
+
+    return go
+
+
+def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Case]:
+    """The view that is edited and sent, and the edit."""
     import torch
 
     if edit == "in_place":
         view = point.writable()
-        whole = torch.from_numpy(np.asarray(point.hidden).view(np.uint8))
-        there = torch.from_numpy(np.asarray(view).view(np.uint8))
-
-        def rewrite_all() -> None:
-            there.copy_(whole)  # with as many threads as torch has: numpy has one
-
-        return view, rewrite_all
+        data = torch.from_numpy(np.array(point.hidden).view(np.uint8))
+        return view, rewriting(torch.from_numpy(np.asarray(view).view(np.uint8)), data)
 
     tensor = point.writable_cuda()
 
@@ -195,14 +216,10 @@ def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Callable[[], None]]:
     return tensor, rewrite_row
 
 
-def _in_tier(
-    point: Checkpoint, tier: str, before: Callable[[], object] | None
-) -> Callable[[], object]:
-    """What brings *point* to *tier* in front of each call."""
+def _bringing(point: Checkpoint, tier: str) -> Case:
+    """What brings *point* to *tier*."""
 
     def bring() -> None:
-        if before is not None:
-            before()
         if tier == "device":
             point.prefetch("device")
         else:

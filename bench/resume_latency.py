@@ -41,6 +41,7 @@ from djinn_zmq.probe.results import Check, NotMeasured, Results
 from djinn_zmq.probe.rounds import Plan, each_round
 
 SEED = 7  # of the prompt's ids
+LONG_IDLE_MS = 10  # after which nothing that the turn before left in the caches is there any more
 
 
 class Experiment(command.Tool):
@@ -281,7 +282,8 @@ def _measure(bench: _Bench, cases: list[Timed], kept: KeptRounds) -> None:
     asked = bench.asked
     bench.pin()
     plan = Plan(
-        asked.repeat, asked.per_turn, asked.idle_ms / 1e3, asked.warmup, settle=2,
+        asked.repeat, asked.per_turn, asked.idle_ms / 1e3, asked.warmup,
+        settle=1 if asked.idle_ms >= LONG_IDLE_MS else 2,
         there_and_back=True,
     )  # fmt: skip
     tasks = {one.name: one.task for one in cases}

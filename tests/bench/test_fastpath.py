@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import fastpath
-from bench.budgets import Budget, line_of
+from bench.budgets import Budget, into, line_of
 from bench.parts import Part
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.machine import this_machine
@@ -34,6 +34,17 @@ def test_a_budget_is_held_only_where_it_is_at_every_layer(tmp_path):
     assert (line.verdict, line.target) == ("missed", "<= 0.5")
     assert line.cells == ["ready", "<= 0.5", "0.1 0.2 0.9", "4", "missed"]
     assert line_of(Budget("ready", "resume-0", "layer [12] "), found, "").verdict == "held"
+
+
+def test_a_figure_beside_a_budget_has_no_verdict_whatever_it_is(tmp_path):
+    found = file_with(
+        tmp_path / "one.json", [measured("told / x", [9.0] * 2, [1.0] * 2, limit=1.6)]
+    )
+    line = line_of(Budget("told", "resume-0", "told /", told="<= 1.6"), found, "")
+    assert line.cells == ["told", "(<= 1.6)", "9", "2", "-"]
+    results = Results("test", this_machine(), {})
+    into(results, [line])
+    assert results.checks == [] and results.tables["budgets"][0]["held"] is None
 
 
 def test_what_has_no_figure_is_not_measured_and_says_why(tmp_path):

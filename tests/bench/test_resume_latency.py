@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from bench import resume_latency
+from bench.budgets import budgets, line_of
+from bench.writing import ALONE, FIRST, WITH_EDIT
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.serving import own_server, sockets_folder
 
@@ -36,10 +38,18 @@ def served():
         yield one
 
 
-def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(tmp_path):
-    ended = run(*TINY, "--repeat=4", "--layers", "1", "2", "4", f"--output-dir={tmp_path}")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Everything, measured once: where it is, and what was printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = run(*TINY, "--repeat=4", "--layers", "1", "2", "4", f"--output-dir={folder}")
     assert ended.returncode == 0, ended.stderr
-    found = schema.read(tmp_path / "resume_latency.json")
+    return folder, ended.stdout
+
+
+def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(whole):
+    folder, printed = whole
+    found = schema.read(folder / "resume_latency.json")
     assert found.checks[0].held, "unedited resumes must equal the plain model's bits"
     cases = {(one.labels["baseline"], one.labels["layer"]) for one in found.samples}
     for baseline in ("recompute", "manual_offload", "eager", "djinn"):
@@ -49,14 +59,32 @@ def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(tmp_
     measured = " ".join(one.name for one in found.samples)
     for wanted in ("nnsight", "lane", "from device", "from host", "from disk", "pinned"):
         assert wanted in missing or wanted in measured
+    for timed in (ALONE, WITH_EDIT):
+        assert f"edited in_place, {timed}" in measured
+        assert f"djinn: lane, to ready, edited row_in_place, {timed}" in missing + measured
     assert all(one.n == 4 for one in found.samples)
     rising = [fit for fit in found.fits if fit.name == "recompute: to layer N"]
-    assert rising[0].depths == [1, 2, 4] and "us a layer" in ended.stdout
+    assert rising[0].depths == [1, 2, 4] and "us a layer" in printed
     for name in ("recompute", "manual_offload", "djinn_resume"):
-        part = schema.read(tmp_path / f"{name}_latency.json")
+        part = schema.read(folder / f"{name}_latency.json")
         assert {one.labels["baseline"] for one in part.samples} == {name.removesuffix("_resume")}
     table = found.tables["spans: ipc, to logits, edited none"]
     assert "compute" in {row["span"] for row in table}
+
+
+def test_every_budget_of_a_resume_finds_its_figures_and_writing_stands_on_both_sides(whole):
+    found = schema.read(whole[0] / "resume_latency.json")
+    lines = {one.name: line_of(one, found, "") for one in budgets(0)}
+    bare = {name for name, line in lines.items() if not line.ratios}
+    assert bare == {"… the same at every layer", "ready, a row edited in place, the edit timed",
+                    "… the resume alone"} or found.machine.gpus  # fmt: skip
+    below = {
+        name: {one.name.partition(" / ")[2] for one in line.ratios} for name, line in lines.items()
+    }
+    assert below["ready, all rewritten in place, the resume alone"] == {"manual offload"}
+    assert below["… writing timed on both sides"] == {f"manual offload, {FIRST}"}
+    assert below["… writing timed on this side only"] == {"manual offload"}
+    assert lines["… writing timed on this side only"].verdict == "-"
 
 
 def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path, served):
