@@ -8,7 +8,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from djinn_zmq.errors import RequestError
+from djinn_zmq.errors import RequestError, RunError
 from djinn_zmq.wire.talks import Sampling
 
 
@@ -40,13 +40,19 @@ class Sampler:
             self._generator.seed()
 
     def draw(self, logits: torch.Tensor) -> int:
-        """logits: (1, vocab), of any dtype."""
+        """logits: (1, vocab), of any dtype. Raises RunError where they hold NaN."""
         scores = logits.float()
         if self._generator is None:
             return int(scores.argmax(-1))
         scores = self._warpers(None, scores)
         probabilities = torch.nn.functional.softmax(scores, dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        # multinomial asserts on the device that there is no NaN, which on a GPU ends the process.
+        unfit, fit = probabilities.isnan().any(), probabilities.nan_to_num(1.0)
+        drawn = torch.multinomial(fit, 1, generator=self._generator)[0, 0]
+        token, wrong = torch.stack((drawn, unfit.long())).tolist()
+        if wrong:
+            raise RunError("the logits hold NaN or infinity: no token can be drawn from them")
+        return int(token)
 
     def state(self) -> torch.Tensor | None:
         return self._state if self._generator is None else self._generator.get_state()

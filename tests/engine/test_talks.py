@@ -18,7 +18,7 @@ from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, StopError
+from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, RunError, StopError
 from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
@@ -236,6 +236,22 @@ def msgspec_replace(sampling: Sampling, **changes: Any) -> Sampling:
     import msgspec
 
     return msgspec.structs.replace(sampling, **changes)
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_logits_that_hold_nan_are_refused_by_name_where_a_token_is_to_be_drawn(talk: Talk) -> None:
+    """On a GPU multinomial would assert it on the device, which ends the process and all it holds."""
+    sampling = Sampling(1.3, 7, 0.9, 3)
+    whole = talk.generate(prompts(1), branch=0, sampling=sampling)
+    stop = Wanted(1, (), "last", 0)
+    (point,) = talk.generate(
+        prompts(1), branch=0, sampling=sampling, wanted=stop, steps=(2,)
+    ).job.kept
+    lost = (wire.Scale(float("inf"), index_of((0, -1))),)
+    with pytest.raises(RunError, match="the logits hold NaN"):
+        talk.generate(None, checkpoint=point.id, edits=lost, sampling=Sampling(1.3, 7, 0.9, None))
+    again = talk.generate(None, 4, checkpoint=point.id, sampling=Sampling(1.3, 7, 0.9, None))
+    assert again.tokens == whole.tokens[2:]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
