@@ -247,6 +247,8 @@ def _arguments(
         mask = sent(asked.mask)
         if not mask.ndim or mask.shape[0] not in (1, len(ids)):
             raise RequestError(f"attention_mask {mask.shape} for {len(ids)} rows of ids")
+        if mask.ndim == 2:  # some models count positions by it
+            _check_mask(mask, model)
         arguments["attention_mask"] = _on_device(mask, model)
         default = mask.ndim == 2 and bool((mask == 1).all())
     if asked.positions is not None:
@@ -265,6 +267,16 @@ def _arguments(
         arguments["position_ids"] = _on_device(positions, model)
         default = default and bool((positions == np.arange(past, past + ids.shape[1])).all())
     return arguments, default
+
+
+def _check_mask(mask: np.ndarray, model: ServedModel) -> None:
+    odd, limit = mask[(mask != 0) & (mask != 1)], model.info.max_positions
+    if odd.size:
+        raise RequestError(f"attention_mask holds {odd[0]}: 0 or 1 for each position")
+    if limit and mask.shape[1] > limit:
+        raise PromptError(
+            f'attention_mask of {mask.shape[1]} positions: "{model.info.name}" takes at most {limit}'
+        )
 
 
 def _wished(asked: Forward, ids: np.ndarray, model: ServedModel, sent: Sent) -> dict[str, Any]:

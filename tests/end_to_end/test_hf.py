@@ -466,6 +466,14 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
         ({"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[999]])}, "labels 999"),
         ({"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[1, 2]])}, "labels int64"),
         ({"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(3, 1)}, "attention_mask"),
+        (
+            {"input_ids": torch.tensor([[1]]), "attention_mask": torch.tensor([[7]])},
+            "holds 7: 0 or 1",
+        ),
+        (
+            {"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 65)},
+            "mask of 65 posit",
+        ),
         ({"input_ids": torch.tensor([[1]]), "logits_to_keep": torch.tensor([3])}, "logits_to_keep"),
         ({"input_ids": torch.tensor([1])}, "input_ids of shape"),
     ],
