@@ -167,8 +167,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
         """Have outputs on another device. Raises NotServed for another dtype than it is served in."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **named)
         self._check_dtype(dtype)
-        if device is not None:
-            self._place = torch.device(device)
+        if device is not None:  # "cuda" is one of them, which a tensor's own device names
+            self._place = torch.empty(0, device=device).device
         return self
 
     def cuda(self, device: Any = None) -> Self:
