@@ -25,9 +25,9 @@ WAIT_S = 20.0
 class Program:
     """Somebody else's program: a connection of its own, asked from a thread of its own."""
 
-    def __init__(self, server: djinn.Server) -> None:
+    def __init__(self, server: djinn.Server, model: str = "tiny") -> None:
         self.server = server
-        self.model = server.model("tiny")
+        self.model = server.model(model)
         self._thread = ThreadPoolExecutor(1)
 
     def does(self, work, *args, **options) -> Future:

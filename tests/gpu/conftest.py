@@ -1,17 +1,26 @@
-"""Tests of the engine on a GPU: each is skipped by name where there is none."""
+"""Tests of the engine on a GPU: each is skipped by name where there is none.
+
+Those that ask for `watched` can be tried without one: DJINN_TEST_DEVICE=cpu.
+"""
+
+import os
 
 import pytest
 import torch
 
 import djinn_zmq as djinn
 from djinn_zmq.client.local import private_server
+from tests.gpu.plain import Watched
+
+DEVICE = os.environ.get("DJINN_TEST_DEVICE", "cuda:0")
 
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        tried = DEVICE == "cpu" and "watched" in item.fixturenames
+        if item.get_closest_marker("gpu") and not tried:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
@@ -53,3 +62,23 @@ def gpu_folder(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """A server with little memory on the device, and its models' untouched copies in this process."""
+    folder, sources = tmp_path_factory.mktemp("watched"), tmp_path_factory.mktemp("models")
+    folder.chmod(0o700)
+    options = ["--gpu-memory=64", "--host-memory=512"]
+    if DEVICE == "cpu":
+        options.append("--threads=1")  # their number shows in the last bit
+        torch.set_num_threads(1)
+    with private_server(folder, DEVICE, "auto", *options) as endpoint:
+        yield Watched(endpoint, torch.device(DEVICE), sources)
+
+
+@pytest.fixture
+def watching(watched):
+    """A connection to it, in inference mode as the engine is."""
+    with torch.inference_mode(), watched.connect() as one:
+        yield one
