@@ -16,7 +16,7 @@ from djinn_zmq.client.connection import Connection
 from djinn_zmq.memory.arena import Lease
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import INLINE_LIMIT, SLOT_FROM, Frame, Tensor, inline
+from djinn_zmq.wire.tensors import INLINE_LIMIT, NAMES, SLOT_FROM, Frame, Tensor, inline
 
 
 class Parcel:
@@ -37,27 +37,29 @@ class Parcel:
 
     def place(self, array: np.ndarray) -> Operation[Tensor]:
         """Decide how *array* travels, and bring it there. Raises ArenaFull for no room."""
-        array = np.ascontiguousarray(array).reshape(array.shape)
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
         if array.nbytes <= INLINE_LIMIT:
             return inline(array)
+        name = NAMES[array.dtype]
         standing = self._connection.sharing.slot_of(array)
         if standing is not None:
-            return Tensor(array.dtype.name, array.shape, standing)
+            return Tensor(name, array.shape, standing)
         raw = memoryview(array.reshape(-1).view(np.uint8))
         sharing = self._connection.sharing
         if sharing.lease is not None and array.nbytes >= SLOT_FROM:
             lease = sharing.stage(array.nbytes)
             self._leases += (lease,)
             np.frombuffer(lease.view, np.uint8)[:] = np.frombuffer(raw, np.uint8)
-            return Tensor(array.dtype.name, array.shape, lease.slot)
+            return Tensor(name, array.shape, lease.slot)
         if array.nbytes <= PIECE:
             self.buffers += (raw,)
-            return Tensor(array.dtype.name, array.shape, Frame(len(self.buffers) - 1))
+            return Tensor(name, array.shape, Frame(len(self.buffers) - 1))
         uploaded = yield Call(
             Op.UPLOAD, messages.Upload(array.nbytes), session=self.session, data=raw
         )
         self._uploads += (uploaded.meta.id,)
-        return Tensor(array.dtype.name, array.shape, uploaded.meta.tensor.where)
+        return Tensor(name, array.shape, uploaded.meta.tensor.where)
 
     def settle(self) -> None:
         """The request is answered, or never will be: what travelled with it comes back."""

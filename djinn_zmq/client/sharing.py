@@ -75,8 +75,8 @@ class Sharing:
         return root.view(dtype).reshape(shape)
 
     def slot_of(self, array: np.ndarray) -> Slot | None:
-        """The slot that *array* fills from its start to its end, if it is one of `array`'s."""
-        if not self._lent or not array.flags.c_contiguous:
+        """The slot that *array*, C-contiguous, fills from its start to its end, if it is one of `array`'s."""
+        if not self._lent:
             return None
         lease = self._lent.get(array.__array_interface__["data"][0])
         return lease.slot if lease is not None and len(lease.view) == array.nbytes else None

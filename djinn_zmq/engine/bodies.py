@@ -4,6 +4,7 @@ Checkpoints made of the same bytes share a body (a resume that stops where it be
 Bodies never change; they are only copied from tier to tier, and copies are dropped.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,11 @@ from djinn_zmq.engine.slabs import DeviceSlot
 from djinn_zmq.memory.arena import Lease
 from djinn_zmq.wire.tensors import File, Tensor, Where
 from djinn_zmq.wire.tiers import TIERS
+
+TIERS_OF = {  # by whether each has a copy: a table, since it is asked for with every stop and resume
+    there: tuple(itertools.compress(TIERS, there))
+    for there in itertools.product((False, True), repeat=len(TIERS))
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +48,7 @@ class Body:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        copies = (self.device, self.host, self.disk)
-        return tuple(name for name, copy in zip(TIERS, copies, strict=True) if copy)
+        return TIERS_OF[self.device is not None, self.host is not None, self.disk != 0]
 
     @property
     def tensor(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from djinn_zmq.engine.slabs import DeviceSlot
 from djinn_zmq.errors import RequestError
 from djinn_zmq.memory.arena import Arena
 
@@ -68,17 +69,18 @@ class Cpu:
         except RuntimeError:
             return None
 
-    def copy(self, data: torch.Tensor, slot: torch.Tensor) -> None:
-        """Copy *data* into *slot*, uint8 (as many bytes,), of a slab."""
-        slot.copy_(data.detach().contiguous().reshape(-1).view(torch.uint8))
+    def copy(self, data: torch.Tensor, slot: DeviceSlot) -> None:
+        """Copy *data*, as many bytes, into *slot*."""
+        slot.data.copy_(data.detach().contiguous().reshape(-1).view(torch.uint8))
 
-    def fill(self, data: np.ndarray, slot: torch.Tensor) -> None:
+    def fill(self, data: np.ndarray, slot: DeviceSlot) -> None:
         """Copy host memory, uint8 (nbytes,), into *slot*, ahead of the layers begun after it."""
-        slot.numpy()[:] = data
+        slot.data.numpy()[:] = data
 
-    def fill_beside(self, data: np.ndarray, slot: torch.Tensor) -> None:
-        """The same, beside the layers: complete when `filled` says so."""
-        self.fill(data, slot)
+    def fill_beside(self, data: np.ndarray, target: torch.Tensor) -> None:
+        """The same into any memory of the device's, uint8 (nbytes,), beside the layers: complete when
+        `filled` says so."""
+        target.numpy()[:] = data
 
     def free_nbytes(self) -> int:
         """Bytes that are free for activations."""

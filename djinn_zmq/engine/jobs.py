@@ -81,6 +81,7 @@ class EngineSession:
     branches: dict[int, Any] = field(default_factory=dict)  # by id: where its conversations stand
     account: Account = field(default_factory=Account)  # of their keys and values
     told_nbytes: int = 0  # of these, to the server
+    told_ids: np.ndarray | None = None  # the ids that it was told of last
     attached: Attached | None = None  # the debugger that holds its jobs at breakpoints
 
 

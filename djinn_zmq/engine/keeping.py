@@ -264,8 +264,16 @@ class Keeping:
     def _body_like(self, like: Entry) -> Body:
         """Without its bytes."""
         was = like.body
-        args = was.dtype, was.shape, was.nbytes, like.session, was.owner, like.layer, was.ids
-        return self._body(*args, {**was.facts})
+        return Body(
+            was.dtype,
+            was.shape,
+            was.nbytes,
+            like.session,
+            was.owner,
+            was.zone,
+            was.ids,
+            {**was.facts},
+        )
 
     def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
         """Another checkpoint of the same bytes: nothing is copied."""

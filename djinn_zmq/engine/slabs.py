@@ -25,12 +25,20 @@ COPIES = " copies"  # ends the name of a zone for what clients write into
 Allocate = Callable[[int], torch.Tensor | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DeviceSlot:
-    """where: names it on the wire. data: uint8 (nbytes,), on the device."""
+    """where: names it on the wire. address, nbytes: where a copy to or from it begins, and how long it is."""
 
     where: Where
-    data: torch.Tensor
+    address: int
+    nbytes: int
+    slab: "Slab"
+
+    @property
+    def data(self) -> torch.Tensor:
+        """uint8 (nbytes,), on the device. Made when it is asked for: that costs 20 us where it is cold."""
+        begin = self.where.index * GRANULE
+        return self.slab.memory[begin : begin + self.nbytes]
 
 
 class Slab:
@@ -40,6 +48,7 @@ class Slab:
         self.zone = zone
         self.exported = False  # a client has opened it: then it keeps its zone for good
         self.memory = memory
+        self.address = memory.data_ptr()
         self.free = FreeList()
         self.free.give(0, memory.numel() // GRANULE)
         self.generations: dict[int, int] = {}  # by first granule, of slots that have been leased
@@ -54,10 +63,8 @@ class Slab:
             return None
         generation = self.generations[start] = self.generations.get(start, self._first) + 1
         self.leased[start] = need
-        offset = start * GRANULE
-        return DeviceSlot(
-            Where(self.number, start, generation), self.memory[offset : offset + nbytes]
-        )
+        where = Where(self.number, start, generation)
+        return DeviceSlot(where, self.address + start * GRANULE, nbytes, self)
 
     def give_back(self, where: Where) -> None:
         if where.index not in self.leased or self.generations[where.index] != where.generation:

@@ -17,7 +17,8 @@ from djinn_zmq.engine.telling import Telling
 from djinn_zmq.errors import DjinnError, RunError
 from djinn_zmq.wire import states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import Kept, Resume, RunReply
+from djinn_zmq.wire.messages import Drop, Kept, Resume, RunReply
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Device
 
 LOGITS = ("last", "all", "none")  # it has none in any case; "top" says how many, to be checked
@@ -108,6 +109,7 @@ class Stays:
             kept, done = keeping.share(entry, run), entry.body.arriving
         else:
             return False
+        self._telling.kept(entry.ids, (kept,), session)  # while it comes: it is not waited for
         stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done, hold)
         if not self._answered(stay):
             self._waiting.append(stay)
@@ -125,11 +127,12 @@ class Stays:
                 return False
         except Exception as exc:  # noqa: BLE001  the device's
             self._failed(exc)
+            self._keeping.drop((stay.kept.id,))
+            self._answers.tell(Op.DROP, Drop((stay.kept.id,)), stay.session.id)
             error = RunError(f"{type(exc).__name__}: {exc}")
             self._answers.refuse(stay.envelope, stay.header, error)
             return True
         kept = (stay.kept,)
-        self._telling.kept(stay.entry.ids, kept, stay.session)
         spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
         layer, hold = stay.entry.layer, stay.hold
         spare = None if hold is None else hold.spare

@@ -31,7 +31,11 @@ class Telling:
         before that as well."""
         self.moves()
         if kept:  # ids inside the meta: they outlive this process in the server's books
-            keep = messages.Keep(inline(ids), tuple(kept))
+            known = (
+                session.told_ids is ids
+            )  # one prompt's are one array, and mostly it is the same one
+            session.told_ids = ids
+            keep = messages.Keep(None if known else inline(ids), tuple(kept))
             self._answers.tell(Op.KEEP, keep, session.id)
 
     def moves(self) -> None:

@@ -102,9 +102,9 @@ class Tiers:
         if slot is not None:  # somebody waits for this copy: it is begun before all else
             body.device = slot
             if isinstance(data, np.ndarray):
-                self._device.fill(data, slot.data)
+                self._device.fill(data, slot)
             else:
-                self._device.copy(data, slot.data)
+                self._device.copy(data, slot)
             data = slot.data
         lease, full = self._host_slot(body)
         if lease is None and slot is None:
@@ -334,7 +334,7 @@ class Tiers:
             return
         begin_ns = time.perf_counter_ns()
         assert body.host is not None
-        self._device.fill(np.frombuffer(body.host.view, np.uint8), slot.data)
+        self._device.fill(np.frombuffer(body.host.view, np.uint8), slot)
         body.device = slot
         body.busy = body.arriving = self._device.computed()
         self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
@@ -471,7 +471,7 @@ class Tiers:
         slot = self._device_slot(body.nbytes, body.zone + COPIES)
         if slot is None:
             raise self.slabs.full(body.nbytes)
-        self._device.copy(self.hidden(body), slot.data)
+        self._device.copy(self.hidden(body), slot)
         return slot
 
     def give_back_when(self, done: Callable[[], bool], slot: DeviceSlot) -> None:

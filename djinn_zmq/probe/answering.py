@@ -20,7 +20,6 @@ from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import inline
 
 Clocked = Callable[[], float]  # returns the seconds that it took
 ENVELOPE = bytes(9)  # whose answer it is: as long as a lane's
@@ -118,4 +117,4 @@ def _notice(point: Checkpoint, model: Model, reply: Message) -> messages.Keep | 
     kept = meta.checkpoints
     if meta.logits_id and meta.logits is not None:
         kept += (messages.Kept(meta.logits_id, model.session_id, meta.run, -1, meta.logits),)
-    return messages.Keep(inline(point.ids), kept) if kept else None
+    return messages.Keep(None, kept) if kept else None  # of ids that it knows

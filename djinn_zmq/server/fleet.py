@@ -179,8 +179,11 @@ class Fleet:
         if session is None:  # it ended while the run was on its way: nobody owns these
             engine.tell(Op.DROP, Drop(tuple(kept.id for kept in meta.kept)), session=session_id)
             return
+        if meta.ids is not None:
+            session.ids = meta.ids
+        assert session.ids is not None  # an engine tells them with its first KEEP
         for kept in meta.kept:
-            session.kept[kept.id] = KeptRecord(kept, meta.ids)
+            session.kept[kept.id] = KeptRecord(kept, session.ids)
 
     def _tell_held(self, session: Session, meta: Held) -> None:
         where = "in host memory" if meta.how == "evict" else "on the device"

@@ -75,6 +75,7 @@ class Session:
     created_s: float = field(default_factory=time.monotonic)
     closes_s: float = float("inf")  # monotonic; set while KEPT
     info_of_model: ModelInfo | None = None
+    ids: Tensor | None = None  # of the last KEEP
 
     def info(self, asker: Peer) -> SessionInfo:
         return SessionInfo(

@@ -286,9 +286,10 @@ class Leave(msgspec.Struct, **message(Op.LEAVE)):
 
 
 class Keep(msgspec.Struct, **message(Op.KEEP)):
-    """These exist now. *ids* (int64 (batch, positions)) is what their run was made of."""
+    """These exist now. *ids* (int64 (batch, positions)) is what their run was made of; None: what those of
+    the session's last KEEP were."""
 
-    ids: Tensor
+    ids: Tensor | None
     kept: tuple[Kept, ...]
 
 

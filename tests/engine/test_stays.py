@@ -38,6 +38,7 @@ class Engine:
         answers: Any = SimpleNamespace(
             answer=lambda envelope, header, reply, store: self.said.append((envelope, reply)),
             refuse=lambda envelope, header, error: self.said.append((envelope, error)),
+            tell=lambda op, meta, session: self.said.append((op, meta)),
         )
         telling: Any = SimpleNamespace(kept=lambda ids, kept, _: self.said.append(("kept", kept)))
         self.stays = Stays(keeping, answers, telling, self._failed)
@@ -90,7 +91,7 @@ def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: En
     sent = torch.randn(2, 5, 8)
     assert engine.ask(hidden=sent)
     engine.stays.answer()
-    assert engine.stays and not engine.said
+    assert engine.stays and [one[0] for one in engine.said] == ["kept"]
     engine.device.busy = False
     engine.stays.answer()
     assert not engine.stays and engine.said[-1][1].state == "stopped"
@@ -111,7 +112,7 @@ def test_a_session_that_ends_meanwhile_is_told_so(engine: Engine) -> None:
     engine.device.busy = True
     assert engine.ask(hidden=engine.data)
     engine.stays.end(1, Cancelled("its session was closed"))
-    ((envelope, error),) = engine.said
+    envelope, error = engine.said[-1]
     assert envelope == b"a" and isinstance(error, Cancelled) and not engine.stays
 
 
@@ -119,10 +120,13 @@ def test_a_device_that_fails_meanwhile_is_an_error_of_that_request(engine: Engin
     def fails() -> bool:
         raise RuntimeError("CUDA error")
 
+    before = sorted(engine.keeping.entries)
     engine.device.computed = lambda: fails
     assert engine.ask(hidden=engine.data)
-    ((_, error),) = engine.said
+    (_, kept), (op, drop), (_, error) = engine.said
     assert "RuntimeError: CUDA error" in str(error) and not engine.stays
+    assert op == Op.DROP and drop.ids == (kept[0].id,)
+    assert sorted(engine.keeping.entries) == before
 
 
 def test_an_array_of_another_shape_is_refused_and_nothing_is_kept(engine: Engine) -> None:
