@@ -14,7 +14,9 @@ from djinn_zmq.probe import schema, tables
 from djinn_zmq.probe.results import Check, NotMeasured, Results
 
 SESSIONS = 64  # stopped at once
+GAPS = {0: "back to back", 2: "2 ms idle", 50: "50 ms idle"}  # as `bench.noop` names them
 NOTES = """\
+--spin-us: server and engine stay awake so long after each message: off by default, and no budget is held by it
 (target): no budget but a figure beside one, without a verdict; … is the case of the row above
 over manual offload: a bare copy of a pinned tensor to the GPU, that writes nothing. "the resume alone" is
 timed after the writing, "writing timed on both sides" is over an offload whose pinned tensor is written first"""
@@ -76,8 +78,33 @@ def budgets(idle_ms: int) -> Iterator[Budget]:
                 )
 
 
+def awake(idle_ms: int, spin_us: int) -> Iterator[Budget]:
+    """What the same comes to where server and engine stay awake over the idling: off by default, and no
+    budget."""
+    spin = f"--spin-us {spin_us}"
+    ready = "djinn: lane, to ready, edited none, from device, .* / manual offload$"
+    yield Budget(
+        f"ready, unedited, on the GPU, with {spin}", f"spin-resume-{idle_ms}", ready, told="<= 0.5"
+    )
+    gap = GAPS[idle_ms]
+    for way, below, limit in (
+        ("by lane", "bare doorbell", "2"),
+        ("over tcp", "bare ROUTER", "1.4"),
+    ):
+        either = f"^{way.split()[1]}, {gap}(, {spin})?: "
+        name = f"no-op {way}, {gap}: without, with {spin}"
+        yield Budget(name, "spin-noop", f"{either}djinn / {below}$", False, told=f"<= {limit}")
+        yield Budget(
+            "… cores that server and engine keep busy",
+            "spin-noop",
+            f"{either}cores",
+            False,
+            told="",
+        )
+
+
 def rest() -> Iterator[Budget]:
-    for gap in ("back to back", "2 ms idle", "50 ms idle"):
+    for gap in GAPS.values():
         yield Budget(f"no-op by lane, {gap}", "noop", f"lane, {gap}: djinn", on_gpu=False)
         yield Budget(f"no-op over ipc, {gap}", "noop", f"ipc, {gap}: djinn", on_gpu=False)
         yield Budget(f"no-op over tcp, {gap}", "noop", f"tcp, {gap}: djinn / bare ROUTER$", False)
@@ -192,11 +219,10 @@ def _held(line: Line) -> bool:
 def table_of(lines: list[Line], layers: tuple[int, ...]) -> str:
     shown: list[list[str]] = []
     for line in lines:
-        part = line.budget.part
-        idle = part.removeprefix("resume-") + " ms" if part.startswith("resume-") else ""
+        idle = re.search(r"resume-([1-9]\d*)$", line.budget.part)
         name, *cells = line.cells
         found = cells[1] or line.why
-        shown.append([f"{name}{', idle ' + idle if idle and idle != '0 ms' else ''}", cells[0],
+        shown.append([f"{name}{f', idle {idle[1]} ms' if idle else ''}", cells[0],
                       cells[2], cells[3], found])  # fmt: skip
     at = ", ".join(map(str, layers))
     columns = ["budget", "target", "n", "verdict", f"ratio (at layers {at}), or what was found"]

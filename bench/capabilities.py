@@ -110,6 +110,8 @@ def _measured_rows(found: Found) -> dict[str, dict[str, Cell]]:
     table: dict[str, dict[str, Cell]] = {}
     for one in found.get("resume_latency", []):
         about = f"{one.settings.get('served')}, {one.settings.get('max_length')} tokens"
+        if idle_ms := one.settings.get("idle_ms"):
+            about += f", after {idle_ms:g} ms of idling"
         where = ", ".join(one.machine.gpus) or f"{one.machine.cores} CPUs"
         way = _fastest_way(one)
         ready = f"ready at layer N+1, first and last layer ({about}; {where})"

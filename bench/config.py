@@ -36,7 +36,8 @@ class ResumeLatency:
     layers: to stop at; empty: five, spread over the model. max_length: tokens of the prompt.
     repeat: rounds in which all cases take their turn, every second one backwards: an even number is
     fair. per_turn: timed calls in each turn.
-    idle_ms: sleep before each call, as a person at work gives. without: cases whose name contains one
+    idle_ms: sleep before each call, as a person at work gives. spin_us: that an own server's ends, and
+    the client's of a lane, stay awake after a message. without: cases whose name contains one
     of these are left out.
     transports, edits, ends, tiers: of Djinn's resume. Each is varied alone, the others at their
     first value; with `every_combination` all with all.
@@ -52,6 +53,7 @@ class ResumeLatency:
     repeat: int = 6
     per_turn: int = 5
     idle_ms: float = 0.0
+    spin_us: int = 0
     without: tuple[str, ...] = ()
     server: str | None = None
     key: str | None = None
@@ -68,6 +70,7 @@ class ResumeLatency:
             _at_least(self, name, 1)
         _at_least(self, "warmup", 0)
         _at_least(self, "idle_ms", 0)
+        _at_least(self, "spin_us", 0)
         if any(layer < 0 for layer in self.layers):
             raise RequestError(f"layers {list(self.layers)}: a layer is at least 0")
 

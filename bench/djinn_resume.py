@@ -77,7 +77,9 @@ def connect(
             continue
         lane = transport == "lane"
         server = stack.enter_context(
-            djinn.connect(endpoints[scheme], key=key, progress=None, lane=lane)
+            djinn.connect(
+                endpoints[scheme], key=key, progress=None, lane=lane, spin_us=config.spin_us
+            )
         )
         client = Client(transport, server.model(model))
         if lane and not has_lane(client.model):

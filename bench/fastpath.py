@@ -15,19 +15,22 @@ from typing import Any
 
 import click
 
-from bench.budgets import SESSIONS, Line, budgets, into, line_of, rest, table_of
+from bench.budgets import SESSIONS, Line, awake, budgets, into, line_of, rest, table_of
 from bench.config import spread
 from bench.parts import ROOT, Part, pack, run
 from bench.plain import config_of, device_of
-from djinn_zmq.probe import command, schema, tables
+from bench.spinning import OVER_US
+from djinn_zmq.probe import command, pinning, schema, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.targets import Target
 
 FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
-NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import")
+NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import",
+         "spin-noop", "spin-resume-0", "spin-resume-50", "spin-resume-2")  # fmt: skip
 IDLE_MS = (0, 2, 50)
+SPIN_SAMPLES = 640  # so that 16 are left of them at the longest gap
 TO_DRAW_S = 30.0
 SHARE = 1 / 3  # of the memory that the stopped sessions need: what the GPU has for them
 
@@ -40,29 +43,34 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
     shape, device, tokens = asked.shape, asked.device, asked.positions
     found = {}
     for idle_ms in IDLE_MS:
-        more = ("--without", "KV", "each call", "device time", "keeps every", "then layers",
-                "--transports", "lane", "ipc", "--tiers", "device", "host",
-                "--edits", "none", "in_place", "row_in_place",
-                "--layers", *map(str, asked.layers))  # fmt: skip
-        few = ("--warmup=2", f"--repeat={asked.rounds}", "--per-turn=5") if idle_ms == 0 else (
-            "--warmup=1", "--repeat=4", "--per-turn=4", "--ends", "ready")  # fmt: skip
-        baselines = (
-            "manual_offload",
-            "djinn",
-            "bare",
-            *(("eager", "saving") if idle_ms == 0 else ()),
-        )
-        options = (f"--model={shape}", f"--device={device}", f"--max-length={tokens}",
-                   f"--idle-ms={idle_ms}", f"--output-dir={folder / f'resume-{idle_ms}'}", "--fresh",
-                   "--baselines", *baselines, *more, *few)  # fmt: skip
+        whole = ("eager", "saving") if idle_ms == 0 else ()
         found[f"resume-{idle_ms}"] = Part(
-            f"resume, {idle_ms} ms idle", "bench.resume_latency", options, 180
-        )
+            f"resume, {idle_ms} ms idle", "bench.resume_latency",
+            (*_resuming(asked, folder / f"resume-{idle_ms}", idle_ms),
+             "--baselines", "manual_offload", "djinn", "bare", *whole,
+             "--transports", "lane", "ipc", "--tiers", "device", "host",
+             "--edits", "none", "in_place", "row_in_place"), 180,
+        )  # fmt: skip
+        spin_us = OVER_US[idle_ms]
+        found[f"spin-resume-{idle_ms}"] = Part(
+            f"resume, {idle_ms} ms idle, --spin-us {spin_us}", "bench.resume_latency",
+            (*_resuming(asked, folder / f"spin-resume-{idle_ms}", idle_ms), f"--spin-us={spin_us}",
+             "--baselines", "manual_offload", "djinn", "--transports", "lane", "--tiers", "device",
+             "--edits", "none", "--ends", "ready", "--without", "written first", "none, layer"),
+            90, pinning.too_few_to_spin(),
+        )  # fmt: skip
     pin = "--pin" if device == "cpu" else "--no-pin"
     load = ("--clients=64",) if find_spec("grpc") else ("--no-load",)
     found["noop"] = Part(
         "no-op", "bench.noop",
         (f"--samples={asked.samples}", *load, pin, f"--json={folder / 'noop.json'}"), 120,
+    )  # fmt: skip
+    found["spin-noop"] = Part(
+        "no-op, --spin-us", "bench.noop",
+        (f"--samples={min(SPIN_SAMPLES, asked.samples)}", "--no-load", "--no-pin",
+         *(f"--spin-us={one}" for one in OVER_US.values()),
+         *(f"--without={one}" for one in ("ipc", "server only", "front", "raw socket")),
+         f"--json={folder / 'spin-noop.json'}"), 90, pinning.too_few_to_spin(),
     )  # fmt: skip
     found["upload"] = Part(
         "upload", "bench.upload", ("--samples=100", pin, f"--json={folder / 'upload.json'}"), 60
@@ -83,9 +91,19 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
     return found
 
 
+def _resuming(asked: "Asked", folder: Path, idle_ms: int) -> tuple[str, ...]:
+    """Options that all parts with resumes have."""
+    few = ("--warmup=2", f"--repeat={asked.rounds}", "--per-turn=5") if idle_ms == 0 else (
+        "--warmup=1", "--repeat=4", "--per-turn=4", "--ends", "ready")  # fmt: skip
+    return (f"--model={asked.shape}", f"--device={asked.device}", f"--max-length={asked.positions}",
+            f"--idle-ms={idle_ms}", f"--output-dir={folder}", "--fresh",
+            "--without", "KV", "each call", "device time", "keeps every", "then layers",
+            "--layers", *map(str, asked.layers), *few)  # fmt: skip
+
+
 def path_of(part: str) -> str:
     """Where its results are."""
-    if part.startswith("resume-"):
+    if "resume-" in part:
         return f"{part}/resume_latency.json"
     return "memory/memory_pressure.json" if part == "memory" else f"{part}.json"
 
@@ -108,6 +126,7 @@ def lines_of(folder: Path, outcome: dict[str, Check]) -> list[Line]:
         except ValueError as exc:
             found[part], why[part] = None, str(exc)
     wanted = [one for idle in IDLE_MS for one in budgets(idle)] + list(rest())
+    wanted += [one for idle in IDLE_MS for one in awake(idle, OVER_US[idle])]
     return [line_of(one, found[one.part], why[one.part]) for one in wanted]
 
 
@@ -129,7 +148,7 @@ def shown_times(rows: list[dict[str, Any]]) -> str:
     cells = [
         [row["part"], row["case"], *(tables.number(row[key] * 1e3) for key in ("median_s", "p90_s")),
          str(row["n"])]
-        for row in rows if row["part"].startswith("resume-")
+        for row in rows if "resume-" in row["part"]
     ]  # fmt: skip
     lines = [[f"{part}: {case}", *more] for part, case, *more in cells]
     return tables.aligned(["ms", "p50", "p90", "n"], lines)
@@ -193,7 +212,7 @@ def main(
       python -m bench.fastpath --shape small --device cpu --positions 64 --parts resume-0,noop,swap
 
     What time is left goes to the parts in this order. Exit status 0 where every part left results:
-    what was missed is told by the table.
+    what was missed is told by the table. What spins needs four CPUs, and is not begun with fewer.
     """
     begin = time.monotonic()
     chosen = _chosen(names)
@@ -216,6 +235,7 @@ def main(
         outcome[name] = run(made[name], left_s, folder / "logs" / f"{name}.log")
         there = results_of(name, folder) is not None
         said = "done" if outcome[name].held else "left results" if there else "FAILED"
+        said = "not here" if made[name].cannot else said
         click.echo(
             f"{time.monotonic() - begin:4.0f} s  {made[name].name}, {said}: {outcome[name].found}"
         )
@@ -232,7 +252,10 @@ def main(
     if packed is not None:
         pack(folder, packed)
         click.echo(f"archive in {packed}")
-    failed = [one.what for name, one in outcome.items() if results_of(name, folder) is None]
+    failed = [
+        one.what for name, one in outcome.items()
+        if results_of(name, folder) is None and not made[name].cannot
+    ]  # fmt: skip
     if failed:
         raise click.ClickException(f"not all there: {', '.join(failed)}; logs in {folder}/logs")
 

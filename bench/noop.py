@@ -10,13 +10,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench import grpc_echo, load, roundtrips
+from bench import grpc_echo, load, roundtrips, spinning
 from bench.roundtrips import DJINN, DOORBELL, FRONT, LANE, ROUTER, TRANSPORTS
 from djinn_zmq.probe import command, echoes, interrupted, pinning, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.rounds import Plan, interleaved
-from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.probe.samples import Ratio, Samples, ratio
 from djinn_zmq.probe.serving import Served, own_server, sockets_folder
 from djinn_zmq.probe.targets import Target
 
@@ -51,37 +51,51 @@ QUICK = Size(200, 2, 0.2)
 # ---- one client
 
 
-def measure_round_trips(calls: dict[str, roundtrips.Call], size: Size, results: Results) -> None:
+def measure_round_trips(
+    calls: dict[str, roundtrips.Call],
+    size: Size,
+    results: Results,
+    spins: Sequence[spinning.Spinning] = (),
+    pids: tuple[int, ...] = (),
+) -> None:
+    """pids: of the server and the engine that do not spin."""
     for plan in size.plans():
         gap = f"{plan.gap_s * 1e3:g} ms idle" if plan.gap_s else "back to back"
-        taken = interleaved(calls, plan)
+        awake = spinning.over(plan.gap_s, spins)
+        more, busy = {}, None
+        if awake is not None:
+            more = {awake.named(one): call for one, call in awake.calls.items() if one in calls}
+            own = dict.fromkeys(awake.calls, pids) | dict.fromkeys(more, awake.pids)
+            busy = spinning.Busy(own)
+        taken = interleaved(calls | more, plan, on_turn=busy)
         click.echo("\n" + tables.of_samples(f"no-op, {gap}", list(taken.values())))
-        found = [
-            ratio(
-                taken[DJINN.format(transport)],
-                taken[FRONT.format(transport)],
-                name=f"{transport}, {gap}: djinn / bare front and PAIR",
-                limit=NOOP_LIMIT,
-            )
-            for transport in TRANSPORTS
-        ]
-        found += [
-            ratio(
-                taken[DJINN.format("tcp")],
-                taken[ROUTER.format("tcp")],
-                name=f"tcp, {gap}: djinn / bare ROUTER",
-                limit=ROUTER_LIMIT,
-            ),
-            ratio(
-                taken[LANE],
-                taken[DOORBELL],
-                name=f"lane, {gap}: djinn / bare doorbell",
-                limit=LANE_LIMIT,
-            ),
-        ]
+        found = list(_ratios(taken, gap, ""))
+        if awake is not None and busy is not None:
+            found += _ratios(taken, gap, awake.named(""))
+            for case in (*filter(calls.__contains__, awake.calls), *more):
+                way, spin = case.partition(":")[0], awake.named("") if case in more else ""
+                found.append(
+                    busy.ratio_of(
+                        case, f"{way}, {gap}{spin}: cores that server and engine keep busy"
+                    )
+                )
         click.echo("\n" + tables.of_ratios("at the median", found))
         results.samples += [Samples(f"{gap}, {k}", v.seconds) for k, v in taken.items()]
         results.ratios += found
+
+
+def _ratios(taken: dict[str, Samples], gap: str, spin: str) -> Iterator[Ratio]:
+    """To what each case is held against; without a limit where its ends spin."""
+    pairs = [
+        (way, DJINN.format(way), FRONT.format(way), "bare front and PAIR", NOOP_LIMIT)
+        for way in TRANSPORTS
+    ]
+    pairs.append(("tcp", DJINN.format("tcp"), ROUTER.format("tcp"), "bare ROUTER", ROUTER_LIMIT))
+    pairs.append(("lane", LANE, DOORBELL, "bare doorbell", LANE_LIMIT))
+    for way, ours, bare, below, limit in pairs:
+        if (ours := ours + spin) in taken and bare in taken:
+            name = f"{way}, {gap}{spin}: djinn / {below}"
+            yield ratio(taken[ours], taken[bare], name=name, limit=None if spin else limit)
 
 
 # ---- many clients
@@ -196,6 +210,15 @@ def _printed(row: dict[str, object]) -> list[str]:
     "--load/--no-load", "with_load", default=True, help="Also measure many clients. [default: yes]"
 )
 @click.option("--pin/--no-pin", default=True, help="Client on one CPU, servers on another. [yes]")
+@click.option("--without", multiple=True, help="Leave out cases whose name contains this.")
+@click.option(
+    "--spin-us",
+    "spins_us",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Also measure a server, and a client, that stay awake so long after a message. Repeatable: "
+    "with each gap the shortest that reaches over it. Nothing is pinned then.",
+)
 @click.option("--json", "path", type=Target(), help="Write results here.")
 @click.option("--quick", is_flag=True, help="Well under a minute; intervals get wide.")
 def main(
@@ -203,6 +226,8 @@ def main(
     counts: tuple[int, ...],
     with_load: bool,
     pin: bool,
+    without: tuple[str, ...],
+    spins_us: tuple[int, ...],
     path: Path | None,
     quick: bool,
 ) -> None:
@@ -217,7 +242,8 @@ def main(
       bare doorbell                a word in shared memory and an eventfd each way
     over ipc and tcp, back to back and with the client asleep for 2 and 50 ms before each.
     Targets, at the median: at most 1.3 times the bare front and PAIR; over tcp 1.4 times a bare
-    ROUTER; over the lane 2 times the bare doorbell.
+    ROUTER; over the lane 2 times the bare doorbell. With --spin-us once more over lane and tcp, beside
+    these and without a target, and how many cores server and engine keep busy, with it and without.
 
     \b
     Many clients: requests a second, each client in a closed loop, all of them in one process,
@@ -230,9 +256,12 @@ def main(
     size = QUICK if quick else FULL
     if samples is not None:
         size = Size(samples, size.windows, size.window_s)
+    if spins_us:
+        pinning.check_spinning()
     begin = time.monotonic()
-    client_cpus, server_cpus = pinning.two_sides() if pin else (None, None)
-    settings = {"samples": size.samples, "clients": list(counts), "quick": quick}
+    client_cpus, server_cpus = pinning.two_sides() if pin and not spins_us else (None, None)
+    settings = {"samples": size.samples, "clients": list(counts), "quick": quick,
+                "without": list(without), "spin_us": list(spins_us)}  # fmt: skip
     results = Results("noop", this_machine(), settings)
     click.echo(results.machine)
     pinning.pin("client", [os.getpid()], client_cpus)  # threads to come inherit it
@@ -241,9 +270,11 @@ def main(
         sockets_folder() as folder,
         own_server(folder) as served,
     ):
-        with roundtrips.cases(served, folder) as (calls, pids):
-            _pin(results, [*served.pids, *pids], client_cpus, server_cpus)
-            measure_round_trips(calls, size, results)
+        with roundtrips.cases(served, folder) as (calls, pids), spinning.servers(spins_us) as spins:
+            awake = [pid for one in spins for pid in one.pids]
+            _pin(results, [*served.pids, *pids, *awake], client_cpus, server_cpus)
+            chosen = {k: v for k, v in calls.items() if not any(text in k for text in without)}
+            measure_round_trips(chosen, size, results, spins, served.pids)
         if with_load:
             with load_cases(served, folder, max(counts)) as (cases, pids):
                 _pin(results, [*served.pids, *pids], client_cpus, server_cpus)

@@ -20,17 +20,21 @@ LEAST_S = 5.0  # a part with less than this is not begun
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`python -m MODULE OPTIONS`, whose exit status has to be 0. most_s: seconds it may take at most."""
+    """`python -m MODULE OPTIONS`, whose exit status has to be 0. most_s: seconds it may take at most.
+    cannot: why it is not begun on this machine; empty: it can be."""
 
     name: str
     module: str
     options: tuple[str, ...]
     most_s: float
+    cannot: str = ""
 
 
 def run(part: Part, seconds: float, log: Path) -> Check:
     """Within *seconds*, and no longer than it may take. At the end of its time it gets a Ctrl-C, so
     that it writes what it has."""
+    if part.cannot:
+        return Check(part.name, None, part.cannot)
     begin = time.monotonic()
     limit = min(part.most_s, seconds)
     if limit < LEAST_S:

@@ -275,6 +275,10 @@ def read(folders: Iterable[Path]) -> dict[str, list[schema.File]]:
 def draw(folders: Iterable[Path], into: Path) -> list[Path]:
     """Every figure that the results allow, and the table. Returns what was written."""
     found = read(folders)
+    # What spins is measured beside these, and only where it matters: no depth is drawn of it.
+    resumes = [one for one in found.pop("resume_latency", []) if not one.settings.get("spin_us")]
+    if resumes:
+        found["resume_latency"] = resumes
     figures: dict[str, Figure] = {}
     for one in found.get("resume_latency", []):
         figures[f"figure7-resume-crossover-{_slug(one)}"] = crossover(one)

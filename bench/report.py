@@ -53,15 +53,16 @@ def add_findings(results: Results) -> None:
     results.fits = list(found.values())
     results.ratios = _ratios(results, by_variant)
     kept = [one for one in results.checks if "bits" in one.what]
-    results.checks = kept + _checks(found, by_variant, _on_gpu(results))
+    results.checks = kept + _checks(found, by_variant, _has_targets(results))
 
 
-def _on_gpu(results: Results) -> bool:
-    return results.settings.get("device") != "cpu"
+def _has_targets(results: Results) -> bool:
+    """Those of a GPU; and they are meant for ends that sleep while nobody speaks."""
+    return results.settings.get("device") != "cpu" and not results.settings.get("spin_us")
 
 
 def _ratios(results: Results, by_variant: dict) -> list[Ratio]:  # type: ignore[type-arg]
-    on_gpu = _on_gpu(results)
+    on_gpu = _has_targets(results)
     offload = by_variant.get(("manual_offload", OFFLOAD, "host"), {})
     written = by_variant.get(("manual_offload", f"{OFFLOAD}, {FIRST}", "host"), {})
     rest = by_variant.get(("eager", eager.REST, "host"), {})

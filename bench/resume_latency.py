@@ -81,6 +81,7 @@ def _many(name: str, allowed: Sequence[str], about: str) -> Any:
 @click.option("--repeat", type=int, help="Rounds in which all cases take their turn.")
 @click.option("--per-turn", type=int, help="Timed calls of a case in each of its turns.")
 @click.option("--idle-ms", type=float, help="Milliseconds of sleep before each call. [0]")
+@click.option("--spin-us", type=int, help="Ends that stay awake so long after a message. [0: none]")
 @click.option("--without", multiple=True, help="Leave out cases whose name contains this.")
 @click.option("--output-dir", help="Where the results go.")
 @_many("baselines", config.BASELINES, "What to measure.")
@@ -162,6 +163,8 @@ class _Bench:
         self._clients = [os.getpid()]
         self._servers: list[int] = []
         if asked.server is None:
+            if asked.spin_us:
+                pinning.check_spinning()
             self.asked = asked = self._on(device_of(asked.device))
         endpoints, name = self._serve()
         self.djinn = djinn_resume.connect(endpoints, asked, name, stack)
@@ -197,6 +200,7 @@ class _Bench:
             serving.own_server(
                 folder,
                 f"--threads={asked.threads}",
+                f"--spin-us={asked.spin_us}",
                 *tier_options(asked.device, self._stack.enter_context(serving.sockets_folder())),
                 model=asked.model,
                 shape=shape,
@@ -265,8 +269,10 @@ class _Bench:
         return found
 
     def pin(self) -> None:
-        """Only on a CPU: a GPU's host has CPUs to spare, and torch's threads want them."""
-        client, servers = (None, None) if self.asked.device != "cpu" else pinning.two_sides()
+        """Only on a CPU: a GPU's host has CPUs to spare, and torch's threads want them. Nor where server
+        and engine spin: each wants a CPU of its own."""
+        alone = self.asked.device == "cpu" and not self.asked.spin_us
+        client, servers = pinning.two_sides() if alone else (None, None)
         self.results.pinned.append(pinning.pin("clients and baselines", self._clients, client))
         if self._servers:
             self.results.pinned.append(pinning.pin("servers", self._servers, servers))

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from djinn_zmq.errors import RequestError
+
+SPINNING = 4  # CPUs: for a client, a server and an engine that do not sleep, and all the rest
+
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
@@ -69,6 +73,23 @@ def two_sides() -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """
     allowed = sorted(os.sched_getaffinity(0))
     return ((allowed[0],), (allowed[1],)) if len(allowed) > 1 else (None, None)
+
+
+def too_few_to_spin() -> str:
+    """Why ends that spin would measure nothing but each other here; empty where each has a CPU."""
+    count = len(os.sched_getaffinity(0))
+    if count >= SPINNING:
+        return ""
+    return (
+        f"ends that spin need a CPU each and one for all the rest, {SPINNING}: this program may use "
+        f"{count}"
+    )
+
+
+def check_spinning() -> None:
+    """Raises RequestError where there are too few CPUs."""
+    if why := too_few_to_spin():
+        raise RequestError(why)
 
 
 def _thread_ids(pid: int) -> list[int]:

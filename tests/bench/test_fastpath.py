@@ -67,19 +67,24 @@ def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkey
     made = {
         "noop": Part("no-op", "bench.there_is_none", (), 20),
         "import": Part("import", "bench.import_time", options, 60),
+        "spin-noop": Part("no-op, spinning", "bench.noop", (), 60, cannot="too few CPUs"),
     }
     monkeypatch.setattr(fastpath, "parts", lambda asked, folder: made)
     ended = CliRunner().invoke(
-        fastpath.main, ["--shape=tiny", "--device=cpu", "--parts=import,noop", f"--out={tmp_path}"]
-    )
+        fastpath.main, ["--shape=tiny", "--device=cpu", "--parts=import,noop,spin-noop",
+                        f"--out={tmp_path}"]
+    )  # fmt: skip
     assert ended.exit_code == 1
-    assert "not all there: no-op" in ended.stderr and "there_is_none" in ended.stdout
+    assert "not all there: no-op;" in ended.stderr and "there_is_none" in ended.stdout
+    assert "no-op, spinning, not here: too few CPUs" in ended.stdout
     found = schema.read(tmp_path / "fastpath.json")
     judged = {one.what: one.held for one in found.checks}
     assert judged["import: client import, no torch"] is True
     missing = {one.what: one.why for one in found.not_measured}
     assert "there_is_none" in missing["noop: no-op by lane, back to back"]
     assert missing["swap: swap rate, in"] == "its part was not run"
+    spinning = "spin-noop: no-op by lane, back to back: without, with --spin-us 200"
+    assert missing[spinning] == "too few CPUs"
     assert {row["part"] for row in found.tables["times"]} == {"import"}
 
 
