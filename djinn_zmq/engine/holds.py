@@ -87,7 +87,7 @@ class Holds:
         opened; where that is full it has to do without."""
         assert hold.writable is not None
         while len(hold.spares) < SPARES:
-            slot = self._tiers.slabs.lease_beside(hold.writable.where, hold.nbytes)
+            slot = self._tiers.spare_beside(hold.writable)
             if slot is None:
                 return
             hold.spares.append(slot)
@@ -96,22 +96,22 @@ class Holds:
     def find(self, tensor: Tensor, owner: str) -> torch.Tensor:
         """uint8 (nbytes,): the device slot that *tensor* names. Raises AccessDenied unless it was
         lent to *owner* to write into, and is still."""
-        hold = self._hold_of(tensor, owner)
+        hold = self.lent(tensor, owner)
         slots = [hold.writable, *hold.spares]
         return next(one.data for one in slots if one is not None and one.where == tensor.where)
 
-    def take(self, tensor: Tensor, owner: str) -> tuple[DeviceSlot, Hold] | None:
-        """The spare that *tensor* names: nobody's any more, to be taken over. None for the writable
-        slot. Raises as `find`."""
-        hold = self._hold_of(tensor, owner)
+    def take(self, hold: Hold, where: Device) -> DeviceSlot | None:
+        """The spare of *hold* at *where*: nobody's any more, to be taken over. None where that is the
+        writable slot."""
         for slot in hold.spares:
-            if slot.where == tensor.where:
+            if slot.where == where:
                 hold.spares.remove(slot)
-                del self._lent[slot.where]
-                return slot, hold
+                del self._lent[where]
+                return slot
         return None
 
-    def _hold_of(self, tensor: Tensor, owner: str) -> Hold:
+    def lent(self, tensor: Tensor, owner: str) -> Hold:
+        """The hold of the device slot that *tensor* names. Raises as `find`."""
         where = tensor.where
         assert isinstance(where, Device)
         hold = self._lent.get(where)

@@ -22,8 +22,8 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
-from djinn_zmq.engine.holds import Hold, Holds
-from djinn_zmq.engine.slabs import Slabs
+from djinn_zmq.engine.holds import Holds
+from djinn_zmq.engine.slabs import DeviceSlot, Slabs
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
@@ -40,7 +40,7 @@ from djinn_zmq.memory.files import FORMAT
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
 from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, Where, view
-from djinn_zmq.wire.tensors import Device as DeviceSlot
+from djinn_zmq.wire.tensors import Device as DeviceWhere
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -241,7 +241,7 @@ class Keeping:
         """
         owner = like.body.owner
         data: torch.Tensor | np.ndarray
-        if isinstance(tensor.where, DeviceSlot):
+        if isinstance(tensor.where, DeviceWhere):
             data = self.holds.find(tensor, owner)
         else:
             self._check_owner(tensor, owner)
@@ -250,16 +250,12 @@ class Keeping:
         self.tiers.place(body, data)
         return self._enter(Entry(new_id(), like.session, run, like.layer, body))
 
-    def take_spare(self, tensor: Tensor, like: Entry, run: int) -> tuple[Kept, Hold] | None:
-        """The same of what a client has put into a spare of a hold of its: nothing is copied, and it is
-        complete. None where *tensor* names none. Raises AccessDenied."""
-        taken = self.holds.take(tensor, like.body.owner)
-        if taken is None:
-            return None
-        slot, hold = taken
+    def take_over(self, slot: DeviceSlot, like: Entry, run: int) -> Kept:
+        """The same of what a client has put into a spare, which is no hold's any more: nothing is
+        copied, and it is complete."""
         body = self._body_like(like)
         self.tiers.take_over(body, slot)
-        return self._enter(Entry(new_id(), like.session, run, like.layer, body)), hold
+        return self._enter(Entry(new_id(), like.session, run, like.layer, body))
 
     def _body_like(self, like: Entry) -> Body:
         """Without its bytes."""
@@ -383,7 +379,7 @@ class Keeping:
         self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str
     ) -> torch.Tensor:
         """As `load_sent`, to be read only: where it stands, if the device can read it there."""
-        if isinstance(tensor.where, DeviceSlot):
+        if isinstance(tensor.where, DeviceWhere):
             data = self.holds.find(tensor, owner)
             return data.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
         self._check_owner(tensor, owner)

@@ -27,8 +27,8 @@ STOPPED = str(states.Run.STOPPED)
 
 @dataclass(slots=True, eq=False)
 class _Stay:
-    """kept: what it comes to, once *done* says that it is there; None: it is. hold: whose spare it
-    took."""
+    """kept: what it comes to, once *done* says that it is there; None: it is. hold: of the device slot
+    that was sent."""
 
     session: EngineSession
     envelope: bytes
@@ -97,9 +97,12 @@ class Stays:
             check_hidden(asked.hidden, entry.body.tensor)
             if not keeping.fits(entry.body.nbytes, session.owner):
                 return False
-            sent = asked.hidden
-            if isinstance(sent.where, Device) and (taken := keeping.take_spare(sent, entry, run)):
-                kept, hold = taken
+            sent, spare = asked.hidden, None
+            if isinstance(sent.where, Device):
+                hold = keeping.holds.lent(sent, session.owner)
+                spare = keeping.holds.take(hold, sent.where)
+            if spare is not None:
+                kept = keeping.take_over(spare, entry, run)
             else:
                 kept = keeping.keep_sent(sent, buffers, entry, run)
                 done = keeping.device.computed()
@@ -134,8 +137,11 @@ class Stays:
             return True
         kept = (stay.kept,)
         spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
-        layer, hold = stay.entry.layer, stay.hold
-        spare = None if hold is None else hold.spare
+        layer, hold, spare = stay.entry.layer, stay.hold, None
+        if hold is not None:
+            if not hold.spares:
+                self._keeping.holds.restock(hold)
+            spare = hold.spare
         reply = RunReply(
             stay.run, STOPPED, layer, None, kept, None, 0, None, None, None, spans, 0, spare
         )

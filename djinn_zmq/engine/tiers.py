@@ -208,6 +208,8 @@ class Tiers:
     def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
         if not self.slabs.limit:
             return None
+        if self._leaving:
+            self._free_left()
         slot = self.slabs.lease(nbytes, zone)
         while slot is None:
             victim = next(
@@ -277,6 +279,10 @@ class Tiers:
         for writing in [one for one in self._writing if one.future.done()]:
             self._writing.remove(writing)
             self._written(writing)
+        self._free_left()
+
+    def _free_left(self) -> None:
+        """Free what was released while the device was busy with it, or a client, and they are done."""
         for leaving in [one for one in self._leaving if one[0]()]:
             self._leaving.remove(leaving)
             leaving[1]()
@@ -473,6 +479,12 @@ class Tiers:
             raise self.slabs.full(body.nbytes)
         self._device.copy(self.hidden(body), slot)
         return slot
+
+    def spare_beside(self, slot: DeviceSlot) -> DeviceSlot | None:
+        """One more like *slot*, in its slab; None where that has no room."""
+        if self._leaving:
+            self._free_left()
+        return self.slabs.lease_beside(slot.where, slot.nbytes)
 
     def give_back_when(self, done: Callable[[], bool], slot: DeviceSlot) -> None:
         """*slot* was a client's: free it when *done* says that nobody can write into it any more."""

@@ -245,7 +245,26 @@ def test_what_is_sent_as_the_writable_slot_is_copied_and_stays_the_clients(
 def test_where_the_slab_is_full_there_is_no_spare(engine: Engine, hold: Hold) -> None:
     slabs = engine.keeping.tiers.slabs
     assert hold.writable is not None
-    while slabs.lease_beside(hold.writable.where, 64):
-        pass
+    taken = []
+    while slot := slabs.lease_beside(hold.writable.where, 64):
+        taken.append(slot)
     assert engine.ask(hidden=hold.spare) and engine.ask(hidden=hold.spare)
     assert hold.spare is None and engine.said[-1][1].spare is None
+    slabs.give_back(taken.pop().where)
+    assert engine.ask(hidden=hold.writable.where)  # as who has no spare does
+    assert engine.said[-1][1].spare == hold.spare is not None
+
+
+def test_slots_of_what_was_released_are_spares_again_when_the_device_is_done_with_them(
+    engine: Engine, hold: Hold
+) -> None:
+    assert hold.writable is not None
+    while engine.keeping.tiers.slabs.lease_beside(hold.writable.where, 64):
+        pass
+    for _ in range(5):
+        assert engine.ask(hidden=hold.spare)
+        reply = engine.said[-1][1]
+        engine.keeping.drop([reply.checkpoints[0].id])
+        assert reply.spare is not None
+        engine.keeping.tiers.fill()
+        engine.device.finish()
