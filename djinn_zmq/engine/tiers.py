@@ -152,8 +152,8 @@ class Tiers:
             storing.begun = self._device.stored()
         for body in [one for one in self.filling if one.stored]:
             self.filling.remove(body)
-            if body.host is not None:
-                self.pool.arenas[body.host.slot.arena].filled(body.host.slot)
+            if body.host is not None and (arena := self.pool.arenas.get(body.host.slot.arena)):
+                arena.filled(body.host.slot)  # else it is no more, and what was in it neither
 
     def stored(self, body: Body) -> Iterator[None]:
         """Wait until the host slot of *body*, where it has one, can be read."""

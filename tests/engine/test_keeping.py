@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine.caches import Account, Segment
-from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping
+from djinn_zmq.engine.keeping import LOCAL_OWNER, TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
@@ -265,6 +265,25 @@ def test_what_was_not_copied_when_its_engine_ended_is_lost_and_its_room_free(
         successor.finish_adopting()
         assert same_bits(successor.load(copied.tensor), kib(8, 1))
         assert successor.pool.used == 8 * KIB
+
+
+def test_an_arena_whose_last_copy_was_dropped_on_its_way_may_go_before_that_is_noted(
+    server: ServerSide,
+) -> None:
+    device = Late()
+    with running(server, device) as keeping:
+        kepts = [keep(keeping, kib(450)) for _ in range(4)]
+        keeping.drop([kept.id for kept in kepts])
+        device.finish()
+        keeping.tiers.settle()
+        data = torch.randn(2, 5, 8)
+        other = keeping.keep(data, session=2, owner=LOCAL_OWNER, run=7, layer=2, ids=IDS)
+        assert (
+            kepts[0].tensor.where.arena not in keeping.pool.arenas
+        )  # another owner's has its room
+        device.finish()
+        keeping.tiers.fill()
+        assert same_bits(keeping.load(other.tensor), data)
 
 
 # ---- ends
