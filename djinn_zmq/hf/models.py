@@ -222,6 +222,15 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
                 f"{self.config._attn_implementation!r}"
             )
 
+    def set_experts_implementation(self, experts_implementation: Any) -> None:
+        own, asked = self.config._experts_implementation, experts_implementation
+        if (asked.get("", own) if isinstance(asked, dict) else asked) == own:
+            return
+        raise NotServed(
+            f"experts {asked!r}: it is served with {own!r}. On a GPU transformers' generate computes them "
+            "otherwise for its steps: leave the outputs on the CPU, where it does not"
+        )
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         if exclude_embeddings:
             raise NotServed(f"num_parameters without embeddings: {WEIGHTS}")

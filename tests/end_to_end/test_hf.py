@@ -458,6 +458,18 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
     assert remote.eval().requires_grad_(False) is remote
 
 
+def test_experts_computed_otherwise_as_generate_asks_for_on_a_gpu_are_refused_by_name(pair) -> None:
+    _, remote = pair("GptOss")
+    own = remote.config._experts_implementation
+    remote.set_experts_implementation(own)
+    with pytest.raises(NotServed, match=f"served with '{own}'.* leave the outputs on the CPU"):
+        remote.to("meta")  # what generate takes for a GPU
+        with remote._optimize_model_for_decode():
+            pass
+    remote.to("cpu")
+    assert remote.config._experts_implementation == own
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
