@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_zmq.engine.bodies import Body
-from djinn_zmq.engine.slabs import DeviceSlot
+from djinn_zmq.engine.slabs import DeviceSlot, Spare
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import AccessDenied, RequestError
 from djinn_zmq.wire.tensors import Device, Tensor
@@ -37,13 +37,19 @@ class Hold:
     pidfd: int  # of the client, for a device slot; -1: host memory, which it can only read
     body: Body | None = None
     writable: DeviceSlot | None = None
-    spares: list[DeviceSlot] = field(default_factory=list)
-    nbytes: int = 0
+    spares: list[Spare] = field(default_factory=list)
+    zone: str = ""  # of the checkpoints that spares become
+
+    @property
+    def slots(self) -> list[DeviceSlot]:
+        """All that the client may write into."""
+        mine = [] if self.writable is None else [self.writable]
+        return mine + [spare.slot for spare in self.spares]
 
     @property
     def spare(self) -> Device | None:
         """The one that the client may give away next."""
-        return self.spares[0].where if self.spares else None
+        return self.spares[0].slot.where if self.spares else None
 
 
 class Holds:
@@ -77,7 +83,7 @@ class Holds:
         except BaseException:
             os.close(pidfd)
             raise
-        hold = Hold(session, body.owner, pidfd, writable=slot, nbytes=body.nbytes)
+        hold = Hold(session, body.owner, pidfd, writable=slot, zone=body.zone)
         self._holds[number] = self._lent[slot.where] = hold
         self.restock(hold)
         return hold
@@ -87,27 +93,25 @@ class Holds:
         opened; where that is full it has to do without."""
         assert hold.writable is not None
         while len(hold.spares) < SPARES:
-            slot = self._tiers.spare_beside(hold.writable)
-            if slot is None:
+            spare = self._tiers.spare_beside(hold.writable, hold.session, hold.zone)
+            if spare is None:
                 return
-            hold.spares.append(slot)
-            self._lent[slot.where] = hold
+            hold.spares.append(spare)
+            self._lent[spare.slot.where] = hold
 
     def find(self, tensor: Tensor, owner: str) -> torch.Tensor:
         """uint8 (nbytes,): the device slot that *tensor* names. Raises AccessDenied unless it was
         lent to *owner* to write into, and is still."""
         hold = self.lent(tensor, owner)
-        slots = [hold.writable, *hold.spares]
-        return next(one.data for one in slots if one is not None and one.where == tensor.where)
+        return next(one.data for one in hold.slots if one.where == tensor.where)
 
-    def take(self, hold: Hold, where: Device) -> DeviceSlot | None:
+    def take(self, hold: Hold, where: Device) -> Spare | None:
         """The spare of *hold* at *where*: nobody's any more, to be taken over. None where that is the
         writable slot."""
-        for slot in hold.spares:
-            if slot.where == where:
-                hold.spares.remove(slot)
-                del self._lent[where]
-                return slot
+        for place, spare in enumerate(hold.spares):
+            if spare.slot.where == where:
+                del hold.spares[place], self._lent[where]
+                return spare
         return None
 
     def lent(self, tensor: Tensor, owner: str) -> Hold:
@@ -120,9 +124,10 @@ class Holds:
                 f"slot {where.index} of slab {where.slab} was not lent to you to write into, or not by "
                 "this engine: take another with writable_cuda()"
             )
-        if tensor.nbytes != hold.nbytes:
+        assert hold.writable is not None
+        if tensor.nbytes != hold.writable.nbytes:
             raise RequestError(
-                f"{tensor.nbytes} bytes in a device slot that was lent for {hold.nbytes}"
+                f"{tensor.nbytes} bytes in a device slot that was lent for {hold.writable.nbytes}"
             )
         return hold
 
@@ -132,10 +137,12 @@ class Holds:
         done = _when_gone(hold.pidfd) if gone and hold.pidfd >= 0 else None
         if hold.pidfd >= 0 and done is None:
             os.close(hold.pidfd)
-        for slot in (hold.writable, *hold.spares):
-            if slot is not None:
-                del self._lent[slot.where]
-                self._tiers.give_back_when(done or (lambda: True), slot)
+        for slot in hold.slots:
+            del self._lent[slot.where]
+            self._tiers.give_back_when(done or (lambda: True), slot)
+        for spare in hold.spares:
+            if spare.lease is not None:
+                self._tiers.pool.give_back(spare.lease.slot)
         if hold.body is not None:
             hold.body.views -= 1
             if done is not None and hold.body.device is not None:

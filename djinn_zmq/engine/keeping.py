@@ -23,7 +23,7 @@ from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.holds import Holds
-from djinn_zmq.engine.slabs import DeviceSlot, Slabs
+from djinn_zmq.engine.slabs import Slabs, Spare
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
@@ -250,11 +250,11 @@ class Keeping:
         self.tiers.place(body, data)
         return self._enter(Entry(new_id(), like.session, run, like.layer, body))
 
-    def take_over(self, slot: DeviceSlot, like: Entry, run: int) -> Kept:
+    def take_over(self, spare: Spare, like: Entry, run: int) -> Kept:
         """The same of what a client has put into a spare, which is no hold's any more: nothing is
         copied, and it is complete."""
         body = self._body_like(like)
-        self.tiers.take_over(body, slot)
+        self.tiers.take_over(body, spare)
         return self._enter(Entry(new_id(), like.session, run, like.layer, body))
 
     def _body_like(self, like: Entry) -> Body:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from djinn_zmq.errors import ArenaFull, StaleSlot
-from djinn_zmq.memory.arena import GRANULE, granules_for
+from djinn_zmq.memory.arena import GRANULE, Lease, granules_for
 from djinn_zmq.memory.freelist import FreeList
 from djinn_zmq.settings import MIB, format_bytes
 from djinn_zmq.wire.tensors import Device as Where
@@ -39,6 +39,14 @@ class DeviceSlot:
         """uint8 (nbytes,), on the device. Made when it is asked for: that costs 20 us where it is cold."""
         begin = self.where.index * GRANULE
         return self.slab.memory[begin : begin + self.nbytes]
+
+
+@dataclass(slots=True, eq=False)
+class Spare:
+    """Room for one more checkpoint, on the device and, where there was some, in host memory."""
+
+    slot: DeviceSlot
+    lease: Lease | None
 
 
 class Slab:

@@ -29,7 +29,7 @@ from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.growing import Grow, Growing
-from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs
+from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs, Spare
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.wire.tensors import over
@@ -118,11 +118,11 @@ class Tiers:
         self.add(body)
         self.growing.tend(body.zone)
 
-    def take_over(self, body: Body, slot: DeviceSlot) -> None:
-        """*slot* holds *body*'s bytes already, and is its device copy from now on. The copy to host
+    def take_over(self, body: Body, spare: Spare) -> None:
+        """*spare* holds *body*'s bytes already, and is its device copy from now on. The copy to host
         memory is begun by `fill`: it need not be before an answer."""
-        body.device = slot
-        lease, _ = self._host_slot(body)
+        body.device = spare.slot
+        lease = spare.lease or self._host_slot(body)[0]
         if lease is not None:
             body.host = lease
             body.busy = body.storing = storing = _Storing(body)
@@ -480,11 +480,15 @@ class Tiers:
         self._device.copy(self.hidden(body), slot)
         return slot
 
-    def spare_beside(self, slot: DeviceSlot) -> DeviceSlot | None:
-        """One more like *slot*, in its slab; None where that has no room."""
+    def spare_beside(self, slot: DeviceSlot, session: int, zone: str) -> Spare | None:
+        """One more like *slot*, in its slab; None where that has no room. Nothing gives way for it."""
         if self._leaving:
             self._free_left()
-        return self.slabs.lease_beside(slot.where, slot.nbytes)
+        beside = self.slabs.lease_beside(slot.where, slot.nbytes)
+        if beside is None:
+            return None
+        ready = self.pool.ready(slot.nbytes, zone)
+        return Spare(beside, self.pool.lease(slot.nbytes, session, zone=zone) if ready else None)
 
     def give_back_when(self, done: Callable[[], bool], slot: DeviceSlot) -> None:
         """*slot* was a client's: free it when *done* says that nobody can write into it any more."""
