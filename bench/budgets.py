@@ -19,7 +19,8 @@ NOTES = """\
 --spin-us: server and engine stay awake so long after each message: off by default, and no budget is held by it
 (target): no budget but a figure beside one, without a verdict; … is the case of the row above
 over manual offload: a bare copy of a pinned tensor to the GPU, that writes nothing. "the resume alone" is
-timed after the writing, "writing timed on both sides" is over an offload whose pinned tensor is written first"""
+timed after the writing (idling lies between), "writing timed on both sides" is over an offload whose pinned tensor
+is written first, on the clock as well"""
 
 
 @dataclass(frozen=True, slots=True)

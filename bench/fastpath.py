@@ -63,7 +63,8 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
     load = ("--clients=64",) if find_spec("grpc") else ("--no-load",)
     found["noop"] = Part(
         "no-op", "bench.noop",
-        (f"--samples={asked.samples}", *load, pin, f"--json={folder / 'noop.json'}"), 120,
+        (f"--samples={asked.samples}", *load, pin, "--without=server only",
+         f"--json={folder / 'noop.json'}"), 120,
     )  # fmt: skip
     found["spin-noop"] = Part(
         "no-op, --spin-us", "bench.noop",
@@ -75,7 +76,9 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
     found["upload"] = Part(
         "upload", "bench.upload", ("--samples=100", pin, f"--json={folder / 'upload.json'}"), 60
     )
-    found["import"] = Part("import", "bench.import_time", (f"--json={folder / 'import.json'}",), 60)
+    found["import"] = Part(
+        "import", "bench.import_time", ("--samples=30", f"--json={folder / 'import.json'}"), 60
+    )
     found["swap"] = Part(
         "swap", "bench.swap",
         (f"--shape={shape}", f"--device={device}", f"--positions={tokens}",
@@ -97,7 +100,7 @@ def _resuming(asked: "Asked", folder: Path, idle_ms: int) -> tuple[str, ...]:
         "--warmup=1", "--repeat=4", "--per-turn=4", "--ends", "ready")  # fmt: skip
     return (f"--model={asked.shape}", f"--device={asked.device}", f"--max-length={asked.positions}",
             f"--idle-ms={idle_ms}", f"--output-dir={folder}", "--fresh",
-            "--without", "KV", "each call", "device time", "keeps every", "then layers",
+            "--without", "KV", "each call", "device time", "keeps every", "then layers", "ipc, to logits",
             "--layers", *map(str, asked.layers), *few)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import djinn_zmq as djinn
 from bench.roundtrips import DJINN, LANE, Call
 from djinn_zmq.probe.cpu_time import cpu_ns
 from djinn_zmq.probe.samples import Ratio, Samples, ratio
-from djinn_zmq.probe.serving import MODEL, own_server, sockets_folder
+from djinn_zmq.probe.serving import MODEL, begun, sockets_folder
 
 TCP = DJINN.format("tcp")
 # By milliseconds of idling, 0: back to back: microseconds that just reach over it.
@@ -40,9 +40,14 @@ def servers(spins_us: Sequence[int]) -> Iterator[list[Spinning]]:
     """One for each, with a client on its lane that spins as well, and one over tcp."""
     found = []
     with ExitStack() as stack:
-        for spin_us in sorted(set(spins_us)):
-            folder = stack.enter_context(sockets_folder())
-            served = stack.enter_context(own_server(folder, f"--spin-us={spin_us}"))
+        begin = {
+            spin_us: stack.enter_context(
+                begun(stack.enter_context(sockets_folder()), f"--spin-us={spin_us}")
+            )
+            for spin_us in sorted(set(spins_us))
+        }
+        for spin_us, ready in begin.items():
+            served = ready()
             near = stack.enter_context(djinn.connect(served.ipc, progress=None, spin_us=spin_us))
             far = stack.enter_context(djinn.connect(served.tcp, progress=None, lane=False))
             calls = {LANE: near.model(MODEL).ping, TCP: far.model(MODEL).ping}

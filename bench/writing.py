@@ -10,8 +10,8 @@ stands on no side of that ratio, or on both: against an offload that writes the 
 call, into its own pinned tensor (`bench.manual_offload`, "written first"). On one side alone it would
 be held against a copy of something that nobody wrote.
 
-A row edited in the engine's own GPU memory is another matter: there is nothing to copy, so the user's
-edit and its synchronize are all that there is, and the budget counts them.
+A row edited in the engine's own GPU memory is another matter: nothing goes over PCIe, the user's edit
+and its synchronize are most of what there is, and the budget counts them.
 
 After idling, the edit that is not timed lies in front of the idling: when the clock starts all is as
 cold as it is for a bare offload.
