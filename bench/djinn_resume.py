@@ -39,11 +39,14 @@ IN_PLACE = ("in_place", "row_in_place")
 
 @dataclass(slots=True)
 class Client:
-    """One way to the server. points: checkpoints by layer, of one run."""
+    """One way to the server. points: checkpoints by layer, of one run. in_place: by layer and edit,
+    the view that is edited and sent, and the edit: one for all cases, because a slab that is full of them
+    has no spare slots beside them, and a resume without one is slower."""
 
     transport: str
     model: Model
     points: dict[int, Checkpoint] = field(default_factory=dict)
+    in_place: dict[tuple[int, str], tuple[Any, Case]] = field(default_factory=dict)
     row: np.ndarray | None = None  # float32 (hidden_size,)
 
 
@@ -173,7 +176,10 @@ def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Vari
     elif one.edit == "all":
         options["hidden"] = np.asarray(point.hidden)
     elif one.edit in IN_PLACE:
-        options["hidden"], rewrite = _in_place(point, one.edit)
+        known = layer, one.edit
+        if known not in client.in_place:
+            client.in_place[known] = _in_place(point, one.edit)
+        options["hidden"], rewrite = client.in_place[known]
     spans = found.spans.setdefault(str(one), [])
     on_clock = rewrite if one.timed == WITH_EDIT else None
     ready = one.end == "ready"
