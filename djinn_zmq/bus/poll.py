@@ -127,14 +127,18 @@ class Poll:
 
     def _spin(self, timeout_s: float | None) -> Heard:
         """Wait for somebody, awake for the first while of it."""
-        limit_ns = time.perf_counter_ns() + self._spin_ns
-        while timeout_s != 0 and time.perf_counter_ns() < limit_ns:
+        spin_ns = self._spin_ns
+        if timeout_s is not None:
+            spin_ns = min(spin_ns, int(timeout_s * 1e9))
+            timeout_s -= spin_ns / 1e9
+        limit_ns = time.perf_counter_ns() + spin_ns
+        while time.perf_counter_ns() < limit_ns:
             for fd, lane in self._lanes.items():
                 if lane.unfinished():
                     return [(fd, 0)]
             if found := self._epoll.poll(0, AT_ONCE):
                 return found
-        return self._epoll.poll(timeout_s, AT_ONCE)
+        return self._epoll.poll(timeout_s and max(0.0, timeout_s), AT_ONCE)
 
     def close(self) -> None:
         self._epoll.close()

@@ -1,6 +1,7 @@
 """Waiting for sockets and descriptors: nobody is missed, and nobody starves."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -177,6 +178,15 @@ def test_a_lane_whose_other_end_waits_for_room_is_looked_at_until_it_is_told(pol
         poll.turn(5.0)
     ours.close()
     theirs.close()
+
+
+def test_who_spins_waits_no_longer_than_was_said() -> None:
+    poll = Poll(spin_us=30_000_000)
+    begin = time.monotonic()
+    for timeout_s in (0, 0.001, 0.02):
+        poll.turn(timeout_s)
+    assert time.monotonic() - begin < 15
+    poll.close()
 
 
 def test_who_spins_hears_a_lane_and_a_descriptor_all_the_same() -> None:
