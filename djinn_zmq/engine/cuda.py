@@ -66,6 +66,9 @@ class Cuda(Cpu):
         self._in = torch.cuda.Stream()
         self._registered: dict[int, int] = {}  # id of an arena → its address
         self._cupy = _cupy(self.torch.index or 0)
+        # Looked up once: where that is cold each of these is several misses on the way of a resume.
+        self._layers = self._compute.cuda_stream
+        self._memcpy = self._cupy and self._cupy.cuda.runtime.memcpyAsync
 
     # ---- host memory
 
@@ -132,28 +135,28 @@ class Cuda(Cpu):
 
     def copy(self, data: torch.Tensor, slot: DeviceSlot) -> None:
         data = data.contiguous()
-        self._copy(slot.address, data.data_ptr(), data.nbytes, self._compute)
+        self._copy(slot.address, data.data_ptr(), data.nbytes, self._layers)
 
     def fill(self, data: np.ndarray, slot: DeviceSlot) -> None:
         address = data.__array_interface__["data"][
             0
         ]  # a tensor made of it takes five times as long
-        self._copy(slot.address, address, data.nbytes, self._compute)
+        self._copy(slot.address, address, data.nbytes, self._layers)
 
     def fill_beside(self, data: np.ndarray, target: torch.Tensor) -> None:
         self._in.wait_event(self._event(self._compute))
         self._move(target, torch.frombuffer(data, dtype=torch.uint8), self._in)
 
-    def _copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        """Begin to copy between two addresses on *stream*; where there are slabs there is cupy. Its call
-        costs 7 to 9 us, torch's 20 to 50 with what it takes to make tensors fit (H200, between other
-        work)."""
-        self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, ANY_WAY, stream.cuda_stream)
+    def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Begin to copy between two addresses on *stream*, CUDA's own; where there are slabs there is cupy.
+        Its call costs 7 to 9 us, torch's 20 to 50 with what it takes to make tensors fit (H200, between
+        other work)."""
+        self._memcpy(target, source, nbytes, ANY_WAY, stream)
 
     def _move(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """The same with the bytes of *source*, contiguous."""
         if self._cupy is not None:
-            self._copy(target.data_ptr(), source.data_ptr(), source.nbytes, stream)
+            self._copy(target.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream)
             return
         torch.cuda.set_stream(stream)
         try:

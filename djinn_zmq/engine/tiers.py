@@ -150,10 +150,13 @@ class Tiers:
             assert slot is not None and lease is not None  # they stay until the body is settled
             self._device.store(slot.data, lease.view)
             storing.begun = self._device.stored()
-        for body in [one for one in self.filling if one.stored]:
+        filled = [one for one in self.filling if one.stored]
+        for body in filled:
             self.filling.remove(body)
             if body.host is not None and (arena := self.pool.arenas.get(body.host.slot.arena)):
                 arena.filled(body.host.slot)  # else it is no more, and what was in it neither
+        if filled and self._leaving:
+            self._free_left()
 
     def stored(self, body: Body) -> Iterator[None]:
         """Wait until the host slot of *body*, where it has one, can be read."""
@@ -208,9 +211,10 @@ class Tiers:
     def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
         if not self.slabs.limit:
             return None
-        if self._leaving:
-            self._free_left()
         slot = self.slabs.lease(nbytes, zone)
+        if slot is None and self._leaving:
+            self._free_left()
+            slot = self.slabs.lease(nbytes, zone)
         while slot is None:
             victim = next(
                 (one for one in self._oldest() if one.device and len(one.tiers) > 1), None
