@@ -247,8 +247,8 @@ def _arguments(
         mask = sent(asked.mask)
         if not mask.ndim or mask.shape[0] not in (1, len(ids)):
             raise RequestError(f"attention_mask {mask.shape} for {len(ids)} rows of ids")
-        if mask.ndim == 2:  # some models count positions by it
-            _check_mask(mask, model)
+        if mask.ndim == 2:  # models look things up in it, and count positions by it
+            _check_mask(mask, len(ids), model)
         arguments["attention_mask"] = _on_device(mask, model)
         default = mask.ndim == 2 and bool((mask == 1).all())
     if asked.positions is not None:
@@ -269,8 +269,10 @@ def _arguments(
     return arguments, default
 
 
-def _check_mask(mask: np.ndarray, model: ServedModel) -> None:
+def _check_mask(mask: np.ndarray, rows: int, model: ServedModel) -> None:
     odd, limit = mask[(mask != 0) & (mask != 1)], model.info.max_positions
+    if len(mask) != rows:
+        raise RequestError(f"attention_mask {mask.shape} for {rows} rows of ids: a row for each")
     if odd.size:
         raise RequestError(f"attention_mask holds {odd[0]}: 0 or 1 for each position")
     if limit and mask.shape[1] > limit:

@@ -486,6 +486,10 @@ def test_experts_computed_otherwise_as_generate_asks_for_on_a_gpu_are_refused_by
             {"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 65)},
             "mask of 65 posit",
         ),
+        (
+            {"input_ids": torch.ones(2, 1).long(), "attention_mask": torch.zeros(1, 1)},
+            "a row for each",
+        ),
         ({"input_ids": torch.tensor([[1]]), "logits_to_keep": torch.tensor([3])}, "logits_to_keep"),
         ({"input_ids": torch.tensor([1])}, "input_ids of shape"),
     ],

@@ -52,7 +52,9 @@ class Watched:
         return self._plain("exact")
 
     def _plain(self, name: str) -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.source[name]).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.source[name], dtype="auto"
+        ).eval()
         model.to(self.device)
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
