@@ -46,7 +46,7 @@ class Client:
     transport: str
     model: Model
     points: dict[int, Checkpoint] = field(default_factory=dict)
-    in_place: dict[tuple[int, str], tuple[Any, Case]] = field(default_factory=dict)
+    in_place: dict[tuple[int, str], tuple[Any, Case, Case | None]] = field(default_factory=dict)
     row: np.ndarray | None = None  # float32 (hidden_size,)
 
 
@@ -170,7 +170,7 @@ def _variants(config: ResumeLatency, transports: list[str]) -> Iterator[Variant]
 
 def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Variant) -> Timed:
     options: dict[str, Any] = {}
-    rewrite = None
+    rewrite = finish = None
     if one.edit == "row":
         options["edits"] = [djinn.Add(client.row, at=(0, -1))]
     elif one.edit == "all":
@@ -179,7 +179,7 @@ def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Vari
         known = layer, one.edit
         if known not in client.in_place:
             client.in_place[known] = _in_place(point, one.edit)
-        options["hidden"], rewrite = client.in_place[known]
+        options["hidden"], rewrite, finish = client.in_place[known]
     spans = found.spans.setdefault(str(one), [])
     on_clock = rewrite if one.timed == WITH_EDIT else None
     ready = one.end == "ready"
@@ -188,7 +188,7 @@ def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Vari
     if one.tier is not None:
         steps.append(_bringing(point, one.tier))
     if one.timed == ALONE:
-        steps.append(rewrite)
+        steps += [rewrite, finish]
     more = one._asdict() | {"tier": one.tier or point.tier}
     return Timed(NAME, str(one), layer, task.call, _in_turn(steps), task.clock, more=more)
 
@@ -206,22 +206,21 @@ def _in_turn(steps: list[Case | None]) -> Case | None:
     return go
 
 
-def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Case]:
-    """The view that is edited and sent, and the edit."""
+def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Case, Case | None]:
+    """The view that is edited and sent, the edit, and what waits for its end where it only begins it."""
     import torch
 
     if edit == "in_place":
         view = point.writable()
         data = torch.from_numpy(np.array(point.hidden).view(np.uint8))
-        return view, rewriting(torch.from_numpy(np.asarray(view).view(np.uint8)), data)
+        return view, rewriting(torch.from_numpy(np.asarray(view).view(np.uint8)), data), None
 
     tensor = point.writable_cuda()
 
     def rewrite_row() -> None:
-        tensor[0, -1] += 0
-        torch.cuda.synchronize()  # the edit is complete when the client says so
+        tensor[0, -1] += 0  # a resume waits for it
 
-    return tensor, rewrite_row
+    return tensor, rewrite_row, torch.cuda.synchronize
 
 
 def _bringing(point: Checkpoint, tier: str) -> Case:

@@ -11,7 +11,7 @@ call, into its own pinned tensor (`bench.manual_offload`, "written first"). On o
 be held against a copy of something that nobody wrote.
 
 A row edited in the engine's own GPU memory is another matter: nothing goes over PCIe, the user's edit
-and its synchronize are most of what there is, and the budget counts them.
+is a good part of what there is, and the budget counts it.
 
 After idling, the edit that is not timed lies in front of the idling: when the clock starts all is as
 cold as it is for a bare offload.

@@ -48,6 +48,7 @@ class Poll:
         self._asked: dict[int, Asked] = {}  # of sockets: so they are asked whether they have
         self._lanes: dict[int, Lane] = {}
         self._spin_ns = spin_us * 1000
+        self.may_spin = True
 
     def watch(self, source: Any, ready: Ready, *args: Any) -> None:
         """Call *ready* with *args* when *source*, a ZeroMQ socket or a descriptor, has something to
@@ -98,7 +99,9 @@ class Poll:
             self._take_many(silent)
             return
         for fd, _ in (
-            self._spin(timeout_s) if self._spin_ns else self._epoll.poll(timeout_s, AT_ONCE)
+            self._spin(timeout_s)
+            if self._spin_ns and self.may_spin
+            else self._epoll.poll(timeout_s, AT_ONCE)
         ):
             ready, args = self._ready.get(fd, NOBODY)
             if ready(*args):

@@ -162,6 +162,8 @@ class EngineLoop:
                     # call, and finds that we have it back: for half a minute, on a machine that wakes
                     # slowly. Long enough asleep, and it gets it.
                     time.sleep(GIVE_WAY_S)
+                if self._settings.spin_us:
+                    self._poll.may_spin = not tiers.beside  # the same
                 self._poll.turn(wait_s)
                 if self._stays:
                     self._stays.answer()

@@ -189,6 +189,24 @@ def test_who_spins_waits_no_longer_than_was_said() -> None:
     poll.close()
 
 
+def test_who_may_not_spin_now_sleeps() -> None:
+    poll = Poll(spin_us=1000)
+    ours, theirs = lanes()
+    poll.watch_lane(ours, ours.receive)
+    poll.turn(0)
+    asked: list[str] = []
+    ours.unfinished = lambda: bool(asked.append("?"))
+    poll.turn(0.001)
+    assert asked
+    asked.clear()
+    poll.may_spin = False
+    poll.turn(0.001)
+    assert not asked
+    poll.close()
+    ours.close()
+    theirs.close()
+
+
 def test_who_spins_hears_a_lane_and_a_descriptor_all_the_same() -> None:
     poll = Poll(spin_us=1000)
     ours, theirs = lanes()
