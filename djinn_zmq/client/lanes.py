@@ -5,6 +5,7 @@ to the engine. Where there can be none (a server of another user or machine, an 
 starting) the bus serves, and the next request tries again.
 """
 
+import os
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from djinn_zmq.wire.codec import Whole
 from djinn_zmq.wire.messages import Broken, Offer
 
 AT_ONCE = 16  # descriptors told of at once; for epoll's default of 1023 each wait allocates 12 KiB
+SOON_NS = 100_000  # how long we stay awake for an engine that has rung ahead of its answer
 RETRY_S = 0.2  # between two offers that the server could not pass on
 
 
@@ -87,6 +89,11 @@ class Lanes:
         self._on_change()
         return lane
 
+    def wake(self) -> None:
+        """Have the engines wake up while a request to them is still being made."""
+        for lane in self._lanes.values():
+            lane.ring()
+
     def disturbed(self) -> bool:
         """Has something come on the lease socket: perhaps that an engine is gone?"""
         if self._epoll is None or self._sharing.lease is None:
@@ -99,15 +106,17 @@ class Lanes:
         or something came on the lease socket."""
         frames = lane.receive()
         if frames is None:
-            if self._spin_ns:
-                limit_ns = time.perf_counter_ns() + self._spin_ns
-                while not lane.unfinished() and time.perf_counter_ns() < limit_ns:
-                    pass
-            if not lane.unfinished():
-                assert self._epoll is not None
-                self._epoll.poll(timeout_s, AT_ONCE)
+            if not (self._spin_ns and _comes(lane, self._spin_ns)):
+                self._sleep(lane, timeout_s)
             frames = lane.receive()
         return frames
+
+    def _sleep(self, lane: Lane, timeout_s: float) -> None:
+        """Until *lane* has something, its engine is gone, or time is up."""
+        assert self._epoll is not None
+        spoke = self._epoll.poll(timeout_s, AT_ONCE)
+        if len(spoke) == 1 and spoke[0][0] == lane.fileno() and not _comes(lane, SOON_NS):
+            self._epoll.poll(timeout_s, AT_ONCE)
 
     def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:
         """The engine at the other end is gone: the lane that is of no use now, and why."""
@@ -128,3 +137,13 @@ class Lanes:
         if self._epoll is not None:
             self._epoll.close()
             self._epoll = None
+
+
+def _comes(lane: Lane, within_ns: int) -> bool:
+    """Look at *lane* again and again, until it has something or time is up."""
+    limit_ns = time.perf_counter_ns() + within_ns
+    while not lane.unfinished():
+        if time.perf_counter_ns() > limit_ns:
+            return False
+        os.sched_yield()  # perhaps to the engine
+    return True

@@ -30,6 +30,11 @@ class Answers:
         else:
             self._link.send(envelope, frame, buffers)
 
+    def soon(self, envelope: bytes) -> None:
+        """The answer will be there in the time that a client takes to wake up: wake it now."""
+        if envelope[:1] == TAG:
+            self._lanes.wake(envelope)
+
     def answer(
         self,
         envelope: bytes,

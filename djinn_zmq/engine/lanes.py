@@ -13,10 +13,13 @@ from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.poll import Poll
 from djinn_zmq.errors import Busy, ProtocolError
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire.codec import OP
 from djinn_zmq.wire.messages import Listen
+from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
 
+PING = bytes([Op.PING])
 TAG = b"l"  # first byte of a lane's envelope; the server's begin with others
 Take = Callable[[bytes, str, bytes, Sequence[Piece]], None]  # envelope, owner, frame, buffers
 
@@ -48,6 +51,8 @@ class Lanes:
             frames = lane.receive()
             if frames is not None:
                 _, frame, buffers = frames
+                if frame[OP] == PING:
+                    lane.ring()  # ahead of the answer: its client wakes while that is made
                 self._take(envelope, owner, frame, buffers)
         except ProtocolError as exc:
             self._break(envelope, str(exc))
@@ -62,6 +67,12 @@ class Lanes:
             lane.send(b"", frame, buffers)
         except (Busy, ProtocolError) as exc:
             self._break(envelope, str(exc))
+
+    def wake(self, envelope: bytes) -> None:
+        """Ring ahead of an answer over the lane *envelope* names."""
+        lane = self._lanes.get(envelope)
+        if lane is not None:
+            lane.ring()
 
     def close(self, number: int) -> None:
         """The client at its other end is gone."""

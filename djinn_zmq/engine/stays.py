@@ -92,6 +92,7 @@ class Stays:
             or session.attached is not None
         ):
             return False
+        self._answers.soon(envelope)
         run, done, hold = new_id(), None, None
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)

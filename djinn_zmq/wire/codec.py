@@ -29,6 +29,7 @@ from djinn_zmq.wire.tensors import Tensor, check
 MAGIC = b"DJ"
 HEADER = struct.Struct("<2sBBHHQQII")
 HEADER_SIZE = HEADER.size
+OP = slice(3, 4)  # of frame 0, for who cannot wait for `peek`
 BUFFERS_LIMIT = 64
 
 Buffer = bytes | memoryview

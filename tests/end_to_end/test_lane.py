@@ -58,6 +58,37 @@ def test_two_sessions_of_one_client_share_a_lane(served):
         assert len(lanes_of(server)) == 1
 
 
+def test_both_ends_ring_ahead_of_what_follows_at_once_and_of_nothing_else(served):
+    def rings(bell: int) -> int:
+        """How often since the last look: nobody else reads it."""
+        try:
+            return os.eventfd_read(bell)
+        except BlockingIOError:
+            return 0
+
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        tiny.ping()  # makes the lane
+        (lane,) = lanes_of(server)
+        until(lambda: rings(lane.fileno()), "its answer's bell has been rung")
+        rings(lane._their_bell)
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        until(lambda: rings(lane.fileno()), "the stop's")
+        for ask, ahead in (
+            (tiny.ping, 1),
+            (lambda: point.resume(stop_at=2), 1),
+            (lambda: point.resume(), 0),
+            (lambda: tiny.run(FRANCE), 0),
+        ):
+            rings(lane._their_bell)
+            ask()
+            assert rings(lane._their_bell) >= 2
+            heard = 0
+            while heard < 1 + ahead:
+                heard += until(lambda: rings(lane.fileno()), "the answer's")
+            assert heard == 1 + ahead
+
+
 def test_what_an_engine_keeps_can_be_released_as_soon_as_it_is_told_of(tiny):
     for _ in range(50):
         point = tiny.run(FRANCE, stop_at=2).checkpoint

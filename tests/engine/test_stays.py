@@ -36,6 +36,7 @@ class Engine:
         self.session = EngineSession(1, OWNER, "tiny")
         self.said: list[tuple[Any, ...]] = []
         answers: Any = SimpleNamespace(
+            soon=lambda envelope: None,
             answer=lambda envelope, header, reply, store: self.said.append((envelope, reply)),
             refuse=lambda envelope, header, error: self.said.append((envelope, error)),
             tell=lambda op, meta, session: self.said.append((op, meta)),

@@ -1,0 +1,66 @@
+"""A client's lanes: waiting for an engine that rings ahead of what it says."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from djinn_zmq.bus.lane import Ends, Lane
+from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client.lanes import Lanes
+from djinn_zmq.client.sharing import Sharing
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.messages import Granted, Offer
+
+SESSION, ENGINE = 7, 0
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Lanes, Lane]]:
+    """A client's lanes with one to an engine, and the engine's end of that."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sharing, server = Sharing(Settings()), LeaseSocket(theirs)
+    sharing.lease = LeaseSocket(ours)
+    lanes = Lanes(sharing, Settings(), wanted=True)
+    lanes.know(SESSION, ENGINE)
+    taken: list[Lane] = []
+
+    def grant() -> None:
+        offer, fds = server.receive()
+        assert offer == Offer(SESSION)
+        taken.append(Lane(Ends(*fds), Settings(), first=False))
+        server.send(Granted(1))
+
+    thread = threading.Thread(target=grant)
+    thread.start()
+    assert lanes.of(SESSION) is not None
+    thread.join()
+    yield lanes, taken[0]
+    lanes.close()
+    taken[0].close()
+    sharing.close()
+    server.close()
+
+
+def test_an_engine_that_rings_ahead_is_waited_for_whenever_its_answer_comes(ends):
+    lanes, engine = ends
+    lane = lanes.of(SESSION)
+    for wait_s in (0.0, 0.002, 0.0):  # within the time a client stays awake, and after it
+        engine.ring()
+        later = threading.Timer(wait_s, engine.send, (b"", b"answer"))
+        later.start()
+        assert lanes.hear(lane, 10.0)[1] == b"answer"
+        later.join()
+
+
+def test_a_bell_with_nothing_behind_it_ends_no_wait(ends):
+    lanes, engine = ends
+    lane = lanes.of(SESSION)
+    engine.ring()
+    begin_s = time.monotonic()
+    assert lanes.hear(lane, 0.05) is None
+    assert time.monotonic() - begin_s > 0.04
+    engine.send(b"", b"later")
+    assert lanes.hear(lane, 10.0)[1] == b"later"
