@@ -120,7 +120,9 @@ class Tiered:
 
     def writable_cuda(self) -> Any:
         """The same of a copy that is this client's own: edit it in place, then
-        `resume(hidden=tensor)`; no byte moves. The checkpoint does not change."""
+        `resume(hidden=tensor)`, as often as you like; the resume waits for edits on any stream.
+        Layers read it where it stands. A resume that stops where it begins keeps it: that is one copy
+        within the GPU, made by this process. The checkpoint does not change."""
         return self._session.drive(self._cuda(copy=True))
 
     def _cuda(self, *, copy: bool) -> Operation[Any]:
