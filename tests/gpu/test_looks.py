@@ -134,19 +134,22 @@ def test_a_sweep_is_one_resume_a_branch(watched, exact):
 def test_a_sweep_behind_a_long_past_is_one_resume_a_branch(watched, watching, name, at, static):
     plain, model = getattr(watched, name), watching.model(str(watched.source[name]))
     prompt, ids = watched.ids(1, 700), watched.ids(1, 3, seed=2)
-    cache = transformers.DynamicCache(config=plain.config)
-    plain(watched.on_device(prompt), past_key_values=cache)
-    alone, given = None, watched.on_device(ids)
+    given = watched.on_device(ids)
+
+    def last_logits(cache, count: int = 1):
+        plain(watched.on_device(prompt), past_key_values=cache)
+        if count > 1:
+            cache.batch_repeat_interleave(count)
+        return plain(given.repeat(count, 1), past_key_values=cache).logits[:, -1].float()
+
     limit = 1e-4
-    for count in (
-        (1, 4) if name == "brief" else (1,)
-    ):  # what the plain model's own batches differ by
-        several = copy.deepcopy(cache)
-        several.batch_repeat_interleave(count)
-        out = plain(given.repeat(count, 1), past_key_values=several).logits[:, -1].float()
-        alone = out if alone is None else alone
-        limit = max(limit, 4 * ((out - alone).abs().max() / alone.abs().max()).item())
-    limit = max(limit, 2.0**-6) if name == "brief" else limit
+    if name == "brief":  # what the plain model's own batches differ by
+        one, four = (last_logits(transformers.DynamicCache(config=plain.config), n) for n in (1, 4))
+        limit = max(2.0**-6, 4 * ((four - one).abs().max() / one.abs().max()).item())
+    if static:
+        alone = last_logits(transformers.StaticCache(config=plain.config, max_cache_len=static))
+    else:
+        alone = last_logits(transformers.DynamicCache(config=plain.config))
     with model.session(static=static) as session:
         session.run(prompt)
         point = session.run(ids, stop_at=at).checkpoint
