@@ -62,6 +62,7 @@ _log = logging.getLogger(__name__)
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
 GIVE_WAY_S = 50e-6
+FILLING_S = 1e-3
 
 
 class EngineLoop:
@@ -155,8 +156,11 @@ class EngineLoop:
             while True:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
-                copying = self._stays or tiers.filling
-                wait_s = 0 if self._chores or copying else self._turns.until_s()
+                wait_s = 0 if self._chores or self._stays else self._turns.until_s()
+                if tiers.filling and (wait_s is None or wait_s > FILLING_S):
+                    # Nobody waits for these copies, and a client that was just answered may have to share
+                    # our CPU: awake, we would keep it from running.
+                    wait_s = FILLING_S
                 if wait_s == 0 and tiers.beside:
                     # A thread that waits for the interpreter wakes when we let go of it, in a system
                     # call, and finds that we have it back: for half a minute, on a machine that wakes

@@ -92,7 +92,6 @@ class Stays:
             or session.attached is not None
         ):
             return False
-        self._answers.soon(envelope)
         run, done, hold = new_id(), None, None
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
@@ -103,11 +102,13 @@ class Stays:
                 hold = keeping.holds.lent(sent, session.owner)
                 spare = keeping.holds.take(hold, sent.where)
             if spare is not None:
+                self._answers.soon(envelope)
                 kept = keeping.take_over(spare, entry, run)
             else:
                 kept = keeping.keep_sent(sent, buffers, entry, run)
                 done = keeping.device.computed()
         elif keeping.ready(entry):
+            self._answers.soon(envelope)
             kept = keeping.share(entry, run)
         elif keeping.promote(entry):
             kept, done = keeping.share(entry, run), entry.body.arriving
@@ -127,8 +128,10 @@ class Stays:
 
     def _answered(self, stay: _Stay) -> bool:
         try:
-            if stay.done is not None and not stay.done():
-                return False
+            if stay.done is not None:
+                if not stay.done():
+                    return False
+                self._answers.soon(stay.envelope)
         except Exception as exc:  # noqa: BLE001  the device's
             self._failed(exc)
             self._keeping.drop((stay.kept.id,))

@@ -35,8 +35,9 @@ class Engine:
         self.keeping, self.device = keeping, device
         self.session = EngineSession(1, OWNER, "tiny")
         self.said: list[tuple[Any, ...]] = []
+        self.rung: list[bytes] = []  # whose client was woken for what is about to be said
         answers: Any = SimpleNamespace(
-            soon=lambda envelope: None,
+            soon=self.rung.append,
             answer=lambda envelope, header, reply, store: self.said.append((envelope, reply)),
             refuse=lambda envelope, header, error: self.said.append((envelope, error)),
             tell=lambda op, meta, session: self.said.append((op, meta)),
@@ -81,7 +82,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def test_what_is_where_layers_read_it_is_answered_at_once_and_told_of_first(engine: Engine) -> None:
     assert engine.ask()
     (told, kept), (envelope, reply) = engine.said
-    assert (told, envelope) == ("kept", b"a")
+    assert (told, envelope) == ("kept", b"a") and engine.rung == [b"a"]
     assert reply.checkpoints == kept and (reply.state, reply.layer) == ("stopped", 2)
     assert same_bits(engine.keeping.load(kept[0].tensor), engine.data)
     assert not engine.stays
@@ -93,8 +94,10 @@ def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: En
     assert engine.ask(hidden=sent)
     engine.stays.answer()
     assert engine.stays and [one[0] for one in engine.said] == ["kept"]
+    assert not engine.rung  # that is long before the answer
     engine.device.busy = False
     engine.stays.answer()
+    assert engine.rung == [b"a"]
     assert not engine.stays and engine.said[-1][1].state == "stopped"
     engine.device.finish()
     engine.keeping.tiers.fill()
