@@ -157,7 +157,7 @@ class EngineLoop:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
                 wait_s = 0 if self._chores or self._stays else self._turns.until_s()
-                if tiers.filling and (wait_s is None or wait_s > FILLING_S):
+                if tiers.storing and (wait_s is None or wait_s > FILLING_S):
                     # Nobody waits for these copies, and a client that was just answered may have to share
                     # our CPU: awake, we would keep it from running.
                     wait_s = FILLING_S
@@ -171,7 +171,7 @@ class EngineLoop:
                 self._poll.turn(wait_s)
                 if self._stays:
                     self._stays.answer()
-                if tiers.filling:
+                if tiers.storing:
                     tiers.fill()
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():

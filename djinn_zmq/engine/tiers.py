@@ -30,6 +30,7 @@ from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.growing import Grow, Growing
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs, Spare
+from djinn_zmq.engine.storing import Storing
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.wire.tensors import over
@@ -45,17 +46,6 @@ class _Writing:
     numbers: list[int]  # the checkpoints it had when the writing began
     future: "Future[Any]"
     begin_ns: int
-
-
-@dataclass(slots=True, eq=False)
-class _Storing:
-    """Is the copy of *body* to its host slot done? It may be begun later than it was promised."""
-
-    body: Body
-    begun: Callable[[], bool] | None = None
-
-    def __call__(self) -> bool:
-        return self.begun is not None and self.begun()
 
 
 Moved = Callable[[Body, str, int], None]  # a body, what was done ("evict", "prefetch"), nanoseconds
@@ -82,8 +72,7 @@ class Tiers:
         self._writing: list[_Writing] = []
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
-        self.filling: list[Body] = []  # whose host slots are told of, and not filled yet
-        self._unbegun: list[_Storing] = []  # those of them whose copies are still to be begun
+        self.storing = Storing(device, pool)
 
     @property
     def beside(self) -> bool:
@@ -114,7 +103,7 @@ class Tiers:
         if lease is None:
             body.busy = self._device.computed()
         else:
-            self._store(body, data, lease)
+            self.storing.begin(body, data, lease)
         self.add(body)
         self.growing.tend(body.zone)
 
@@ -124,38 +113,13 @@ class Tiers:
         body.device = spare.slot
         lease = spare.lease or self._host_slot(body)[0]
         if lease is not None:
-            body.host = lease
-            body.busy = body.storing = storing = _Storing(body)
-            self.pool.arenas[lease.slot.arena].filling(lease.slot)
-            self.filling.append(body)
-            self._unbegun.append(storing)
+            self.storing.promise(body, lease)
         self.add(body)
         self.growing.tend(body.zone)
 
-    def _store(self, body: Body, data: torch.Tensor, lease: Lease) -> None:
-        """Begin to copy *data* to the slot of *lease*, which is *body*'s from now on."""
-        body.host = lease
-        if body.nbytes:
-            self._device.store(data, lease.view)
-        body.busy = body.storing = self._device.stored()
-        if not body.stored:
-            self.pool.arenas[lease.slot.arena].filling(lease.slot)
-            self.filling.append(body)
-
     def fill(self) -> None:
-        """Begin what `take_over` left, and let host slots be read that are filled by now."""
-        while self._unbegun:
-            storing = self._unbegun.pop()
-            slot, lease = storing.body.device, storing.body.host
-            assert slot is not None and lease is not None  # they stay until the body is settled
-            self._device.store(slot.data, lease.view)
-            storing.begun = self._device.stored()
-        filled = [one for one in self.filling if one.stored]
-        for body in filled:
-            self.filling.remove(body)
-            if body.host is not None and (arena := self.pool.arenas.get(body.host.slot.arena)):
-                arena.filled(body.host.slot)  # else it is no more, and what was in it neither
-        if filled and self._leaving:
+        """Go on with copies to host slots."""
+        if self.storing.settle() and self._leaving:
             self._free_left()
 
     def stored(self, body: Body) -> Iterator[None]:
@@ -373,7 +337,7 @@ class Tiers:
         if body.device is not None:
             if lease is None:
                 raise full or self.pool.full(body.nbytes, body.zone)
-            self._store(body, body.device.data, lease)
+            self.storing.begin(body, body.device.data, lease)
             yield from self.stored(body)
         elif lease is not None:
             yield from self._read(body, lease.view, lease)
@@ -580,5 +544,4 @@ class Tiers:
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()
-        self.filling.clear()
-        self._unbegun.clear()
+        self.storing.clear()
