@@ -1,4 +1,4 @@
-"""The engine's loop: take what has come, give one run one layer, again.
+"""The engine's loop: take what has come, have one run get one layer (`working`), again.
 
 One thread owns the device. Between two layers the loop looks at its inputs, so a ping or another
 session's run waits for one layer, never for a whole prompt.
@@ -20,9 +20,9 @@ from djinn_zmq.bus.poll import MANY, Poll
 from djinn_zmq.engine import cards, models, replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
-from djinn_zmq.engine.devices import Broken, Device
+from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.forwards import Forwarder
-from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
+from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.lanes import Lanes
 from djinn_zmq.engine.looking import Looker
@@ -35,10 +35,10 @@ from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.tracing import Tracer
 from djinn_zmq.engine.turns import Active, Turns
+from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import (
     Busy,
     Cancelled,
-    DeadlineExceeded,
     DjinnError,
     Lost,
     PromptError,
@@ -92,7 +92,11 @@ class EngineLoop:
             self._keeping, self._runner, self._turns, self._answers, self._telling, self._sessions,
             self._model_of,
         )  # fmt: skip
-        self._stays = Stays(self._keeping, self._answers, self._telling, self._end_if_broken)
+        self._work = Work(
+            self._turns, self._keeping, self._runner, self._answers, self._telling, self._debugging,
+            device,
+        )  # fmt: skip
+        self._stays = Stays(self._keeping, self._answers, self._telling, self._work.end_if_broken)
         self._settings = settings
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
@@ -144,11 +148,10 @@ class EngineLoop:
             Op.RESTORE: self._mover.restore,
             Op.GO_ON: self._debugging.go_on,
         }
-        self._chores: list[Iterator[None]] = []  # work that nobody waits for
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        tiers = self._keeping.tiers
+        tiers, work = self._keeping.tiers, self._work
         limit = tiers.slabs.limit
         ready = messages.Ready(str(self._device.torch), os.getpid(), limit)
         self._answers.tell(Op.READY, ready)
@@ -156,7 +159,7 @@ class EngineLoop:
             while True:
                 if self._link.lane.unrung:
                     self._link.lane.ring()
-                wait_s = 0 if self._chores or self._stays else self._turns.until_s()
+                wait_s = 0 if work.chores or self._stays else self._turns.until_s()
                 if tiers.storing and (wait_s is None or wait_s > FILLING_S):
                     # Nobody waits for these copies, and a client that was just answered may have to share
                     # our CPU: awake, we would keep it from running.
@@ -176,11 +179,8 @@ class EngineLoop:
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
                         self._on_news(*news)
-                if self._turns:
-                    self._work(self._turns.next())
-                if self._chores:
-                    for chore in tuple(self._chores):  # copies, both directions at once
-                        self._chore(chore)
+                if self._turns or work.chores:
+                    work.step()
                 if self._keeping.moves or self._keeping.vault.moves:
                     self._telling.moves()
 
@@ -272,7 +272,7 @@ class EngineLoop:
             else:
                 _log.error("the server's %s failed: %s", Op(header.op).name, exc)
         except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
-            self._end_if_broken(exc)
+            self._work.end_if_broken(exc)
             _log.exception("%s failed", Op(header.op).name)
             if envelope:
                 error = RunError(f"{type(exc).__name__}: {exc}")
@@ -321,7 +321,7 @@ class EngineLoop:
         number = message.header.session
         closed = Cancelled("its session was closed")
         for active in self._turns.of(number):
-            self._end(active, closed)
+            self._work.end(active, closed)
         self._stays.end(number, closed)
         session = self._sessions.pop(number, None)
         if session is not None:
@@ -415,7 +415,7 @@ class EngineLoop:
         wanted = message.meta.request
         found = [one for one in self._turns.of(session) if one.header.request == wanted]
         for active in found:
-            self._end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
+            self._work.end(active, Cancelled(f"cancelled at layer {active.job.layer}"))
         ended = self._debugging.cancel(session, wanted)
         self._answers.answer(envelope, message.header, messages.Cancelled(bool(found) or ended))
 
@@ -427,7 +427,7 @@ class EngineLoop:
                 active.credit += message.header.credit
                 if active.held is not None:
                     self._turns.welcome(session)
-                    self._hand_out(active)
+                    self._work.hand_out(active)
                 return
         self._debugging.more(session, message.meta.request, message.header.credit)
 
@@ -480,112 +480,13 @@ class EngineLoop:
         if expected_s:
             self._keeping.tiers.away(session.id, expected_s)
         else:
-            self._chores.append(self._keeping.tiers.back(session.id))
-            self._chores.append(self._keeping.vault.back(session.id))
+            self._work.chores.append(self._keeping.tiers.back(session.id))
+            self._work.chores.append(self._keeping.vault.back(session.id))
         self._answers.answer(envelope, message.header, AwayReply())
-
-    # ---- working
-
-    def _chore(self, chore: Iterator[None]) -> None:
-        """One step of what nobody waits for."""
-        try:
-            next(chore)
-        except StopIteration:
-            self._chores.remove(chore)
-        except Exception as exc:  # noqa: BLE001  nobody is to be answered
-            self._end_if_broken(exc)
-            _log.exception("bringing back a session's checkpoints failed")
-            self._chores.remove(chore)
-
-    def _work(self, active: Active) -> None:
-        """One layer of one run, and what follows where it was the last."""
-        if active.left_s < 0:
-            limit_ms = active.header.deadline_ms
-            self._end(active, DeadlineExceeded(f"not done within {limit_ms} ms"))
-            return
-        begin_ns = time.perf_counter_ns()
-        try:
-            active.held = next(active.turns)
-        except StopIteration:
-            self._finish(active)
-            self._over(active)
-        except DjinnError as exc:
-            self._fail(active, exc)
-            self._over(active)
-        except Exception as exc:  # noqa: BLE001  the model's own code, or out of memory
-            self._end_if_broken(exc)
-            _log.exception("a run of %s failed", active.job.model.info.name)
-            self._fail(active, RunError(f"{type(exc).__name__}: {exc}"))
-            self._over(active)
-        else:
-            if type(active.held) is Halt:
-                self._debugging.hold(active)
-            elif active.held is not None:
-                self._hand_out(active)
-        self._turns.worked(active, time.perf_counter_ns() - begin_ns)
-
-    def _end_if_broken(self, error: Exception) -> None:
-        """Raises Broken where *error* means that nothing can be done in this process any more."""
-        if reason := self._device.broken(error):
-            raise Broken(reason) from error
 
     def farewell(self, reason: str) -> None:
         """Tell the server why this process ends: it answers for what is owed."""
         self._lease.send(messages.Farewell(reason[:FAREWELL_LIMIT]))
-
-    def _hand_out(self, active: Active) -> None:
-        """Send the part that *active* has made, if its client takes one more."""
-        part = active.held
-        if not isinstance(part, Part) or active.credit <= 0:
-            return
-        active.held = None
-        active.credit -= 1
-        header = active.header
-        job = active.job
-        self._telling.kept(job.ids, getattr(part.meta, "checkpoints", ()), job.session)
-        self._answers.part(active.envelope, header, part.meta, part.buffers)
-
-    def _finish(self, active: Active) -> None:
-        job, header = active.job, active.header
-        try:
-            meta, buffers = replies.of(job)
-        except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
-            self._end_if_broken(exc)
-            _log.exception("the answer of a run of %s failed", job.model.info.name)
-            self._runner.discard(job)
-            self._answers.refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
-            return
-        self._telling.kept(job.ids, job.everything_kept, job.session)
-        self._telling.held(job.session)
-        self._answers.answer(active.envelope, header, meta, buffers, store=True)
-        if self._debugging.tells:
-            self._debugging.ended(active)
-
-    def _fail(self, active: Active, error: DjinnError) -> None:
-        if active.job.state not in ("finished", "stopped"):
-            active.job.advance("fail")
-        self._discard(active)
-        self._answers.refuse(active.envelope, active.header, error)
-
-    def _end(self, active: Active, error: DjinnError) -> None:
-        """Stop an active run at the layer it has come to."""
-        active.turns.close()  # type: ignore[attr-defined]
-        active.job.advance("cancel")
-        self._discard(active)
-        self._answers.refuse(active.envelope, active.header, error)
-        self._over(active)
-
-    def _over(self, active: Active) -> None:
-        self._turns.remove(active)
-        self._debugging.over(active)
-        self._runner.over(active.job)
-        if self._keeping.vault.pressed:
-            self._chores.append(self._keeping.vault.shrink())
-
-    def _discard(self, active: Active) -> None:
-        self._runner.discard(active.job)
-        if isinstance(active.held, Part):  # what its client was never told of
-            self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])
 
 
 def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:
