@@ -90,9 +90,9 @@ class Holds:
 
     def restock(self, hold: Hold) -> None:
         """Have SPARES of them again. They lie in the slab of the writable slot, which the client has
-        opened; where that is full it has to do without."""
+        opened; where that is full it has to do without. One that has ended gets none."""
         assert hold.writable is not None
-        while len(hold.spares) < SPARES:
+        while len(hold.spares) < SPARES and self._lent.get(hold.writable.where) is hold:
             spare = self._tiers.spare_beside(hold.writable, hold.session, hold.zone)
             if spare is None:
                 return
@@ -139,10 +139,11 @@ class Holds:
             os.close(hold.pidfd)
         for slot in hold.slots:
             del self._lent[slot.where]
-            self._tiers.give_back_when(done or (lambda: True), slot)
+            self._tiers.give_back_when(done, slot)
         for spare in hold.spares:
             if spare.lease is not None:
                 self._tiers.pool.give_back(spare.lease.slot)
+        hold.spares.clear()
         if hold.body is not None:
             hold.body.views -= 1
             if done is not None and hold.body.device is not None:

@@ -100,6 +100,10 @@ class Tiers:
             raise full or self.pool.full(body.nbytes, body.zone)
         if isinstance(data, np.ndarray):
             data = self._device.see(data, body.shape, getattr(torch, body.dtype))
+        elif slot is None and not (body.fixed or self._device.reads_host):
+            # The copy to host memory goes on behind the answer, and behind the layers that follow: a client
+            # may write into its slot by then, and some layers write into what they are given.
+            data = data.clone()
         if lease is None:
             body.busy = self._device.computed()
         else:
@@ -458,8 +462,10 @@ class Tiers:
         ready = self.pool.ready(slot.nbytes, zone)
         return Spare(beside, self.pool.lease(slot.nbytes, session, zone=zone) if ready else None)
 
-    def give_back_when(self, done: Callable[[], bool], slot: DeviceSlot) -> None:
-        """*slot* was a client's: free it when *done* says that nobody can write into it any more."""
+    def give_back_when(self, done: Callable[[], bool] | None, slot: DeviceSlot) -> None:
+        """*slot* was a client's: free it when *done* says that nobody can write into it any more; None:
+        when our own copies from and to it are made, because nothing orders the next client's behind them."""
+        done = done or self._device.computed()
         self._leaving.append((done, partial(self.slabs.give_back, slot.where)))
 
     def quarantine(self, body: Body, done: Callable[[], bool]) -> None:

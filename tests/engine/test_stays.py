@@ -272,3 +272,37 @@ def test_slots_of_what_was_released_are_spares_again_when_the_device_is_done_wit
         assert reply.spare is not None
         engine.keeping.tiers.fill()
         engine.device.finish()
+
+
+def test_what_goes_to_host_memory_alone_is_the_clients_to_change_once_it_is_answered(
+    engine: Engine, hold: Hold
+) -> None:
+    assert hold.writable is not None
+    engine.device.reads_host = False
+    engine.keeping.entries[engine.point].body.users += 1  # what layers read gives no way
+    while engine.keeping.tiers.slabs.lease(64):
+        pass
+    assert engine.ask(hidden=put(engine, hold.writable.where, torch.ones(2, 5, 8)))
+    (kept,) = engine.said[-1][1].checkpoints
+    assert kept.tiers == ("host",)
+    put(engine, hold.writable.where, torch.zeros(2, 5, 8))  # before the copy is made
+    engine.device.finish()
+    engine.keeping.tiers.fill()
+    assert same_bits(engine.keeping.load(kept.tensor), torch.ones(2, 5, 8))
+
+
+def test_a_hold_that_ends_while_its_slot_is_copied_is_lent_no_more_spares(
+    engine: Engine, hold: Hold
+) -> None:
+    assert hold.writable is not None
+    engine.device.busy = True
+    assert engine.ask(hidden=put(engine, hold.writable.where, torch.ones(2, 5, 8)))
+    slabs = engine.keeping.tiers.slabs
+    engine.keeping.drop([99])
+    engine.keeping.tiers.settle()
+    assert slabs.slabs[2].leased  # and its slots are not others' before that copy is made
+    engine.device.busy = False
+    engine.stays.answer()
+    assert engine.said[-1][1].spare is None and not engine.keeping.holds._lent
+    engine.keeping.tiers.settle()
+    assert not slabs.slabs[2].leased
