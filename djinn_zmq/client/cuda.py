@@ -8,7 +8,7 @@ Nothing is copied. Devices are matched by UUID: their numbers differ between pro
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from djinn_zmq.errors import RequestError
@@ -47,12 +47,14 @@ class _Mapped:
 
 @dataclass(slots=True, eq=False)
 class _Writable:
-    """What `CudaMemory.writable` gave. spare: in the same slab; None: there is none, or it is on its way."""
+    """What `CudaMemory.writable` gave. spare: in the same slab; None: there is none, or it is on its way.
+    given: spares that were given away with requests under way."""
 
     tensor: Tensor
     device: int
     address: int
     spare: Slot | None
+    given: set[Slot] = field(default_factory=set)
 
     def address_of(self, slot: Slot) -> int:
         where = self.tensor.where
@@ -127,17 +129,24 @@ class CudaMemory:
         if not to_keep or spare is None:
             return tensor
         found.spare = None
+        found.given.add(spare)
         runtime.memcpyAsync(
             found.address_of(spare), found.address, tensor.nbytes, ANY_WAY, PLAIN_STREAM
         )
         runtime.streamSynchronize(PLAIN_STREAM)
         return Tensor(tensor.dtype, tensor.shape, spare)
 
-    def restock(self, value: Any, spare: Slot | None) -> None:
-        """*spare* is the next that may be given away for *value*."""
+    def restock(self, value: Any, sent: Tensor, spare: Slot | None) -> None:
+        """*sent*, as *value* travelled, has been answered. *spare*: the next that may be given away for it.
+
+        Where several requests are under way, one that was sent before a spare was given away may be
+        answered with the name of that very spare: it is a checkpoint by now, or about to become one.
+        """
         found = self._writable.get(address_of(value))
-        if found is not None:
-            found.spare = spare
+        if found is not None and isinstance(sent.where, Slot):
+            found.given.discard(sent.where)
+            if spare is not None and spare not in found.given:
+                found.spare = spare
 
     def _open(self, handle: Handle) -> _Opened:
         opened = self._opened.get(handle.data)

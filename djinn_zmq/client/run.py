@@ -19,14 +19,21 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.client.sharing import on_device
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.tiers import Tiered
-from djinn_zmq.errors import EditError, LayerError, ProtocolError, RequestError
+from djinn_zmq.errors import (
+    DjinnError,
+    EditError,
+    LayerError,
+    ProtocolError,
+    RequestError,
+    Unreachable,
+)
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.edits import Edit as WireEdit
 from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import DTYPES, Tensor, dtype_name, view
+from djinn_zmq.wire.tensors import DTYPES, Device, Tensor, dtype_name, view
 
 if TYPE_CHECKING:
     from djinn_zmq.client.sweep import Sweep
@@ -146,10 +153,17 @@ class Checkpoint(Looks, Tiered):
                 placed, on_wire = yield from self.carry(edits, hidden, parcel, to_keep=stays)
             meta = messages.Resume(self.id, placed, on_wire, wanted)
             run = yield from ask(session, RESUME, meta, parcel, timeout_s, self, self._before)
-            if run._message.meta.spare is not None:
-                session.connection.sharing.cuda().restock(hidden, run._message.meta.spare)
+            if placed is not None and type(placed.where) is Device:
+                spare = run._message.meta.spare
+                session.connection.sharing.cuda().restock(hidden, placed, spare)
             session.stand_at(run)
             return run
+        except Unreachable:  # the engine may still come to it
+            raise
+        except DjinnError:
+            if placed is not None and type(placed.where) is Device:
+                session.connection.sharing.cuda().restock(hidden, placed, None)
+            raise
         finally:
             parcel.settle()
 

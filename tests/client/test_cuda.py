@@ -1,0 +1,85 @@
+"""Which slots a client writes into, with CUDA's calls noted in place of made."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from djinn_zmq.client import cuda
+from djinn_zmq.client.cuda import CudaMemory
+from djinn_zmq.memory.arena import GRANULE
+from djinn_zmq.wire.tensors import Device, Tensor
+from djinn_zmq.wire.tiers import Handle
+
+BASE = 1 << 40  # where the slab is opened
+SHAPE = (1, 4, 8)
+HANDLE = Handle("00", b"slab", 16 * GRANULE, 0, 1)
+
+
+def slot(index: int, generation: int = 1) -> Device:
+    return Device(3, index, generation)
+
+
+class Gpu:
+    """A client's memory with one writable tensor in slot 0; *written*: the slots copied into."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, spare: Device | None) -> None:
+        self.written: list[int] = []
+        runtime = SimpleNamespace(
+            getDeviceCount=lambda: 1,
+            getDeviceProperties=lambda number: {"uuid": b"\0"},
+            getDevice=lambda: 0,
+            ipcOpenMemHandle=lambda handle: BASE,
+            ipcCloseMemHandle=lambda pointer: None,
+            deviceSynchronize=lambda: None,
+            streamSynchronize=lambda stream: None,
+            memcpyAsync=lambda to, *_: self.written.append((to - BASE) // GRANULE),
+        )
+        cupy = SimpleNamespace(
+            cuda=SimpleNamespace(runtime=runtime, Device=lambda number: nullcontext())
+        )
+        monkeypatch.setattr(cuda, "_imported", lambda: cupy)
+        self.memory = CudaMemory()
+        self.tensor: Any = SimpleNamespace(shape=SHAPE, data_ptr=lambda: BASE)
+        self.memory.tensor = lambda *_: self.tensor  # type: ignore[method-assign]
+        where = Tensor("float32", SHAPE, slot(0))
+        self.memory.writable(where, HANDLE, spare, lambda: None)
+
+    def send(self) -> Tensor:
+        sent = self.memory.sent(self.tensor, to_keep=True)
+        assert sent is not None
+        return sent
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch, slot(1))
+
+
+def test_a_spare_is_filled_once_and_without_one_the_tensor_itself_is_named(gpu: Gpu) -> None:
+    assert gpu.send().where == slot(1) and gpu.written == [1]
+    assert gpu.send().where == slot(0) and gpu.written == [1]
+
+
+def test_the_spare_that_an_answer_names_is_the_next(gpu: Gpu) -> None:
+    gpu.memory.restock(gpu.tensor, gpu.send(), slot(2))
+    assert gpu.send().where == slot(2) and gpu.written == [1, 2]
+
+
+def test_an_answer_that_names_a_spare_given_away_meanwhile_is_not_followed(gpu: Gpu) -> None:
+    first, second = gpu.send(), gpu.send()  # with the spare, and as it is: both under way
+    gpu.memory.restock(gpu.tensor, first, slot(2))
+    third = gpu.send()
+    assert third.where == slot(2)
+    gpu.memory.restock(gpu.tensor, second, slot(2))  # answered before the engine took the third
+    assert gpu.send().where == slot(0) and gpu.written == [1, 2]
+    gpu.memory.restock(gpu.tensor, third, slot(3))
+    assert gpu.send().where == slot(3)
+
+
+def test_a_spare_whose_request_was_refused_may_be_offered_again(gpu: Gpu) -> None:
+    gpu.memory.restock(gpu.tensor, gpu.send(), None)
+    assert gpu.send().where == slot(0)
+    gpu.memory.restock(gpu.tensor, gpu.send(), slot(1))
+    assert gpu.send().where == slot(1) and gpu.written == [1, 1]
