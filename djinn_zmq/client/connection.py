@@ -39,6 +39,7 @@ from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
 from djinn_zmq.wire.talks import Generated, Token
+from djinn_zmq.wire.tiers import HoldReply, RestoreReply
 
 if TYPE_CHECKING:  # a room that only those with a key need
     from djinn_zmq.bus.keys import ClientKeys
@@ -413,6 +414,10 @@ class Connection:
                     self.forget(session, number)
         elif isinstance(meta, messages.Uploaded):
             self.forget(session, meta.id)
+        elif isinstance(meta, HoldReply):
+            self.forget(session, meta.hold)
+        elif isinstance(meta, RestoreReply):
+            self.forget(session, meta.kept.id)
 
     def waits_for(self, request: int) -> bool:
         return request in self._calls

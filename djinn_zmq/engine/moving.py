@@ -161,10 +161,10 @@ class Mover:
             job.tensor = Tensor(body.dtype, body.shape, slot.where)
             try:
                 job.handle = self._handle(slot)
-            except BaseException:
+                yield from self._runner.until_done(job)  # what it shows is complete
+            except BaseException:  # its client's giving up meanwhile is one
                 holds.end(number, gone=False)
                 raise
-            yield from self._runner.until_done(job)  # what it shows is complete
         job.hold = number
         job.advance("finish")
 

@@ -22,6 +22,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tiers import Hold
 from tests.end_to_end.conftest import free_port, running, until
 
 FRANCE = "the capital of france is"
@@ -238,6 +239,15 @@ def test_a_view_of_the_slot_itself_keeps_it_in_place(tiny):
     crowd += [tiny.run(numbered(n), stop_at=2).checkpoint for n in range(12)]
     assert row.tobytes() == np.frombuffer(bits, row.dtype).reshape(16, 256, 64)[3, 5].tobytes()
     del row, crowd
+
+
+def test_a_view_that_comes_when_nobody_waits_for_it_any_more_keeps_nothing_in_place(server, tiny):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    asked = Call(Op.HOLD, Hold(point.id, "host", False), session=point._kept.session)
+    connection = server.connection
+    connection.give_up(connection.send(asked))
+    tiny.ping()
+    assert point.evict("disk") == "disk"
 
 
 def test_the_same_calls_work_by_copying_over_tcp(served):
