@@ -31,12 +31,11 @@ class Telling:
         before that as well."""
         self.moves()
         if kept:  # ids inside the meta: they outlive this process in the server's books
-            known = (
-                session.told_ids is ids
-            )  # one prompt's are one array, and mostly it is the same one
-            session.told_ids = ids
+            # One prompt's are one array, and mostly it is the same one.
+            known = session.told_ids is ids
             keep = messages.Keep(None if known else inline(ids), tuple(kept))
             self._answers.tell(Op.KEEP, keep, session.id)
+            session.told_ids = ids  # now: what was not told is not known
 
     def moves(self) -> None:
         """Where checkpoints, and keys and values, have gone since it was told last."""
