@@ -22,7 +22,7 @@ import torch
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.slabs import DeviceSlot, Spare
 from djinn_zmq.engine.tiers import Tiers
-from djinn_zmq.errors import AccessDenied, RequestError
+from djinn_zmq.errors import AccessDenied, ArenaFull, RequestError
 from djinn_zmq.wire.tensors import Device, Tensor
 
 SPARES = 2  # one is told of with the answer that takes the other
@@ -79,7 +79,7 @@ class Holds:
         Raises ArenaFull."""
         pidfd = _pidfd(pid)
         try:
-            slot = self._tiers.copy_of(body)
+            slot = self._copy_of(body)
         except BaseException:
             os.close(pidfd)
             raise
@@ -87,6 +87,38 @@ class Holds:
         self._holds[number] = self._lent[slot.where] = hold
         self.restock(hold)
         return hold
+
+    def _copy_of(self, body: Body) -> DeviceSlot:
+        while True:
+            try:
+                return self._tiers.copy_of(body)
+            except ArenaFull:
+                if not self._take_back():
+                    raise
+
+    def _take_back(self) -> bool:
+        """Free a spare that its client was not told of yet. False: there is none."""
+        for hold in self._holds.values():
+            if len(hold.spares) > 1:
+                spare = hold.spares.pop()
+                del self._lent[spare.slot.where]
+                self._tiers.slabs.give_back(spare.slot.where)
+                self._give_back_lease(spare)
+                return True
+        return False
+
+    def give_room(self) -> bool:
+        """Host memory is wanted for more: free what a spare has of it, which can do without. False: none
+        has any."""
+        return any(
+            self._give_back_lease(spare) for hold in self._holds.values() for spare in hold.spares
+        )
+
+    def _give_back_lease(self, spare: Spare) -> bool:
+        lease, spare.lease = spare.lease, None
+        if lease is not None:
+            self._tiers.pool.give_back(lease.slot)
+        return lease is not None
 
     def restock(self, hold: Hold) -> None:
         """Have SPARES of them again. They lie in the slab of the writable slot, which the client has
@@ -141,8 +173,7 @@ class Holds:
             del self._lent[slot.where]
             self._tiers.give_back_when(done, slot)
         for spare in hold.spares:
-            if spare.lease is not None:
-                self._tiers.pool.give_back(spare.lease.slot)
+            self._give_back_lease(spare)
         hold.spares.clear()
         if hold.body is not None:
             hold.body.views -= 1

@@ -134,7 +134,7 @@ class Keeping:
         self.holds = Holds(self.tiers)
         # Of the device's budget, which a CPU has only where somebody said so.
         self.vault = Vault(self.device, self.tiers, slabs.limit or None)
-        self.tiers.more_room = self.vault.drop_copies
+        self.tiers.more_room = lambda: self.holds.give_room() or self.vault.drop_copies()
         self.prepare()
 
     def fileno(self) -> int:

@@ -14,9 +14,10 @@ torch = pytest.importorskip("torch")
 from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.slabs import COPIES
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import AccessDenied, Cancelled, EditError, OnDevice
+from djinn_zmq.errors import AccessDenied, ArenaFull, Cancelled, EditError, OnDevice
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.edits import Zero
@@ -306,3 +307,22 @@ def test_a_hold_that_ends_while_its_slot_is_copied_is_lent_no_more_spares(
     assert engine.said[-1][1].spare is None and not engine.keeping.holds._lent
     engine.keeping.tiers.settle()
     assert not slabs.slabs[2].leased
+
+
+def test_what_is_kept_ready_for_spares_gives_way_to_what_is_wanted_now(
+    engine: Engine, hold: Hold
+) -> None:
+    tiers, told, body = engine.keeping.tiers, hold.spare, engine.keeping.entries[engine.point].body
+    body.users += 1  # as of a job that asks for a copy
+    while tiers.slabs.lease(64, COPIES):
+        pass
+    another = engine.keeping.holds.lend_copy(100, 1, body, os.getpid())
+    assert another.writable is not None and not another.spares and hold.spare == told
+    with pytest.raises(ArenaFull):  # what a client may be writing into is its own
+        engine.keeping.holds.lend_copy(101, 1, body, os.getpid())
+    while engine.keeping.pool.ready(64):
+        engine.keeping.pool.lease(64, 2)
+    engine.keeping.pool.limit = engine.keeping.pool.mapped
+    data = torch.ones(2, 5, 8)
+    kept = engine.keeping.keep(data, session=1, owner=OWNER, run=8, layer=2, ids=IDS)
+    assert "host" in kept.tiers and hold.spares[0].lease is None
