@@ -175,7 +175,7 @@ class EngineLoop:
                 if self._stays:
                     self._stays.answer()
                 if tiers.storing:
-                    tiers.fill()
+                    self._fill()
                 if self._lease.late:  # came while an answer was waited for
                     for news in self._lease.take_late():
                         self._on_news(*news)
@@ -183,6 +183,14 @@ class EngineLoop:
                     work.step()
                 if self._keeping.moves or self._keeping.vault.moves:
                     self._telling.moves()
+
+    def _fill(self) -> None:
+        """Go on with copies that nobody waits for: they may be the first to find the device broken."""
+        try:
+            self._keeping.tiers.fill()
+        except Exception as exc:
+            self._work.end_if_broken(exc)
+            raise
 
     def close(self) -> None:
         self._lanes.close_all()
