@@ -465,8 +465,11 @@ class Tiers:
     def give_back_when(self, done: Callable[[], bool] | None, slot: DeviceSlot) -> None:
         """*slot* was a client's: free it when *done* says that nobody can write into it any more; None:
         when our own copies from and to it are made, because nothing orders the next client's behind them."""
-        done = done or self._device.computed()
-        self._leaving.append((done, partial(self.slabs.give_back, slot.where)))
+        self.free_when(done or self._device.computed(), partial(self.slabs.give_back, slot.where))
+
+    def free_when(self, done: Callable[[], bool], give_back: Callable[[], None]) -> None:
+        """Call *give_back* when *done* says so."""
+        self._leaving.append((done, give_back))
 
     def quarantine(self, body: Body, done: Callable[[], bool]) -> None:
         """A client mapped the device copy of *body* and is not known to have let go: use it no more."""

@@ -14,8 +14,9 @@ A tensor comes back with the strides that it had: kernels may round otherwise fo
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +58,7 @@ class Stored:
     used: int  # counted up: the larger, the later
     layouts: dict[Any, Layout]  # by the name of the part
     lease: Lease | None = None  # its copy in host memory
+    storing: Callable[[], bool] | None = None  # done? Of a copy there that nobody has waited for
     here: bool = True  # on the device
     pins: int = 0
     moving: bool = False
@@ -103,8 +105,12 @@ class Vault:
 
     def _drop_copy(self, stored: Stored) -> None:
         assert stored.lease is not None
-        self.tiers.pool.give_back(stored.lease.slot)
-        stored.lease = None
+        give_back = partial(self.tiers.pool.give_back, stored.lease.slot)
+        if stored.storing is None or stored.storing():
+            give_back()
+        else:  # the device writes there still
+            self.tiers.free_when(stored.storing, give_back)
+        stored.lease = stored.storing = None
         self.on_host -= stored.nbytes
 
     @property
@@ -255,6 +261,7 @@ class Vault:
         begin_ns = time.perf_counter_ns()
         for _, stored in batch:
             stored.moving = True
+        done = None
         try:
             for segment, stored in batch:
                 if stored.lease is None:
@@ -267,8 +274,11 @@ class Vault:
             while not done():
                 yield
         finally:
+            done = done or self.device.stored()
             for _, stored in batch:
                 stored.moving = False
+                if stored.lease is not None:  # given up meanwhile, it may be written to still
+                    stored.storing = None if done() else done
         left = [(one, stored) for one, stored in batch if stored.lease and not stored.pins]
         for segment, stored in left:
             # Of the same shape and dtype, and an error for whoever reads it.
@@ -302,7 +312,11 @@ class Vault:
     def drop_copies(self) -> bool:
         """Host memory is wanted for more: give up the copy that is least likely to be needed, of what
         is on the device as well. False: there is none."""
-        spare = [one for one in self._stored.values() if one.lease and one.here and not one.moving]
+        spare = [
+            one
+            for one in self._stored.values()
+            if one.lease and one.here and not one.moving and (one.storing is None or one.storing())
+        ]
         if not spare:
             return False
         self._drop_copy(max(spare, key=lambda one: one.used))

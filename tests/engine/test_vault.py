@@ -62,3 +62,24 @@ def test_what_leaves_the_device_does_not_wait_for_what_comes(vault: Vault) -> No
     coming = vault.ready(vault.pin(1, first))
     go_on(coming, lambda: here(second) == here(first))  # as many leave as are on their way
     coming.close()
+
+
+def test_host_memory_is_nobody_elses_while_a_copy_that_was_given_up_is_written_there(
+    vault: Vault,
+) -> None:
+    segments, done = conversation(1.0) + conversation(2.0), False
+    vault.track(1, segments)
+    vault.device.stored = lambda: lambda: done  # type: ignore[method-assign]
+    leaving = vault.shrink()
+    go_on(leaving, lambda: bool(vault.on_host))
+    next(leaving)
+    leaving.close()  # as of a job that is cancelled
+    pool = vault.tiers.pool
+    used = pool.used
+    assert used and not vault.drop_copies()
+    segments.clear()
+    vault.tiers.settle()
+    assert (vault.on_host, pool.used) == (0, used)
+    done = True
+    vault.tiers.settle()
+    assert not pool.used
