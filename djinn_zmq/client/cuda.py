@@ -116,7 +116,7 @@ class CudaMemory:
         take 0.25, and the client's next kernel is in it (H200).
         """
         found = self._writable.get(address_of(value))
-        if found is None or tuple(value.shape) != found.tensor.shape:
+        if found is None or tuple(value.shape) != found.tensor.shape or not _in_order(value):
             return None
         if self._runtime.getDevice() == found.device:
             return self._completed(found, to_keep)
@@ -163,6 +163,13 @@ class CudaMemory:
                     del self._opened[data]
             opened = self._opened[handle.data] = _Opened(self._cupy, device, handle)
         return opened
+
+
+def _in_order(value: Any) -> bool:
+    """Do its elements lie in the slot as they are counted? Not those of a transposed view."""
+    if hasattr(value, "is_contiguous"):
+        return bool(value.is_contiguous())
+    return bool(value.flags.c_contiguous)
 
 
 def address_of(value: Any) -> int:

@@ -41,7 +41,9 @@ class Gpu:
         )
         monkeypatch.setattr(cuda, "_imported", lambda: cupy)
         self.memory = CudaMemory()
-        self.tensor: Any = SimpleNamespace(shape=SHAPE, data_ptr=lambda: BASE)
+        self.tensor: Any = SimpleNamespace(
+            shape=SHAPE, data_ptr=lambda: BASE, is_contiguous=lambda: True
+        )
         self.memory.tensor = lambda *_: self.tensor  # type: ignore[method-assign]
         where = Tensor("float32", SHAPE, slot(0))
         self.memory.writable(where, HANDLE, spare, lambda: None)
@@ -60,6 +62,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 def test_a_spare_is_filled_once_and_without_one_the_tensor_itself_is_named(gpu: Gpu) -> None:
     assert gpu.send().where == slot(1) and gpu.written == [1]
     assert gpu.send().where == slot(0) and gpu.written == [1]
+
+
+def test_a_view_with_its_elements_in_another_order_is_not_taken_for_the_tensor(gpu: Gpu) -> None:
+    gpu.tensor.is_contiguous = lambda: False
+    assert gpu.memory.sent(gpu.tensor, to_keep=True) is None and not gpu.written
+    cupys = SimpleNamespace(
+        shape=SHAPE, data=SimpleNamespace(ptr=BASE), flags=SimpleNamespace(c_contiguous=False)
+    )
+    assert gpu.memory.sent(cupys, to_keep=False) is None
+    cupys.flags.c_contiguous = True
+    assert gpu.memory.sent(cupys, to_keep=False) is not None
 
 
 def test_the_spare_that_an_answer_names_is_the_next(gpu: Gpu) -> None:
