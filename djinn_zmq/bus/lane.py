@@ -184,6 +184,8 @@ class Lane:
 
         Raises ProtocolError for what is no message; the lane is of no use after that.
         """
+        if self._backlog:  # the bell may have told of room
+            self.flush()
         while (record := self._in.take()) is not None:
             kind, data = record
             if kind or self._coming:  # one of several, as few are
@@ -194,8 +196,6 @@ class Lane:
             return split(data)
         if self._in.room_wanted():
             self.ring()
-        if self._backlog:  # the bell may have told of room
-            self.flush()
         return None
 
     def _collect(self, kind: int, data: bytes) -> bytes | None:

@@ -145,6 +145,23 @@ def test_what_finds_no_room_follows_when_there_is_some(lanes: tuple[Lane, Lane])
     assert first.flush()
 
 
+def test_a_ring_that_tells_of_a_message_and_of_room_at_once_is_used_for_both(
+    lanes: tuple[Lane, Lane],
+) -> None:
+    first, second = lanes
+    for number in range(12):
+        first.send(bytes([number]), bytes(CAPACITY // 8))
+    taken = []
+    while (message := second.receive()) is not None:
+        taken.append(message[0])
+    second.send(b"", b"and a message")
+    assert rang(first)
+    assert first.receive() == (b"", b"and a message", [])  # who has taken it may sleep now
+    while (message := second.receive()) is not None:
+        taken.append(message[0])
+    assert taken == [bytes([number]) for number in range(12)]
+
+
 def test_an_end_that_does_not_read_makes_busy_and_loses_nothing(lanes: tuple[Lane, Lane]) -> None:
     first, second = lanes
     sent = 0
