@@ -523,6 +523,7 @@ class Connection:
         while self._garbage:
             session, number = self._garbage.popleft()
             by_session.setdefault(session, []).append(number)
+        self.sharing.settle()  # after they are taken: what ends from now on is said next time
         while by_session:
             session, numbers = by_session.popitem()
             ended = 0 in numbers  # the session itself is forgotten, and all of it

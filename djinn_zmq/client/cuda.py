@@ -3,8 +3,12 @@
     engine   slab of 256 MiB  ── handle ──▶  client   opened once; a slot of it is a tensor
 
 Nothing is copied. Devices are matched by UUID: their numbers differ between processes.
+
+A tensor that nothing refers to may still be read or written by kernels that were queued before, and the
+engine gives its slot to others: it is said to be given up only when the device is through with them.
 """
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable
@@ -71,18 +75,26 @@ class CudaMemory:
         self._devices = _devices(self._cupy)
         self._opened: dict[bytes, _Opened] = {}
         self._writable: dict[int, _Writable] = {}  # by address
+        self._ended: set[int] = (
+            set()
+        )  # devices on which tensors have gone: kernels may still use them
 
     def tensor(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
         """The slot as a torch tensor where torch is imported, else as a cupy array.
 
-        end: called when nothing refers to it any more.
+        end: called when nothing refers to it any more; what it says is to be said after `settle`.
         """
         cupy, opened = self._cupy, self._open(handle)
+
+        def ended() -> None:
+            self._ended.add(opened.device)
+            end()
+
         owner = _Mapped(opened)
         memory = cupy.cuda.UnownedMemory(
             opened.pointer + handle.offset, tensor.nbytes, owner, opened.device
         )
-        weakref.finalize(owner, end).atexit = False
+        weakref.finalize(owner, ended).atexit = False
         place = cupy.cuda.MemoryPointer(memory, 0)
         raw = cupy.ndarray((tensor.nbytes,), dtype=cupy.uint8, memptr=place)
         torch = sys.modules.get("torch")
@@ -147,6 +159,17 @@ class CudaMemory:
             found.given.discard(sent.where)
             if spare is not None and spare not in found.given:
                 found.spare = spare
+
+    def settle(self) -> None:
+        """Wait for all kernels that may use a tensor that has gone."""
+        while self._ended:
+            device = self._ended.pop()
+            # Where the context is broken nothing runs in it any more, and its user hears of it from CUDA.
+            with (
+                contextlib.suppress(self._runtime.CUDARuntimeError),
+                self._cupy.cuda.Device(device),
+            ):
+                self._runtime.deviceSynchronize()
 
     def _open(self, handle: Handle) -> _Opened:
         opened = self._opened.get(handle.data)

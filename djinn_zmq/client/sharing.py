@@ -94,6 +94,11 @@ class Sharing:
             self._cuda = CudaMemory()
         return self._cuda
 
+    def settle(self) -> None:
+        """Before it is said what nothing refers to any more: the GPU may be at work on it."""
+        if self._cuda is not None:
+            self._cuda.settle()
+
     def give_back(self, lease: Lease) -> None:
         assert self._pool is not None
         self._pool.give_back(lease.slot)

@@ -1,5 +1,7 @@
 """Which slots a client writes into, with CUDA's calls noted in place of made."""
 
+import sys
+from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +9,12 @@ from typing import Any
 import pytest
 
 from djinn_zmq.client import cuda
+from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.cuda import CudaMemory
+from djinn_zmq.client.lanes import Lanes
+from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.memory.arena import GRANULE
+from djinn_zmq.settings import Settings
 from djinn_zmq.wire.tensors import Device, Tensor
 from djinn_zmq.wire.tiers import Handle
 
@@ -96,3 +102,58 @@ def test_a_spare_whose_request_was_refused_may_be_offered_again(gpu: Gpu) -> Non
     assert gpu.send().where == slot(0)
     gpu.memory.restock(gpu.tensor, gpu.send(), slot(1))
     assert gpu.send().where == slot(1) and gpu.written == [1, 1]
+
+
+class Array:
+    def __init__(self, shape: Any, dtype: Any, memptr: Any) -> None:
+        self.memory = memptr
+
+    def view(self, dtype: Any) -> "Array":
+        return self
+
+    def reshape(self, shape: Any) -> "Array":
+        return self
+
+
+def test_a_tensor_that_has_gone_is_given_up_only_behind_the_kernels_that_may_use_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda number: {"uuid": b"\0"},
+        ipcOpenMemHandle=lambda handle: BASE,
+        ipcCloseMemHandle=lambda pointer: None,
+        deviceSynchronize=lambda: done.append("waited for the device"),
+        CUDARuntimeError=RuntimeError,
+    )
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(
+            runtime=runtime,
+            Device=lambda number: nullcontext(),
+            UnownedMemory=lambda *memory: memory,
+            MemoryPointer=lambda memory, offset: memory,
+        ),
+        ndarray=Array,
+        uint8=None,
+    )
+    monkeypatch.setattr(cuda, "_imported", lambda: cupy)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    connection = Connection.__new__(Connection)
+    connection._garbage = deque()
+    connection._last_request = 0
+    connection.sharing = Sharing(Settings())
+    connection.sharing._cuda = CudaMemory()
+    connection.lanes = Lanes(connection.sharing, Settings(), wanted=False)
+    monkeypatch.setattr(Connection, "_send", lambda *_: done.append("given up"))
+    made = connection.sharing._cuda.tensor(
+        Tensor("float32", SHAPE, slot(0)), HANDLE, lambda: connection.forget(5, 7)
+    )
+    connection._release_garbage()
+    assert done == []
+    del made
+    connection._release_garbage()
+    assert done == ["waited for the device", "given up"]
+    connection.forget(5, 8)  # nothing on a device
+    connection._release_garbage()
+    assert done == ["waited for the device", "given up", "given up"]
