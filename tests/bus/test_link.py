@@ -4,6 +4,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterator
+from typing import IO
 
 import pytest
 
@@ -12,29 +13,27 @@ from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.settings import KIB, MIB, Settings
 
+Ends = tuple[Link, Link, IO[bytes]]
 SHALLOW = dataclasses.replace(Settings(), high_water=4)
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Link, Link, int]]:
+def ends() -> Iterator[Ends]:
     """The server's end and the engine's, and what the engine takes for the server's life."""
-    alive, life = os.pipe()
+    alive, life = (os.fdopen(fd, mode) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     server, theirs = Link.create(SHALLOW)
-    engine = Link(Lane(theirs, SHALLOW, first=False), alive)
+    engine = Link(Lane(theirs, SHALLOW, first=False), alive.fileno())
     yield server, engine, life
     engine.close()
     server.close()
-    for fd in (alive, life):
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # the test has
+    alive.close()
+    life.close()
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1, 64 * KIB, 0), (MIB, 64 * KIB - 1)])
 @pytest.mark.parametrize("envelope", [b"", b"i\0route"])
 def test_a_message_arrives_as_it_was_sent_in_both_directions(
-    ends: tuple[Link, Link, int], sizes: tuple[int, ...], envelope: bytes
+    ends: Ends, sizes: tuple[int, ...], envelope: bytes
 ) -> None:
     buffers = [bytes([len(sizes)]) * size for size in sizes]
     for sender, receiver in (ends[:2], ends[1::-1]):
@@ -44,7 +43,7 @@ def test_a_message_arrives_as_it_was_sent_in_both_directions(
 
 
 def test_an_engine_that_does_not_read_makes_busy_and_loses_nothing(
-    ends: tuple[Link, Link, int],
+    ends: Ends,
 ) -> None:
     server, engine, _ = ends
     sent = 0
@@ -62,7 +61,7 @@ def test_an_engine_that_does_not_read_makes_busy_and_loses_nothing(
         taken += 1
 
 
-def test_an_engine_waits_for_a_server_that_is_slow_to_read(ends: tuple[Link, Link, int]) -> None:
+def test_an_engine_waits_for_a_server_that_is_slow_to_read(ends: Ends) -> None:
     server, engine, _ = ends
     taken: list[bytes] = []
 
@@ -82,15 +81,15 @@ def test_an_engine_waits_for_a_server_that_is_slow_to_read(ends: tuple[Link, Lin
     assert taken == [b"%d" % number for number in range(200)]
 
 
-def test_an_engine_whose_server_is_gone_does_not_wait(ends: tuple[Link, Link, int]) -> None:
+def test_an_engine_whose_server_is_gone_does_not_wait(ends: Ends) -> None:
     _, engine, life = ends
-    os.close(life)
+    life.close()
     with pytest.raises(Lost, match="the server is gone"):
         for _ in range(1000):
             engine.send(b"e", b"frame", [bytes(64 * KIB)])
 
 
-def test_what_an_engine_sent_before_its_end_is_still_there(ends: tuple[Link, Link, int]) -> None:
+def test_what_an_engine_sent_before_its_end_is_still_there(ends: Ends) -> None:
     server, engine, _ = ends
     engine.send(b"e", b"last words")
     engine.close()
