@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.cases import INDEPENDENT, Found, Timed
+from bench.config import only
 from bench.roundtrips import noop_frame, zmq_call
 from djinn_zmq.probe import echoes
 
@@ -26,6 +27,4 @@ def cases(folder: Path) -> Iterator[tuple[Found, list[int]]]:
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

@@ -3,6 +3,8 @@
 Every key is checked before anything is started; what is wrong is said in one sentence.
 """
 
+import runpy
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -78,6 +80,13 @@ class ResumeLatency:
 def spread(count: int) -> list[int]:
     """Five of a model's *count* layers: 1, 10, 20, 30 and 40 of 40."""
     return sorted({max(1, round(part * count)) for part in (0.025, 0.25, 0.5, 0.75, 1.0)})
+
+
+def only(baseline: str) -> None:
+    """The resume experiment with nothing but this: what `python -m bench.recompute` and the others are.
+    As a command, because it imports them."""
+    sys.argv[1:1] = ["--baselines", baseline]
+    runpy.run_module("bench.resume_latency", run_name="__main__", alter_sys=True)
 
 
 def _at_least(config: Any, name: str, least: int) -> None:

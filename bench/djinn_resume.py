@@ -22,7 +22,7 @@ import numpy as np
 
 import djinn_zmq as djinn
 from bench.cases import Found, Timed
-from bench.config import ResumeLatency
+from bench.config import ResumeLatency, only
 from bench.writing import ALONE, WITH_EDIT, rewriting
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
@@ -256,6 +256,4 @@ def spans_table(found: Djinn, most: int) -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

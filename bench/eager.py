@@ -1,6 +1,7 @@
 """Baseline: plain PyTorch that keeps everything on the device. `python -m bench.eager`."""
 
 from bench.cases import INDEPENDENT, Found, Timed
+from bench.config import only
 from bench.plain import Plain
 
 NAME = "eager"
@@ -21,6 +22,4 @@ def cases(plain: Plain, layers: list[int]) -> Found:
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import Found, Timed, both_clocks
+from bench.config import only
 from bench.plain import Plain, kv_shape
 from bench.writing import FIRST, rewriting
 from djinn_zmq.probe.results import NotMeasured
@@ -123,6 +124,4 @@ def _kv_entry(plain: Plain) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bench.cases import Found, Timed
+from bench.config import only
 from bench.plain import Plain
 from djinn_zmq.probe.results import NotMeasured
 
@@ -46,6 +47,4 @@ def _steer(wrapped: Any, plain: Plain, layer: int, vector: torch.Tensor) -> None
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from bench.cases import INDEPENDENT, Found, Timed
+from bench.config import only
 from djinn_zmq.probe.rounds import told_clock
 
 NAME = "prototype"
@@ -159,6 +160,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["serve"], ["ask"]):
         _process()
     else:
-        from bench.resume_latency import only
-
         only(NAME)

@@ -1,6 +1,7 @@
 """Baseline: have nothing kept, run the layers again. `python -m bench.recompute`."""
 
 from bench.cases import Found, Timed, both_clocks
+from bench.config import only
 from bench.plain import Plain
 
 NAME = "recompute"
@@ -20,6 +21,4 @@ def cases(plain: Plain, layers: list[int]) -> Found:
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)

@@ -4,7 +4,6 @@
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -108,12 +107,6 @@ def main(path: Path | None, fresh: bool, **given: Any) -> None:
     """
     over = {key: value for key, value in given.items() if value not in (None, ())}
     run(config.read(ResumeLatency, path, over), fresh=fresh)
-
-
-def only(*baselines: str) -> None:
-    """The same command with only these baselines: `python -m bench.recompute` and so on."""
-    sys.argv[1:1] = [part for name in baselines for part in ("--baselines", name)]
-    main(prog_name=f"python -m {sys.modules['__main__'].__spec__.name}")  # type: ignore[union-attr]
 
 
 def run(asked: ResumeLatency, *, fresh: bool = False) -> Results:

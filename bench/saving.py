@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from bench.cases import INDEPENDENT, Found, Timed
+from bench.config import only
 from bench.djinn_resume import Client, Djinn
 
 NAME = "saving"
@@ -34,6 +35,4 @@ def _case(client: Client, ids: np.ndarray, variant: str, save_at: tuple[int, ...
 
 
 if __name__ == "__main__":
-    from bench.resume_latency import only
-
     only(NAME)
