@@ -5,7 +5,8 @@
     edits       none; row: a vector added to one; all: the activation replaced by another array;
                 in_place: all of it rewritten in memory that the engine reads where it stands;
                 row_in_place: a row rewritten in the engine's own GPU memory (CUDA IPC);
-                what is edited in place is timed twice: alone, and with the edit (`bench.writing`)
+                what is edited in place is timed alone, and with the edit; a whole activation alone
+                once more, written by one thread (`bench.writing`)
     tier        where the checkpoint lies when it is resumed: device, host, disk
 
 Each is varied alone, the others at the first that there is; `every_combination` does all with all.
@@ -23,7 +24,7 @@ import numpy as np
 import djinn_zmq as djinn
 from bench.cases import Found, Timed
 from bench.config import ResumeLatency, only
-from bench.writing import ALONE, WITH_EDIT, rewriting
+from bench.writing import AFTER_NUMPY, ALONE, WITH_EDIT, assigning, rewriting
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.errors import RequestError
@@ -37,16 +38,27 @@ NAME = "djinn"
 IN_PLACE = ("in_place", "row_in_place")
 
 
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """view: what is edited and sent. edit: rewrites it. finish: waits for the edit's end where it only
+    begins it. by_numpy: the same edit by one thread; None: a row has none."""
+
+    view: Any
+    edit: Case
+    finish: Case | None = None
+    by_numpy: Case | None = None
+
+
 @dataclass(slots=True)
 class Client:
     """One way to the server. points: checkpoints by layer, of one run. in_place: by layer and edit,
-    the view that is edited and sent, and the edit: one for all cases, because a slab that is full of them
-    has no spare slots beside them, and a resume without one is slower."""
+    one view for all cases, because a slab that is full of them has no spare slots beside them, and a
+    resume without one is slower."""
 
     transport: str
     model: Model
     points: dict[int, Checkpoint] = field(default_factory=dict)
-    in_place: dict[tuple[int, str], tuple[Any, Case, Case | None]] = field(default_factory=dict)
+    in_place: dict[tuple[int, str], InPlace] = field(default_factory=dict)
     row: np.ndarray | None = None  # float32 (hidden_size,)
 
 
@@ -166,6 +178,8 @@ def _variants(config: ResumeLatency, transports: list[str]) -> Iterator[Variant]
         yield Variant(*one)
         if one[2] in IN_PLACE:
             yield Variant(*one, WITH_EDIT)
+        if one[2] == "in_place":
+            yield Variant(*one, AFTER_NUMPY)
 
 
 def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Variant) -> Timed:
@@ -179,7 +193,9 @@ def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Vari
         known = layer, one.edit
         if known not in client.in_place:
             client.in_place[known] = _in_place(point, one.edit)
-        options["hidden"], rewrite, finish = client.in_place[known]
+        there = client.in_place[known]
+        options["hidden"], finish = there.view, there.finish
+        rewrite = there.by_numpy if one.timed == AFTER_NUMPY else there.edit
     spans = found.spans.setdefault(str(one), [])
     on_clock = rewrite if one.timed == WITH_EDIT else None
     ready = one.end == "ready"
@@ -187,7 +203,7 @@ def _case(found: Djinn, client: Client, point: Checkpoint, layer: int, one: Vari
     steps = [task.before]
     if one.tier is not None:
         steps.append(_bringing(point, one.tier))
-    if one.timed == ALONE:
+    if one.timed != WITH_EDIT:
         steps += [rewrite, finish]
     more = one._asdict() | {"tier": one.tier or point.tier}
     return Timed(NAME, str(one), layer, task.call, _in_turn(steps), task.clock, more=more)
@@ -206,21 +222,20 @@ def _in_turn(steps: list[Case | None]) -> Case | None:
     return go
 
 
-def _in_place(point: Checkpoint, edit: str) -> tuple[Any, Case, Case | None]:
-    """The view that is edited and sent, the edit, and what waits for its end where it only begins it."""
+def _in_place(point: Checkpoint, edit: str) -> InPlace:
     import torch
 
     if edit == "in_place":
-        view = point.writable()
-        data = torch.from_numpy(np.array(point.hidden).view(np.uint8))
-        return view, rewriting(torch.from_numpy(np.asarray(view).view(np.uint8)), data), None
+        view, data = point.writable(), np.array(point.hidden)
+        there, new = (torch.from_numpy(np.asarray(one).view(np.uint8)) for one in (view, data))
+        return InPlace(view, rewriting(there, new), by_numpy=assigning(view, data))
 
     tensor = point.writable_cuda()
 
     def rewrite_row() -> None:
         tensor[0, -1] += 0  # a resume waits for it
 
-    return tensor, rewrite_row, torch.cuda.synchronize
+    return InPlace(tensor, rewrite_row, torch.cuda.synchronize)
 
 
 def _bringing(point: Checkpoint, tier: str) -> Case:

@@ -20,6 +20,7 @@ from bench.config import spread
 from bench.parts import ROOT, Part, pack, run
 from bench.plain import config_of, device_of
 from bench.spinning import OVER_US
+from bench.writing import BEFORE, FIRST
 from djinn_zmq.probe import command, pinning, schema, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, Results, write
@@ -56,7 +57,7 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
             f"resume, {idle_ms} ms idle, --spin-us {spin_us}", "bench.resume_latency",
             (*_resuming(asked, folder / f"spin-resume-{idle_ms}", idle_ms), f"--spin-us={spin_us}",
              "--baselines", "manual_offload", "djinn", "--transports", "lane", "--tiers", "device",
-             "--edits", "none", "--ends", "ready", "--without", "written first", "none, layer"),
+             "--edits", "none", "--ends", "ready", "--without", FIRST, BEFORE, "none, layer"),
             90, pinning.too_few_to_spin(),
         )  # fmt: skip
     pin = "--pin" if device == "cpu" else "--no-pin"

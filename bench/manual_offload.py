@@ -12,7 +12,7 @@ import torch
 from bench.cases import Found, Timed, both_clocks
 from bench.config import only
 from bench.plain import Plain, kv_shape
-from bench.writing import FIRST, rewriting
+from bench.writing import BEFORE, FIRST, rewriting
 from djinn_zmq.probe.results import NotMeasured
 
 NAME = "manual_offload"
@@ -37,7 +37,8 @@ class Pairs:
 
 def cases(plain: Plain, layers: list[int]) -> Found:
     """The activation, alone and with the keys and values of layers 1..N, from host memory; the
-    activation rewritten first; and the activation with the layers that follow it."""
+    activation rewritten, on the clock and in front of it; and the activation with the layers that
+    follow it."""
     hidden, cache = Pairs([], []), Pairs([], [])
     hidden.add(plain.hidden[0], plain.cuda)
     hidden.host[0].copy_(plain.hidden[0])
@@ -57,25 +58,32 @@ def cases(plain: Plain, layers: list[int]) -> Found:
         for kind, pairs in what.items():
             for how, copy in ((PREALLOCATED, _copy), (PER_CALL, _allocate_and_copy)):
                 found += _timed(plain, layer, f"{kind}, {how}", copy, pairs)
-        found.append(_written_first(plain, layer))
+        found += _rewritten(plain, layer)
         found.append(_whole(plain, layer, hidden))
     return found
 
 
-def _written_first(plain: Plain, layer: int) -> Timed:
+def _rewritten(plain: Plain, layer: int) -> Found:
     """What by hand compares with an activation that is rewritten in place and resumed: the same bytes
-    are written by the same call, on the same clock."""
+    are written by the same call, on the clock or in front of it, as they are there."""
     pairs = Pairs([], [])
     pairs.add(plain.hidden[layer], plain.cuda)
     data = plain.hidden[layer].to("cpu", copy=True)
     write = rewriting(pairs.host[0].view(torch.uint8), data.view(torch.uint8))
 
-    def call() -> None:
-        write()
+    def copy() -> None:
         _copy(pairs, plain)
         plain.wait()
 
-    return Timed(NAME, f"{HIDDEN}, {PREALLOCATED}, {FIRST}", layer, call)
+    def write_and_copy() -> None:
+        write()
+        copy()
+
+    variant = f"{HIDDEN}, {PREALLOCATED}"
+    return [
+        Timed(NAME, f"{variant}, {FIRST}", layer, write_and_copy),
+        Timed(NAME, f"{variant}, {BEFORE}", layer, copy, before=write),
+    ]
 
 
 def _whole(plain: Plain, layer: int, hidden: Pairs) -> Timed:

@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 from bench import bare, eager, saving
-from bench.writing import ALONE, FIRST, WITH_EDIT
+from bench.writing import AFTER_NUMPY, ALONE, BEFORE, FIRST, WITH_EDIT
 from djinn_zmq.probe import fits, tables
 from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.samples import Ratio, Samples, ratio
@@ -26,8 +26,11 @@ READY_LIMITS = {
     ("none", "host", ALONE): 1.6,
     ("row_in_place", "device", WITH_EDIT): 1.0,
     ("in_place", "device", ALONE): 1.6,
+    ("in_place", "device", AFTER_NUMPY): 1.6,
 }  # by the lane: (edit, tier, what is timed)
-WRITTEN_LIMIT = 1.6  # the writing counted, to an offload whose writing is counted as well
+# To an offload that writes as well, and on the same side of the clock.
+ALIKE = {ALONE: BEFORE, WITH_EDIT: FIRST}
+ALIKE_LIMIT = 1.6
 LOGITS_LIMIT = 1.02
 SAVING_LIMITS = {saving.ONE: 1.01, saving.ALL: 1.03}
 # Over plain ipc: at most one bare round trip, and this.
@@ -64,7 +67,10 @@ def _has_targets(results: Results) -> bool:
 def _ratios(results: Results, by_variant: dict) -> list[Ratio]:  # type: ignore[type-arg]
     on_gpu = _has_targets(results)
     offload = by_variant.get(("manual_offload", OFFLOAD, "host"), {})
-    written = by_variant.get(("manual_offload", f"{OFFLOAD}, {FIRST}", "host"), {})
+    alike = {
+        timed: by_variant.get(("manual_offload", f"{OFFLOAD}, {written}", "host"), {})
+        for timed, written in ALIKE.items()
+    }
     rest = by_variant.get(("eager", eager.REST, "host"), {})
     single = {one.name: one for one in results.samples if one.labels["layer"] is None}
     trip = single.get(f"{bare.NAME}: {bare.IPC}")
@@ -80,10 +86,11 @@ def _ratios(results: Results, by_variant: dict) -> list[Ratio]:  # type: ignore[
                 limit = READY_LIMITS.get(what) if targeted else None
                 name = f"{one.name} / manual offload"
                 found.append(ratio(one, offload[layer], name=name, limit=limit))
-                if what[::2] == ("in_place", WITH_EDIT) and layer in written:
-                    limit = WRITTEN_LIMIT if targeted else None
-                    name = f"{one.name} / manual offload, {FIRST}"
-                    found.append(ratio(one, written[layer], name=name, limit=limit))
+                timed = label["timed"]
+                if label["edit"] == "in_place" and layer in alike.get(timed, {}):
+                    limit = ALIKE_LIMIT if targeted else None
+                    name = f"{one.name} / manual offload, {ALIKE[timed]}"
+                    found.append(ratio(one, alike[timed][layer], name=name, limit=limit))
             elif label["end"] == "logits" and label["edit"] == "none" and layer in rest:
                 name = f"{one.name} / the model's own layers"
                 limit = LOGITS_LIMIT if on_gpu else None

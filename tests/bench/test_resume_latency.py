@@ -9,16 +9,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench import resume_latency
+from bench import manual_offload, report, resume_latency
 from bench.budgets import budgets, line_of
-from bench.writing import ALONE, FIRST, WITH_EDIT
+from bench.cases import Timed
+from bench.djinn_resume import Variant
+from bench.plain import Plain
+from bench.writing import AFTER_NUMPY, ALONE, BEFORE, FIRST, WITH_EDIT
 from djinn_zmq.probe import schema
+from djinn_zmq.probe.machine import this_machine
+from djinn_zmq.probe.results import Results, write
+from djinn_zmq.probe.samples import Samples
 from djinn_zmq.probe.serving import own_server, sockets_folder
 
 ROOT = Path(__file__).parents[2]
+UNTOUCHED = "ready, all rewritten in place, the resume alone, over untouched memory"
+ALIKE = "… over memory written alike before the clock"
+BY_NUMPY = "… written by one thread (numpy), over untouched memory"
 TINY = ("--model=tiny", "--device=cpu", "--max-length=6", "--warmup=0", "--per-turn=1")
 
 
@@ -62,6 +72,8 @@ def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(whol
     for timed in (ALONE, WITH_EDIT):
         assert f"edited in_place, {timed}" in measured
         assert f"djinn: lane, to ready, edited row_in_place, {timed}" in missing + measured
+    assert f"edited in_place, {AFTER_NUMPY}" in measured
+    assert f"row_in_place, {AFTER_NUMPY}" not in missing + measured
     assert all(one.n == 4 for one in found.samples)
     rising = [fit for fit in found.fits if fit.name == "recompute: to layer N"]
     assert rising[0].depths == [1, 2, 4] and "us a layer" in printed
@@ -81,10 +93,54 @@ def test_every_budget_of_a_resume_finds_its_figures_and_writing_stands_on_both_s
     below = {
         name: {one.name.partition(" / ")[2] for one in line.ratios} for name, line in lines.items()
     }
-    assert below["ready, all rewritten in place, the resume alone"] == {"manual offload"}
+    assert below[UNTOUCHED] == {"manual offload"}
+    assert below[ALIKE] == {f"manual offload, {BEFORE}"}
+    assert below[BY_NUMPY] == {"manual offload"}
+    told = [one.name for one in lines[BY_NUMPY].ratios]
+    assert len(told) == 3 and all(AFTER_NUMPY in name for name in told)
+    assert not any(AFTER_NUMPY in one.name for one in lines[UNTOUCHED].ratios)
     assert below["… writing timed on both sides"] == {f"manual offload, {FIRST}"}
     assert below["… writing timed on this side only"] == {"manual offload"}
     assert lines["… writing timed on this side only"].verdict == "-"
+
+
+def test_a_resume_over_memory_written_alike_takes_nothing_off_that_over_untouched_memory(tmp_path):
+    found = Results("resume_latency", this_machine(), {"device": "cuda:0"})
+
+    def case(baseline, variant, ms, **more):
+        labels = {"baseline": baseline, "variant": variant, "layer": 1, "clock": "host", **more}
+        name = f"{baseline}: {variant}, layer 1"
+        found.samples.append(Samples.of(name, [ms / 1e3] * 4, labels))
+
+    case("manual_offload", report.OFFLOAD, 1)
+    case("manual_offload", f"{report.OFFLOAD}, {BEFORE}", 2)
+    for timed, ms in ((ALONE, 3), (AFTER_NUMPY, 1.5)):
+        one = Variant("lane", "ready", "in_place", None, timed)
+        case("djinn", str(one), ms, **one._asdict() | {"tier": "device"})
+    report.add_findings(found)
+    write(found, tmp_path / "one.json")
+    kept = schema.read(tmp_path / "one.json")
+    lines = {one.name: line_of(one, kept, "") for one in budgets(0)}
+    assert lines[UNTOUCHED].cells == [UNTOUCHED, "<= 1.6", "3", "4", "missed"]
+    assert lines[ALIKE].cells == [ALIKE, "<= 1.6", "1.5", "4", "held"]
+    assert lines[BY_NUMPY].cells == [BY_NUMPY, "<= 1.6", "1.5", "4", "held"]
+
+
+def test_an_offload_is_written_in_front_of_the_clock_or_on_it(monkeypatch):
+    wrote = []
+    monkeypatch.setattr(manual_offload, "rewriting", lambda there, data: lambda: wrote.append(1))
+    plain = Plain("random:small", "auto", "cpu", np.array([[5, 6]]), 1)
+    cases = {one.name: one for one in manual_offload.cases(plain, [1]) if isinstance(one, Timed)}
+    before, first = (
+        cases[f"manual_offload: {report.OFFLOAD}, {written}, layer 1"]
+        for written in (BEFORE, FIRST)
+    )
+    before.before()
+    assert len(wrote) == 1
+    before.call()
+    assert len(wrote) == 1 and first.before is None
+    first.call()
+    assert len(wrote) == 2
 
 
 def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path, served):
