@@ -218,7 +218,9 @@ class EngineLoop:
                 return
 
     def _on_lease(self) -> None:
-        self._on_news(*self._lease.receive())
+        # Not `receive`, which waits: what the socket spoke of may have been taken by a question since.
+        for news in self._lease.news():
+            self._on_news(*news)
 
     def _on_news(self, packet: object, fds: list[int]) -> None:
         """A packet of the server's on the lease socket."""

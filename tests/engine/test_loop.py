@@ -1,9 +1,10 @@
 """What an engine's loop does beside requests."""
 
 import contextlib
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from djinn_zmq.bus.lane import CAPACITY, Lane, wait
-from djinn_zmq.bus.lease import close_all, pair
+from djinn_zmq.bus.lease import LeaseSocket, close_all, pair
 from djinn_zmq.bus.link import Link
 from djinn_zmq.engine.devices import Broken, Cpu
 from djinn_zmq.engine.loop import EngineLoop, connect
@@ -21,6 +22,7 @@ from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import Lost
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec
+from djinn_zmq.wire.messages import Broken as LaneBroken
 from djinn_zmq.wire.messages import Enter, Granted, Listen, Ping, Pong, Share, Want
 from djinn_zmq.wire.ops import Op
 
@@ -49,44 +51,87 @@ def test_a_device_found_broken_by_a_copy_that_nobody_waits_for_is_said_to_be(
         EngineLoop._fill(loop)
 
 
-def test_a_lane_that_is_introduced_while_the_engine_asks_for_something_is_listened_to() -> None:
+@contextlib.contextmanager
+def engine_that(asks: Callable[[EngineLoop], Iterator[None]]) -> Iterator[tuple[Link, LeaseSocket]]:
+    """An engine that works on the chore *asks* when it has session 5; the server's ends."""
     link, link_ends = Link.create(SETTINGS)
     server, theirs = pair()
     server.socket.settimeout(WAIT_S)
-    lane, lane_ends = Lane.create(CAPACITY, SETTINGS)
 
     def engine() -> None:
         loop = EngineLoop(*connect(link_ends, theirs.detach(), SETTINGS), Cpu(), SETTINGS, 0)
-
-        def asks() -> Iterator[None]:
-            loop._lease.ask(Want(7))
-            yield from ()
-
-        loop._work.chores.append(asks())
+        loop._work.chores.append(asks(loop))
         with contextlib.suppress(Lost):
             loop.serve()
         loop.close()
 
     thread = threading.Thread(target=engine)
     thread.start()
+    try:
+        take_share(server)
+        link.send(b"", codec.encode(Op.ENTER, Enter("a user", "tiny", 0), session=5))
+        server.send(Granted(1))
+        yield link, server
+    finally:
+        server.close()
+        thread.join(WAIT_S)
+        link.close()
+
+
+def take_share(server: LeaseSocket) -> None:
     packet, fds = server.receive()
     assert isinstance(packet, Share)
     close_all(fds)
-    link.send(b"", codec.encode(Op.ENTER, Enter("a user", "tiny", 0), session=5))
-    server.send(Granted(1))
-    packet, _ = server.receive()
-    assert packet == Want(7)
-    server.send(Listen(3, "a user"), *lane_ends)  # crosses the answer
-    lane_ends.close()
-    server.send(Granted(7))  # and nothing else wakes the engine
-    lane.send(b"", codec.encode(Op.PING, Ping(), request=9, session=5))
-    answer = None
+
+
+def answer_to_a_ping(lane: Lane, envelope: bytes) -> object:
+    """What comes back over *lane*, of all that comes, under *envelope*; None: nothing in time."""
+    lane.send(envelope, codec.encode(Op.PING, Ping(), request=9, session=5))
+    read, write = os.pipe()
     limit = time.monotonic() + WAIT_S
-    while answer is None and time.monotonic() < limit:
-        wait(lane, server.socket.fileno(), WAIT_S)
-        answer = lane.receive()
-    server.close()
-    thread.join(WAIT_S)
-    link.close()
+    found = None
+    while found is None and time.monotonic() < limit:
+        wait(lane, read, WAIT_S)
+        while (message := lane.receive()) is not None:
+            if message[0] == envelope and (answer := codec.decode(message[1])).header.request == 9:
+                found = answer.meta
+    os.close(read)
+    os.close(write)
+    return found
+
+
+def test_a_lane_that_is_introduced_while_the_engine_asks_for_something_is_listened_to() -> None:
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        loop._lease.ask(Want(7))
+        yield from ()
+
+    lane, lane_ends = Lane.create(CAPACITY, SETTINGS)
+    with engine_that(asks) as (_, server):
+        packet, _ = server.receive()
+        assert packet == Want(7)
+        server.send(Listen(3, "a user"), *lane_ends)  # crosses the answer
+        lane_ends.close()
+        server.send(Granted(7))  # and nothing else wakes the engine
+        assert answer_to_a_ping(lane, b"") == Pong("idle")
     lane.close()
-    assert answer is not None and codec.decode(answer[1]).meta == Pong("idle")
+
+
+def test_news_that_a_question_took_are_not_waited_for_where_the_socket_spoke_of_them() -> None:
+    """An arena is made, which is to be shared, and news come: both speak in one turn."""
+    made, told = threading.Event(), threading.Event()
+
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        growing = loop._keeping.tiers.growing
+        assert growing.begin(1, "another zone")
+        loop._keeping._grower.submit(int).result()  # behind what makes it, and tells of it
+        made.set()
+        assert told.wait(WAIT_S)
+        yield from ()
+
+    with engine_that(asks) as (link, server):
+        assert made.wait(WAIT_S)
+        server.send(LaneBroken(3, "its client is gone"))
+        told.set()
+        take_share(server)
+        server.send(Granted(2))
+        assert answer_to_a_ping(link.lane, b"i") == Pong("idle")
