@@ -7,12 +7,8 @@ have spoken unheard: using a socket (to send, say) can swallow its signal, so on
 it was last asked is asked before the next sleep. Source: the ZMQ_FD entry of zmq_getsockopt(3).
 
 A lane's bell is waited for edge-triggered and never read: one call less for each message.
-
-All of this hangs on every signal being heard. So after a second of silence all are asked, and one that
-has something is said in the log: a signal that was lost costs a second then, and not a request.
 """
 
-import logging
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +19,6 @@ from zmq.backend import zmq_poll
 
 from djinn_zmq.bus.lane import Lane
 
-_log = logging.getLogger(__name__)
-
-LOOK_S = 1.0
 MANY = 64  # messages a source may hand over before the others are looked at
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
 
@@ -105,28 +98,14 @@ class Poll:
         if self._unheard and (silent := self._silent_ones()):
             self._take_many(silent)
             return
-        look = timeout_s is None or timeout_s > LOOK_S
-        if look:
-            timeout_s = LOOK_S
-        spoke = (
+        for fd, _ in (
             self._spin(timeout_s)
             if self._spin_ns and self.may_spin
             else self._epoll.poll(timeout_s, AT_ONCE)
-        )
-        if look and not spoke:
-            self._look()
-        for fd, _ in spoke:
+        ):
             ready, args = self._ready.get(fd, NOBODY)
             if ready(*args):
                 self._unheard.add(fd)
-
-    def _look(self) -> None:
-        """Ask all of them."""
-        self._unheard.update(self._asked)
-        self._unheard.update(fd for fd, lane in self._lanes.items() if lane.unfinished())
-        if silent := self._silent_ones():
-            _log.warning("%d had something and did not say so", len(silent))
-            self._take_many(silent)
 
     def _silent_ones(self) -> list[int]:
         """Those of the unheard that have something."""

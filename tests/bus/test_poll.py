@@ -234,28 +234,3 @@ def test_a_turn_ends_when_its_time_is_over(poll: Poll, pair: tuple[Socket, Socke
     poll.watch_used(Both(pair[0]), lambda: pytest.fail("nothing was sent"))
     poll.turn(0)
     poll.turn(0.01)
-
-
-def test_what_has_a_message_and_does_not_say_so_is_found_within_a_second_and_told_of(
-    poll: Poll, pair: tuple[Socket, Socket], caplog: pytest.LogCaptureFixture
-) -> None:
-    ours, theirs = pair
-    lane, other = lanes()
-    taken: list[bytes] = []
-
-    def ready() -> bool:
-        if (message := lane.receive()) is not None:
-            taken.append(message[1])
-        return lane.unfinished()
-
-    poll.watch(ours, lambda: taken.append(ours.recv()))
-    poll.watch_lane(lane, ready)
-    poll.turn(0)
-    theirs.send(b"on a socket")
-    assert has_message(ours)  # which swallows the signal
-    other.send(b"", b"on a lane", ring=False)
-    poll.turn(None)
-    assert sorted(taken) == [b"on a lane", b"on a socket"]
-    assert "2 had something and did not say so" in caplog.text
-    lane.close()
-    other.close()
