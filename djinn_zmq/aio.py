@@ -149,7 +149,10 @@ class AsyncConnection(Connection):
                 raise
             finally:
                 del self._coming[request]
-        return self.take_part(request)
+        try:
+            return self.take_part(request)
+        finally:
+            self._look_again()  # it may have asked for more
 
     async def _heard(self, step: Heard) -> None:
         """The socket is quiet: it has just been taken empty."""

@@ -74,6 +74,18 @@ class LeaseSocket:
         except TimeoutError as exc:
             raise self._gave_up() from exc
 
+    def answer(self, packet: messages.Lease, *fds: int) -> None:
+        """The same to an end that has asked, and reads until it has its answer: waits for room."""
+        while True:
+            try:
+                self.send(packet, *fds)
+                return
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self.socket, select.POLLOUT)
+                if not poll.poll(ANSWER_S * 1000):
+                    raise
+
     def receive(self) -> Packet:
         """The next packet and its descriptors, which are the receiver's to close.
 

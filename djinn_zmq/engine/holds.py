@@ -167,8 +167,7 @@ class Holds:
         """gone: its client did not say that it is done."""
         hold = self._holds.pop(number)
         done = _when_gone(hold.pidfd) if gone and hold.pidfd >= 0 else None
-        if hold.pidfd >= 0 and done is None:
-            os.close(hold.pidfd)
+        waits = done is not None and bool(hold.slots)
         for slot in hold.slots:
             del self._lent[slot.where]
             self._tiers.give_back_when(done, slot)
@@ -179,7 +178,10 @@ class Holds:
             hold.body.views -= 1
             if done is not None and hold.body.device is not None:
                 self._tiers.quarantine(hold.body, done)
+                waits = True
             self._tiers.leave(hold.body)
+        if hold.pidfd >= 0 and not waits:  # who waits for the process closes it
+            os.close(hold.pidfd)
 
     def close(self) -> None:
         for hold in self._holds.values():

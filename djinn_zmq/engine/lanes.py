@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
+from djinn_zmq.bus.lease import close_all
 from djinn_zmq.bus.poll import Poll
 from djinn_zmq.errors import Busy, ProtocolError
 from djinn_zmq.settings import Settings
@@ -39,8 +40,11 @@ class Lanes:
         """From now on, take what comes over this lane. Takes over *fds*."""
         envelope = TAG + news.lane.to_bytes(8, "little")
         try:
+            if len(fds) != len(Ends._fields):  # more than we may have open
+                close_all(fds)
+                raise ProtocolError(f"a lane came with {len(fds)} descriptors")
             lane = Lane(Ends(*fds), self._settings, first=False)
-        except ProtocolError as exc:
+        except (ProtocolError, OSError) as exc:  # it may be memory that cannot be mapped
             self._break(envelope, str(exc))
             return
         self._lanes[envelope] = lane

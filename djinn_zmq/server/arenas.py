@@ -157,25 +157,27 @@ class Arenas:
         by: Peer | int,
     ) -> None:
         """Answer one packet of a client or an engine; *fds* came with it and are taken over."""
+        # A client may ask and not read; an engine is ours, and waits for nothing else.
+        send = connection.send if isinstance(by, Peer) else connection.answer
         try:
             if len(fds) != DESCRIPTORS.get(type(packet), 0):
                 close_all(fds)
                 raise ProtocolError(f"{len(fds)} descriptors beside a {type(packet).__name__}")
             if isinstance(packet, messages.Share):
-                connection.send(messages.Granted(self._take(fds[0], by), ""))
+                send(messages.Granted(self._take(fds[0], by), ""))
             elif isinstance(packet, messages.Offer) and isinstance(by, Peer):
-                connection.send(messages.Granted(self._on_offer(by, packet, fds), ""))
+                send(messages.Granted(self._on_offer(by, packet, fds), ""))
             elif isinstance(packet, messages.Offer):
                 close_all(fds)
                 raise ProtocolError("a lane is a client's to offer")
             elif isinstance(packet, messages.Retire) and not isinstance(by, Peer):
                 self._let_go([packet.arena] if self._is_of(packet.arena, by) else [])
             elif isinstance(packet, messages.Want):
-                self._hand_over(connection, packet.arena, by)
+                self._hand_over(send, packet.arena, by)
             else:
                 raise ProtocolError(f"{type(packet).__name__} is not for the server")
         except (RequestError, ArenaFull, Lost) as exc:
-            connection.send(messages.Refused(exc.code, str(exc)))
+            send(messages.Refused(exc.code, str(exc)))
 
     def _take(self, fd: int, by: Peer | int) -> int:
         try:
@@ -225,22 +227,25 @@ class Arenas:
         pool.close()
         return self.retire(owner)
 
-    def _hand_over(self, connection: LeaseSocket, number: int, by: Peer | int) -> None:
+    def _hand_over(self, send: Callable[..., None], number: int, by: Peer | int) -> None:
         arena = self._shared.get(number)
         if arena is None:
             raise Lost(f"arena {number} is gone")
         # Only the leasing side writes. An engine that follows a dead one takes over its arenas.
         if by == arena.by and isinstance(by, int):
-            connection.send(messages.Granted(number, ""), arena.fd)
+            send(messages.Granted(number, ""), arena.fd)
             return
         if isinstance(by, Peer) and not isinstance(arena.by, int):
             raise AccessDenied(f"arena {number} is not an engine's")
         if isinstance(by, Peer) and not self._may_map(by.owner, number):
             raise AccessDenied(f"nothing of yours is in arena {number}")
-        fd = shared.read_only(arena.fd)
+        try:
+            fd = shared.read_only(arena.fd)
+        except OSError as exc:  # its maker's doing, or ours: not that of who asks
+            raise Lost(f"arena {number} cannot be opened: {exc.strerror}") from exc
         try:
             owner = arena.by.owner if isinstance(arena.by, Peer) else arena.by
-            connection.send(messages.Granted(number, owner if isinstance(owner, str) else ""), fd)
+            send(messages.Granted(number, owner if isinstance(owner, str) else ""), fd)
         finally:
             os.close(fd)
 

@@ -241,10 +241,13 @@ class Server:
         if header.op == MORE:  # never answered, so never owed
             engine.pass_on(peer.envelope, frame, buffers)
             return
-        if session.waiting >= self.settings.queue_limit:
+        if header.flags & Flag.ONE_WAY:
+            raise ProtocolError(f"{Op(header.op).name} is answered: it is not sent one way")
+        again = (peer.envelope, header.request) in engine.owed  # one answer comes, to both askings
+        if session.waiting >= self.settings.queue_limit and not again:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
         engine.forward(peer.envelope, header, frame, buffers)
-        session.waiting += 1
+        session.waiting += not again
         if header.credit and engine.state is not READY:
             progress = Progress(engine.detail or f"engine {engine.index} is {engine.state}", 0, 0)
             frame = codec.encode(

@@ -1,6 +1,7 @@
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,20 @@ def test_a_refusal_is_raised_as_what_it_was(ends: Ends) -> None:
         engine.ask(Want(7))
     server.send(Granted(8))
     assert engine.ask(Want(8)) == (Granted(8), None)
+
+
+def test_an_answer_waits_for_room_with_who_reads_until_it_has_it(ends: Ends) -> None:
+    server, engine = ends
+    news = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            server.send(Retire(news))
+            news += 1
+    answering = threading.Thread(target=server.answer, args=(Granted(5),))
+    answering.start()
+    assert engine.ask(Want(5)) == (Granted(5), None)
+    answering.join()
+    assert len(engine.take_late()) == news
 
 
 def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:

@@ -177,6 +177,24 @@ def test_a_request_asked_twice_runs_once_and_is_answered_twice_alike(raw, sessio
     assert second.meta.checkpoints == first.meta.checkpoints
 
 
+def test_what_is_asked_twice_at_once_or_wants_no_answer_is_not_waited_for_ever(
+    raw, session, server
+):
+    meta = messages.Run((FRANCE,), None, messages.Wanted(None, (), "top", 1))
+    for _ in range(20):
+        raw.request += 1
+        for _ in range(2):
+            raw.send(codec.encode(Op.RUN, meta, request=raw.request, session=session))
+    raw.reply()
+    for _ in range(20):
+        raw.request += 1
+        options = {"flags": Flag.ONE_WAY, "request": raw.request, "session": session}
+        raw.send(codec.encode(Op.RUN, meta, **options))
+    assert raw.ask(Op.RUN, meta, session).meta.state == "finished"
+    (found,) = (one for one in server.status().sessions if one.id == session)
+    assert found.waiting == 0
+
+
 def test_uploads_that_lie_are_refused_once_and_their_slots_come_back(raw, session, served):
     def used():
         return served.status().memory.used

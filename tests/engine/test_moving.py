@@ -1,6 +1,7 @@
 """Holding checkpoints for clients' views, beside a device that takes its time."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -53,3 +54,23 @@ def test_a_hold_that_is_given_up_before_it_was_told_of_ends(keeping: Keeping, co
     device.busy = False
     keeping.tiers.settle()
     assert sum(len(slab.leased) for slab in slabs.values()) == 1 and keeping.pool.used == used
+
+
+def test_views_of_one_checkpoint_that_end_with_their_client_leave_no_descriptor(
+    keeping: Keeping,
+) -> None:
+    device: Any = keeping.device
+    data = torch.randn(2, 5, 8)
+    kept = keeping.keep(data, session=1, owner=OWNER, run=7, layer=2, ids=IDS)
+    device.finish()
+    keeping.tiers.fill()
+    before = len(os.listdir("/proc/self/fd"))
+    client = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    body = keeping.entries[kept.id].body
+    for number in range(101, 106):
+        keeping.holds.view(number, 1, body, client.pid)
+    for number in range(101, 106):
+        keeping.holds.end(number, gone=True)
+    client.communicate()
+    keeping.tiers.settle()
+    assert len(os.listdir("/proc/self/fd")) == before
