@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys, client_keys
-from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, Step
+from djinn_zmq.client.calls import LOOK_S, Arriving, Call, Heard, Next, Operation, Step
 from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import private_server
 from djinn_zmq.client.model import Model
@@ -149,10 +149,11 @@ class AsyncConnection(Connection):
                 raise
             finally:
                 del self._coming[request]
-        try:
-            return self.take_part(request)
-        finally:
-            self._look_again()  # it may have asked for more
+        return self.take_part(request)
+
+    def _send_more(self, request: int, call: Call, arriving: Arriving) -> None:
+        super()._send_more(request, call, arriving)
+        self._look_again()
 
     async def _heard(self, step: Heard) -> None:
         """The socket is quiet: it has just been taken empty."""

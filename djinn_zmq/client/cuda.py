@@ -75,9 +75,8 @@ class CudaMemory:
         self._devices = _devices(self._cupy)
         self._opened: dict[bytes, _Opened] = {}
         self._writable: dict[int, _Writable] = {}  # by address
-        self._ended: set[int] = (
-            set()
-        )  # devices on which tensors have gone: kernels may still use them
+        # Devices on which tensors have gone: kernels may still use these.
+        self._ended: set[int] = set()
 
     def tensor(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
         """The slot as a torch tensor where torch is imported, else as a cupy array.

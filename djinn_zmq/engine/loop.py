@@ -157,11 +157,8 @@ class EngineLoop:
         self._answers.tell(Op.READY, ready)
         with torch.inference_mode():  # thread-local: entered where the work is done
             while True:
-                if (
-                    self._lease.late
-                ):  # came while an answer was waited for: the socket is silent about it
-                    for news in self._lease.take_late():
-                        self._on_news(*news)
+                if self._lease.late:  # what crossed a question: the socket is silent about it
+                    self._on_lease()
                 if self._link.lane.unrung:
                     self._link.lane.ring()
                 wait_s = 0 if work.chores or self._stays else self._turns.until_s()
