@@ -41,14 +41,15 @@ class Dealer:
         # A context of its own: closing this client cannot wait for another's messages.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
-        limits.apply(self.socket, settings)
-        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        if keys is not None:
-            keys.secure(self.socket)
         # Before connecting: a refusal that comes at once would go untold.
         self.monitor = self.socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
+        self._end = limits.end_with(self, self.context, self.monitor, self.socket)
+        limits.apply(self.socket, settings)
+        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        if keys is not None:
+            keys.secure(self.socket)
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as exc:
@@ -91,6 +92,4 @@ class Dealer:
     def close(self) -> None:
         if not self.socket.closed:
             self.socket.disable_monitor()
-            self.monitor.close(linger=0)
-            self.socket.close(linger=0)
-        self.context.term()
+        self._end()

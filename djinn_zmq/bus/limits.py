@@ -1,6 +1,7 @@
 """What both ends of the bus set on their socket before it is bound or connected."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -33,6 +34,24 @@ def apply(socket: "zmq.Socket[bytes]", settings: Settings) -> None:
         (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
     ):
         socket.setsockopt(option, value)
+
+
+def end_with(
+    owner: object, context: "zmq.Context[zmq.Socket[bytes]]", *sockets: "zmq.Socket[bytes]"
+) -> "weakref.finalize[..., Any]":
+    """Called, or when *owner* is collected without: closes *sockets*, then *context*, which are its alone.
+
+    A context that is collected waits for its open sockets, for ever where they are collected with it.
+    """
+    end = weakref.finalize(owner, _end, context, sockets)
+    end.atexit = False  # pyzmq knows what to do then
+    return end
+
+
+def _end(context: "zmq.Context[zmq.Socket[bytes]]", sockets: Sequence[Any]) -> None:
+    for socket in sockets:
+        socket.close(linger=0)
+    context.term()
 
 
 def plain_send(socket: "zmq.Socket[bytes]") -> Callable[..., Any]:

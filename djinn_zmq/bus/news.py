@@ -127,6 +127,7 @@ class Subscriber:
     ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.SUB)
+        self._end = limits.end_with(self, self.context, self.socket)
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         if keys is not None:
@@ -160,6 +161,4 @@ class Subscriber:
         return int(self.socket.getsockopt(zmq.FD))
 
     def close(self) -> None:
-        if not self.socket.closed:
-            self.socket.close(linger=0)
-            self.context.term()
+        self._end()

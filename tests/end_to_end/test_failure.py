@@ -20,6 +20,33 @@ LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
 WAIT_S = 30.0
 
 
+DROPS = """
+import gc, sys
+import djinn_zmq as djinn
+
+def use(endpoint):
+    server = djinn.connect(endpoint)
+    return server.model("tiny").run("the capital of france is").top(1)[0].token
+
+for _ in range(3):
+    print(use(sys.argv[1]), flush=True)
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("way", ["ipc", "tcp"])
+def test_a_client_that_is_dropped_and_not_closed_ends_and_its_process_goes_on(served, way):
+    endpoint = served.endpoint if way == "ipc" else served.tcp
+    done = subprocess.run(
+        [sys.executable, "-c", DROPS, endpoint],
+        check=False,
+        timeout=WAIT_S,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "paris\n" * 3), done.stderr
+
+
 def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(mortal):
     with mortal.connect() as server:
         tiny = server.model("tiny")
