@@ -2,16 +2,20 @@
 
 They belong to whom they belonged, under the numbers they had, until their owner claims them for a
 session. What is no whole file of a checkpoint is left alone, and named in the log.
+
+The directory is one server's at a time: it removes, at its start and later, what nobody can need any more.
 """
 
+import fcntl
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from djinn_zmq.errors import BadFile, UnknownCheckpoint
+from djinn_zmq.errors import AddressInUse, BadFile, UnknownCheckpoint
 from djinn_zmq.memory import files
 from djinn_zmq.memory.files import Saved
 from djinn_zmq.server.registry import KeptRecord, Session
@@ -33,11 +37,20 @@ class Found:
 class Returned:
     def __init__(self, state: str | None) -> None:
         """state: the directory, made if it is not there. Raises AccessDenied where it is not ours
-        alone."""
+        alone, AddressInUse where another server has it."""
         self._found: dict[int, Found] = {}
+        self._lock = -1
         if state is not None:
-            for path in sorted(private_dir(Path(state)).iterdir()):
+            folder = private_dir(Path(state))
+            self._lock = _locked(folder)
+            for path in sorted(folder.iterdir()):
                 self._look_at(path)
+
+    def close(self) -> None:
+        """Another server may have the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _look_at(self, path: Path) -> None:
         if path.name.endswith(files.SCRATCH):  # half-made by one that was killed
@@ -93,3 +106,17 @@ class Returned:
         for one in chosen:
             del self._found[one.kept.id]
         return records
+
+
+def _locked(folder: Path) -> int:
+    """Hold the lock on the directory itself: no lock file is left. It goes with the process."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        os.close(fd)
+        raise AddressInUse(
+            f"a server already keeps checkpoints in {folder}: stop it, or choose another directory "
+            "with --state"
+        ) from exc
+    return fd

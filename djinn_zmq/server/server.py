@@ -409,6 +409,7 @@ class Server:
             for (envelope, _), header in engine.owed.items():
                 self._reply(envelope, codec.failure(header, Closed("the server stops")), ())
         self.fleet.stop()
+        self.returned.close()
         self.arenas.close()
         self._close_bus()
 

@@ -345,6 +345,14 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
             point, left = (tiny.run(FRANCE, stop_at=layer).checkpoint for layer in (2, 3))
             point.evict("disk")
             number = point.id
+            (state / ".half.tmp").write_bytes(b"of the one that runs")
+            command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
+            command += [f"--ipc={tmp_path}/x/djinn.sock", f"--state={state}"]
+            second = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=60
+            )
+            assert second.returncode == 1 and "already keeps checkpoints in" in second.stderr
+            assert (state / ".half.tmp").exists()
             running.process.kill()
             running.process.wait()
         for leftover in running.path.parent.iterdir():
