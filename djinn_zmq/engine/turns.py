@@ -15,6 +15,7 @@ from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
 from djinn_zmq.wire.codec import Header
 
 HEAD_START_NS = 50_000_000
+LONGEST_S = 86_400.0  # of a wait: epoll takes 24 days, a deadline may be seven weeks away
 
 
 @dataclass(slots=True, eq=False)
@@ -53,11 +54,12 @@ class Turns:
         return bool(self._active) and any(active.ready for active in self._active)
 
     def until_s(self) -> float | None:
-        """How long there is nothing to do, as far as is known: 0 where there is; None: no end."""
+        """How long there is nothing to do, as far as is known, or LONGEST_S: 0 where there is; None: no
+        end."""
         if not self._active:
             return None
         left_s = min((0 if one.ready else one.left_s for one in self._active), default=float("inf"))
-        return None if left_s == float("inf") else max(0, left_s)
+        return None if left_s == float("inf") else max(0, min(left_s, LONGEST_S))
 
     def add(self, active: Active) -> None:
         self.welcome(active.job.session)

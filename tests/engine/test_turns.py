@@ -1,5 +1,7 @@
 """Who gets the next turn; and who gets none because its client takes no more parts."""
 
+import select
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,3 +70,13 @@ def test_a_session_keeps_no_time_from_its_pause(one, other) -> None:
     turns.worked(working, 10 * HEAD_START_NS)
     turns.welcome(one)
     assert one.worked_ns == 9 * HEAD_START_NS
+
+
+def test_a_deadline_that_is_weeks_away_is_not_waited_for_longer_than_epoll_can(one) -> None:
+    turns, paused = Turns(), active(one, deadline_ms=2**32 - 1)
+    turns.add(paused)
+    paused.held = PART
+    wait_s = turns.until_s()
+    with select.epoll() as epoll, socket.socket() as closed:  # never asleep: it is ready at once
+        epoll.register(closed, select.EPOLLHUP)
+        assert epoll.poll(wait_s)
