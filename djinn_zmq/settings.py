@@ -1,8 +1,10 @@
 """Limits and places. One frozen object, built at the edge, validated once, never read at import."""
 
+import math
 import os
 import stat
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 from djinn_zmq.errors import AccessDenied, RequestError
@@ -15,6 +17,7 @@ SOCKET_NAME = "djinn.sock"
 LONGEST_SOCKET_PATH = 107  # bytes: sun_path without its final NUL
 ENDPOINT_VARIABLE = "DJINN_ENDPOINT"
 MAY_BE_ZERO = ("device_memory", "disk", "spin_us")
+LONGEST = {"spin_us": 1_000_000, "grace_s": 7 * 86_400}  # a second; a week
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value == 0 and field.name in MAY_BE_ZERO:
+            name, value = field.name, getattr(self, field.name)
+            if name == "state" or (value is None and field.default is None):
                 continue
-            if isinstance(value, (int, float)) and value <= 0:
-                raise RequestError(f"{field.name} is {value}: it must be positive")
+            kind, allowed = (
+                (Real, "a number") if field.type is float else (Integral, "a whole number")
+            )
+            if not isinstance(value, kind) or isinstance(value, bool) or math.isnan(value):
+                raise RequestError(f"{name} is {value!r}: it must be {allowed}")
+            if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+                raise RequestError(f"{name} is {value}: it must be positive")
+            if name in LONGEST and not value <= LONGEST[name]:
+                raise RequestError(f"{name} is {value}: at most {LONGEST[name]}")
         if self.arena % (64 * KIB):
             raise RequestError(f"arena is {self.arena} bytes: it must be a multiple of 64 KiB")
 

@@ -1,8 +1,10 @@
 import dataclasses
+import math
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from djinn_zmq import settings
@@ -20,6 +22,31 @@ NEEDED = LIMITED - set(settings.MAY_BE_ZERO)
 def test_a_limit_that_is_not_positive_is_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(RequestError, match=f"{field} is {value}: it must be positive"):
         Settings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("spin_us", "a", "spin_us is 'a': it must be a whole number"),
+        ("spin_us", math.nan, "spin_us is nan: it must be a whole number"),
+        ("spin_us", None, "spin_us is None: it must be a whole number"),
+        ("spin_us", True, "spin_us is True: it must be a whole number"),
+        ("spin_us", 2**70, f"spin_us is {2**70}: at most 1000000"),
+        ("grace_s", math.nan, "grace_s is nan: it must be a number"),
+        ("grace_s", math.inf, "grace_s is inf: at most 604800"),
+        ("threads", 1.5, "threads is 1.5: it must be a whole number"),
+    ],
+)
+def test_a_limit_that_is_no_number_or_past_all_reason_is_refused_by_name(
+    field: str, value: object, words: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        Settings(**{field: value})  # type: ignore[arg-type]
+    assert str(refused.value) == words
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    assert Settings(spin_us=np.int64(50), grace_s=np.float32(2)).spin_us == 50  # type: ignore[arg-type]
 
 
 def test_an_arena_is_cut_from_whole_pieces() -> None:

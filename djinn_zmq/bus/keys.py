@@ -141,7 +141,9 @@ def read(path: Path) -> KeyFile:
     try:
         text = path.read_text()
         found = path.stat()
-    except (OSError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        raise RequestError(f"cannot read key file {path}: {exc.strerror}") from exc
+    except ValueError as exc:  # no text; or a NUL in the path
         raise RequestError(f"cannot read key file {path}: {exc}") from exc
     words: dict[str, bytes] = {}
     for line in text.splitlines():

@@ -58,6 +58,13 @@ def available() -> int:
     return free
 
 
+def installed() -> int:
+    """Bytes that this process could have if nobody else used any."""
+    limit = _number(CGROUP / "memory.max")
+    total = _number(Path("/proc/meminfo"), "MemTotal") * 1024
+    return min(total, limit) if limit else total
+
+
 def _number(path: Path, name: str = "") -> int:
     """The number in the file, or in its line that starts with *name*; 0 where there is none."""
     try:

@@ -1,5 +1,6 @@
 """Which names are served, and what they stand for."""
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -9,12 +10,19 @@ from djinn_zmq.settings import models_dir
 CONFIG = "config.json"
 
 
+def shape_names() -> list[str]:
+    """What can be served with random weights. The engine reads the file whole, as YAML: a package that
+    this process does without."""
+    text = (resources.files("djinn_zmq") / "models" / "shapes.yaml").read_text()
+    return sorted(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
+
+
 class Catalog:
     """Names → sources. A source is a directory, or a hub id that transformers resolves."""
 
     def __init__(self, models: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
         """models: what `--model` named: served names, directories or hub ids. shapes: what
-        `--random-weights` named."""
+        `--random-weights` named. Raises UnknownModel for what is none."""
         self._sources: dict[str, str] = {}
         embedded = resources.files("djinn_zmq") / "models"
         for folder in sorted(Path(str(embedded)).glob("*/")):
@@ -25,6 +33,9 @@ class Catalog:
             for folder in sorted(pulled.glob("*/")):
                 if (folder / CONFIG).exists():
                     self._sources[folder.name] = str(folder)
+        for shape in shapes:
+            if shape not in shape_names():
+                raise UnknownModel(f'no shape "{shape}": there are {", ".join(shape_names())}')
         self._sources |= {shape: f"random:{shape}" for shape in shapes}
         self.at_start = (*(self._add(model) for model in models), *shapes)
 

@@ -18,7 +18,14 @@ from djinn_zmq.errors import DjinnError, RequestError
 from djinn_zmq.memory import shared
 from djinn_zmq.server.malloc import keep_freed_memory
 from djinn_zmq.server.server import Server
-from djinn_zmq.settings import MIB, Settings, private_dir, socket_path
+from djinn_zmq.settings import (
+    LONGEST,
+    MIB,
+    Settings,
+    format_bytes,
+    private_dir,
+    socket_path,
+)
 
 LEAST_HOST_MEMORY = 256 * MIB  # whatever is free: a server that keeps nothing is of no use
 
@@ -42,6 +49,10 @@ def _ipc(path: Path | None) -> Path:
     """Where the ipc socket goes. Clients are told this path, so it must not depend on where the
     server was started; and libzmq would remove whatever else stands there without a word."""
     chosen = socket_path(os.path.abspath(path) if path is not None else None)
+    if not chosen.parent.is_dir():
+        raise RequestError(
+            f"--ipc {path}: there is no directory {chosen.parent}: make it (mode 0700)"
+        )
     if chosen.exists() and not chosen.is_socket():
         raise RequestError(f"{chosen} exists and is no socket: choose another path with --ipc")
     return chosen
@@ -69,8 +80,27 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
 def _host_memory(asked: int | None, engines: int) -> int:
     """Bytes for each engine: as asked (MiB), or half of what is free, shared by them."""
     if asked is not None:
-        return asked * MIB
+        return _at_most(shared.installed(), "--host-memory", asked, engines, "this machine")
     return max(LEAST_HOST_MEMORY, shared.available() // 2 // engines)
+
+
+def _device_memory(asked: int | None, devices: list[str]) -> int | None:
+    """Bytes for each engine as asked (MiB); None: each finds out what its device has."""
+    if asked is None:
+        return None
+    if devices == ["cpu"]:
+        return _at_most(shared.installed(), "--gpu-memory", asked, 1, "this machine")
+    return asked * MIB
+
+
+def _at_most(there_is: int, option: str, asked: int, engines: int, whose: str) -> int:
+    """*asked* MiB in bytes. Raises RequestError where *engines* of them can never be had."""
+    if asked * MIB * engines > there_is:
+        times = f" for each of {engines} engines" if engines > 1 else ""
+        raise RequestError(
+            f"{option} {asked} (MiB){times} is more than {whose} has: {format_bytes(there_is)}"
+        )
+    return asked * MIB
 
 
 def _disk(state: Path | None, asked: int | None, engines: int) -> int:
@@ -79,7 +109,10 @@ def _disk(state: Path | None, asked: int | None, engines: int) -> int:
         if asked is not None:
             raise RequestError("--disk says how much: give --state DIR, too, which says where")
         return 0
-    return asked * MIB if asked is not None else shutil.disk_usage(state).free // 2 // engines
+    usage = shutil.disk_usage(state)
+    if asked is not None:
+        return _at_most(usage.total, "--disk", asked, engines, f"the file system of {state}")
+    return usage.free // 2 // engines
 
 
 def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
@@ -171,19 +204,19 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
 )
 @click.option(
     "--grace-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(0, LONGEST["grace_s"], min_open=True),
     default=_default("grace_s"),
     show_default=True,
     help="Seconds for which the sessions of a client with a key outlive its connection.",
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1024),
     help="Threads of a CPU engine. [default: torch's choice]",
 )
 @click.option(
     "--spin-us",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, LONGEST["spin_us"]),
     default=_default("spin_us"),
     show_default=True,
     help="Microseconds for which server and engines stay awake after a message; costs that much of "
@@ -237,7 +270,7 @@ def serve(
         devices = _devices(gpus, device)
         settings = Settings(
             host_memory=_host_memory(host_memory, len(devices)),
-            device_memory=None if gpu_memory is None else gpu_memory * MIB,
+            device_memory=_device_memory(gpu_memory, devices),
             state=None if state is None else str(private_dir(state.absolute())),
             disk=_disk(state, disk, len(devices)),
             threads=threads,

@@ -113,7 +113,11 @@ def test_what_is_no_key_file_is_refused_by_name(directory: Path, text: bytes) ->
 
 
 def test_a_key_file_that_is_not_there_is_refused_by_name(directory: Path) -> None:
-    for path in (directory / "none.key", directory):
+    missing = directory / "none.key"
+    with pytest.raises(RequestError) as refused:
+        keys.read(missing)
+    assert str(refused.value) == f"cannot read key file {missing}: No such file or directory"
+    for path in (directory, directory / "a\0b"):
         with pytest.raises(RequestError, match="cannot read key file"):
             keys.read(path)
 

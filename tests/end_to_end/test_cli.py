@@ -22,6 +22,7 @@ from click.testing import CliRunner
 import djinn_zmq as djinn
 from djinn_zmq.cli.main import COMMANDS, main
 from djinn_zmq.errors import DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
+from djinn_zmq.server import command
 from tests.end_to_end.conftest import free_port
 
 FRANCE = "the capital of france is"
@@ -235,6 +236,7 @@ def odd(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("odd")
     shutil.copytree(TINY, folder / "broken")
     broken_json(folder / "broken")
+    (folder / "run").mkdir(mode=0o700)
     endpoint, model = folder / "run" / "djinn.sock", folder / "broken"
     options = ["--port=0", f"--ipc={endpoint}", "--dtype=float32", "--threads=1"]
     started = Started(["-m", "djinn_zmq.server", *options, f"--model={model}"], os.environ)
@@ -298,6 +300,39 @@ def test_a_server_that_cannot_serve_says_why_in_one_sentence(refused_server, hom
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--random-weights", "foo"],
+            'no shape "foo": there are llama-2-13b, llama-2-7b, llama-3.1-8b, small',
+        ),
+        (["--grace-s", "nan"], "grace_s is nan: it must be a number"),
+        (
+            ["--host-memory", 10**9],
+            "--host-memory 1000000000 (MiB) is more than this machine has: ",
+        ),
+        (["--gpu-memory", 10**9], "--gpu-memory 1000000000 (MiB) is more than this machine has: "),
+        (["--state", "STATE", "--disk", 10**12], "is more than the file system of STATE has: "),
+        (
+            ["--ipc", "STATE/no/a.sock"],
+            "--ipc STATE/no/a.sock: there is no directory STATE/no: make",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_have_is_refused_by_name_and_nothing_is_made(
+    environment, home, monkeypatch, options, words
+):
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # that of this process stays
+    monkeypatch.setattr(command.Server, "serve", lambda server: pytest.fail("it serves"))
+    options = [str(option).replace("STATE", str(home)) for option in options]
+    done = CliRunner(env=environment).invoke(main, ["serve", "--port", "0", *options])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert words.replace("STATE", str(home)) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(home.glob("**/*.sock*")) and not (home / "no").exists()
+
+
+@pytest.mark.parametrize(
     "options",
     [
         ["--port", "65536"],
@@ -306,7 +341,10 @@ def test_a_server_that_cannot_serve_says_why_in_one_sentence(refused_server, hom
         ["--gpu", "-1"],
         ["--threads", "0"],
         ["--host-memory", "0"],
+        ["--threads", "1025"],
         ["--grace-s", "0"],
+        ["--grace-s", "1e9"],
+        ["--spin-us", "1000001"],
         ["--dtype", "int8"],
         ["--device", "cuda"],
         ["--frobnicate"],
