@@ -249,8 +249,7 @@ class AsyncServer(Server):
     def __init__(
         self, connection: AsyncConnection, progress: Callable[[Progress], None] | None
     ) -> None:
-        super().__init__(connection, progress)
-        self.drive = connection.run
+        super().__init__(connection, connection.run, progress)
         self._opening: dict[str, asyncio.Lock] = {}
 
     def model(self, name: str | os.PathLike[str]) -> Any:

@@ -1,13 +1,12 @@
 """One client's connection: requests out, replies in, shared memory where there is any.
 
 What a client does is written once, as generators that yield `Call`s and are sent the replies.
-`Connection.drive` runs them while the caller waits; `aio` has one that awaits instead.
+`client/waiting.py` runs them while the caller waits; `aio.py` awaits instead.
 """
 
 import os
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from time import perf_counter_ns
@@ -17,8 +16,9 @@ import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
-from djinn_zmq.client.calls import LOOK_S, PIECE, Arriving, Call, Heard, Next, Operation, T
+from djinn_zmq.client.calls import LOOK_S, PIECE, Arriving, Call, Operation
 from djinn_zmq.client.lanes import Lanes
+from djinn_zmq.client.leftovers import kept_by
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
     Busy,
@@ -34,12 +34,8 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import NOT_A_REPLY, Message
-from djinn_zmq.wire.forwards import Forwarded
-from djinn_zmq.wire.looks import LookReply
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
-from djinn_zmq.wire.talks import Generated, Token
-from djinn_zmq.wire.tiers import HoldReply, RestoreReply
 
 if TYPE_CHECKING:  # a room that only those with a key need
     from djinn_zmq.bus.keys import ClientKeys
@@ -89,110 +85,9 @@ class Connection:
         self._example: Piece = b""  # an answer, of those that came
         self._closed = False
 
-    # ---- driving operations
+    # ---- what waits
 
-    def drive(self, operation: Operation[T]) -> T:
-        """Run *operation* to its end, waiting for each reply."""
-        with self._lock:
-            if not self._calls:  # else its engine is awake, or will be when that is done
-                self.lanes.wake()
-            try:
-                step = next(operation)
-                while True:
-                    try:
-                        if type(step) is Call:
-                            reply = self._wait(self.send(step), step)
-                        else:
-                            reply = self._exchange(step)
-                    except DjinnError as exc:
-                        step = operation.throw(exc)
-                    else:
-                        step = operation.send(reply)
-            except StopIteration as end:
-                return end.value
-            except KeyboardInterrupt:
-                self._cancel_all()
-                raise
-
-    def _exchange(self, step: list[Call] | Next | Heard) -> Message | list[Message] | None:
-        if isinstance(step, Next):
-            return self._wait_part(step.request, step.timeout_s)
-        if isinstance(step, Heard):
-            step.subscriber.wait(LOOK_S)
-            self.look()
-            return None
-        replies: list[Message] = []
-        sent: deque[tuple[int, Call]] = deque()
-        try:
-            for call in step:
-                if len(sent) == WINDOW:
-                    replies.append(self._wait(*sent.popleft()))
-                sent.append((self.send(call), call))
-            while sent:
-                replies.append(self._wait(*sent.popleft()))
-        except DjinnError as exc:
-            exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
-            for request, _ in sent:  # one before them failed: nobody waits for these
-                self.give_up(request)
-            for reply in replies:
-                self.give_back(reply)
-            raise
-        return replies
-
-    def _wait(self, request: int, call: Call) -> Message:
-        limit_s = None if call.timeout_s is None else call.waits_until()
-        if self._example and call.reply is None:
-            # While others work: what reads an answer will not be cold when it comes.
-            codec.decode(self._example)
-        while call.reply is None:
-            frames = self._hear(call.lane)
-            if frames is not None:
-                frame, buffers = frames
-                self.take(frame, buffers)
-            else:
-                self._look(request, call, limit_s)
-        return self._settle(request, call)
-
-    def _wait_part(self, request: int, timeout_s: float | None = None) -> Message | None:
-        if self._closed:
-            raise Closed("the connection is closed")
-        call = self._calls.get(request)
-        if call is not None:
-            limit = call.waits_until()
-            until_s = None if timeout_s is None else time.monotonic() + timeout_s
-            try:
-                while not self.has_news(request):
-                    left_s = LOOK_S if until_s is None else until_s - time.monotonic()
-                    if left_s <= 0:
-                        return None
-                    frames = self._hear(call.lane, min(left_s, LOOK_S))
-                    if frames is not None:
-                        self.take(*frames)
-                    else:
-                        self._look(request, call, limit)
-            except KeyboardInterrupt:
-                self.abandon(request)
-                raise
-        return self.take_part(request)
-
-    def _look(self, request: int, call: Call, limit_s: float | None) -> None:
-        """Nothing has come for a while, or news have: is there still somebody who will answer?"""
-        if not self.alive():
-            self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
-        elif call.late(limit_s):
-            self.give_up(request)
-            raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
-
-    def _hear(self, lane: Lane | None, timeout_s: float = LOOK_S) -> Frames | None:
-        """The next message where an answer is to come; None after *timeout_s*, or with news."""
-        if lane is None or lane.closed:
-            if timeout_s < LOOK_S and not self._dealer.socket.poll(timeout_s * 1000):
-                return None
-            return self._dealer.receive(wait=True)
-        message = self.lanes.hear(lane, timeout_s)
-        return None if message is None else message[1:]
-
-    def _settle(self, request: int, call: Call) -> Message:
+    def settle(self, request: int, call: Call) -> Message:
         del self._calls[request]
         reply = call.reply
         if type(reply) is Message:
@@ -205,14 +100,6 @@ class Connection:
         if call.arriving is not None:
             for part in call.arriving.parts:
                 self.give_back(part)
-
-    def _cancel_all(self) -> None:
-        """The user gave up waiting: so should the engine. Answers that come in parts and are not
-        waited for just now are none of this."""
-        for request, call in list(self._calls.items()):
-            if call.arriving is None:
-                self.cancel(request, call.session)
-                self.give_up(request)
 
     def cancel(self, request: int, session: int) -> None:
         """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""
@@ -239,7 +126,7 @@ class Connection:
             raise Cancelled("its answer was given up before all of its parts were taken")
         arriving = call.arriving
         if not arriving.parts:
-            return self._settle(request, call)
+            return self.settle(request, call)
         arriving.taken += 1
         if 2 * arriving.taken >= arriving.window and call.reply is None:
             self._send_more(request, call, arriving)
@@ -392,32 +279,8 @@ class Connection:
 
     def give_back(self, message: Message) -> None:
         """*message* answers a request nobody waits for any more: release what it keeps."""
-        session, meta = message.header.session, message.meta
-        if isinstance(meta, messages.RunReply):
-            for kept in meta.checkpoints:
-                self.forget(session, kept.id)
-            for number in (meta.logits_id, meta.branch):
-                if number:
-                    self.forget(session, number)
-        elif isinstance(meta, (Token, Generated)):
-            for kept in meta.checkpoints:
-                self.forget(session, kept.id)
-            if isinstance(meta, Generated) and meta.branch:
-                self.forget(session, meta.branch)
-        elif isinstance(meta, LookReply):
-            for seen in meta.seen:
-                if seen.id:
-                    self.forget(session, seen.id)
-        elif isinstance(meta, Forwarded):
-            for number in (meta.past, *(output.id for output in meta.outputs)):
-                if number:
-                    self.forget(session, number)
-        elif isinstance(meta, messages.Uploaded):
-            self.forget(session, meta.id)
-        elif isinstance(meta, HoldReply):
-            self.forget(session, meta.hold)
-        elif isinstance(meta, RestoreReply):
-            self.forget(session, meta.kept.id)
+        for number in kept_by(message.meta):
+            self.forget(message.header.session, number)
 
     def waits_for(self, request: int) -> bool:
         return request in self._calls

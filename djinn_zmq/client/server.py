@@ -12,6 +12,7 @@ from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of
+from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
 from djinn_zmq.settings import Settings, default_endpoint
 from djinn_zmq.wire import messages
@@ -34,15 +35,16 @@ class Server:
     def __init__(
         self,
         connection: Connection,
+        drive: Callable[[Operation[Any]], Any],
         progress: Callable[[messages.Progress], None] | None,
     ) -> None:
+        """drive: runs an operation of this client; in asyncio code it gives an awaitable of it."""
         self.connection = connection
+        self.drive = drive
         self.progress = progress
         self.welcome: messages.Welcome | None = None
         self.conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._models: dict[str, Model] = {}
-        # Runs an operation of this client. In asyncio code: gives an awaitable of it.
-        self.drive: Callable[[Operation[Any]], Any] = connection.drive
 
     def hello(self, timeout_s: float) -> Operation[Self]:
         self.welcome = yield from self.connection.hello(timeout_s)
@@ -221,14 +223,14 @@ def connect(
         from djinn_zmq.bus.keys import client_keys  # on first use: most clients are local
 
         keys = client_keys(key, server_key)
-    connection = Connection(
+    connection = WaitingConnection(
         endpoint or default_endpoint(),
         keys,
         Settings(spin_us=spin_us),
         shared=shared,
         lane=lane,
     )
-    server = Server(connection, reporter(progress))
+    server = Server(connection, connection.drive, reporter(progress))
     try:
         return server.drive(server.hello(timeout_s))
     except BaseException:
