@@ -25,12 +25,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from djinn_zmq.bus.keys import ClientKeys, client_keys
+from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, Arriving, Call, Heard, Next, Operation, Step
 from djinn_zmq.client.connection import WINDOW, Connection
-from djinn_zmq.client.local import private_server
+from djinn_zmq.client.local import check, private_server
 from djinn_zmq.client.model import Model
-from djinn_zmq.client.server import CONNECT_S, Server, reporter
+from djinn_zmq.client.server import CONNECT_S, Server, keys_of, reporter
 from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, Unreachable
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
@@ -253,7 +254,7 @@ class AsyncServer(Server):
         self._opening: dict[str, asyncio.Lock] = {}
 
     def model(self, name: str | os.PathLike[str]) -> Any:
-        return self._model_once(os.fspath(name))
+        return self._model_once(checks.model("name", name))
 
     async def _model_once(self, name: str) -> Model:
         # Tasks that ask for one name at a time get one session, as its second asker does.
@@ -298,11 +299,11 @@ def connect(
     """As `djinn_zmq.connect`: await it, or enter it with `async with`."""
 
     async def opening() -> AsyncServer:
-        keys = client_keys(key, server_key) if key is not None else None
-        where = endpoint or default_endpoint()
+        keys = keys_of(key, server_key)
+        where = default_endpoint() if endpoint is None else endpoint
         connection = AsyncConnection(where, keys, Settings(), shared=shared, lane=lane)
-        server = AsyncServer(connection, reporter(progress))
         try:
+            server = AsyncServer(connection, reporter(progress))
             await server.drive(server.hello(timeout_s))
         except BaseException:
             connection.close()
@@ -321,6 +322,7 @@ async def local(
     progress: Callable[[Progress], None] | None | bool = True,
 ) -> AsyncIterator[Model]:
     """As `djinn_zmq.local`, with `async with`."""
+    check(model, device, dtype)
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
     private = private_server(folder, device, dtype)
     starting = asyncio.ensure_future(asyncio.to_thread(private.__enter__))

@@ -48,7 +48,8 @@ class Settings:
             kind, allowed = (
                 (Real, "a number") if field.type is float else (Integral, "a whole number")
             )
-            if not isinstance(value, kind) or isinstance(value, bool) or math.isnan(value):
+            nan = isinstance(value, float) and math.isnan(value)
+            if nan or not isinstance(value, kind) or isinstance(value, bool):
                 raise RequestError(f"{name} is {value!r}: it must be {allowed}")
             if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
                 raise RequestError(f"{name} is {value}: it must be positive")

@@ -27,8 +27,8 @@ class Dealer:
 
         Raises RequestError for another kind of endpoint, Unreachable where no socket file stands.
         """
-        scheme, _, rest = endpoint.partition("://")
-        if scheme not in ("ipc", "tcp") or not rest:
+        scheme, _, rest = endpoint.partition("://") if isinstance(endpoint, str) else ("", "", "")
+        if scheme not in ("ipc", "tcp") or not rest or "\0" in rest:
             raise RequestError(
                 f'endpoint "{endpoint}" is not understood: use ipc://PATH or tcp://HOST:PORT'
             )

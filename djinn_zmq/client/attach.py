@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.parcels import Parcel
@@ -109,6 +110,8 @@ class Attached(Parts[Stop, wire.Detached]):
 
     def wait(self, timeout_s: float | None = None) -> Any:
         """The next stop; None where there is none within *timeout_s* seconds, or it is over."""
+        if timeout_s is not None and not (checks.is_whole(timeout_s) and timeout_s == 0):
+            timeout_s = checks.seconds("timeout_s", timeout_s, "a number of seconds, or None")
         return self._session.drive(self._wait(timeout_s))
 
     def _wait(self, timeout_s: float | None) -> Operation[Stop | None]:

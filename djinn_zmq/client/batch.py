@@ -8,6 +8,7 @@ GPU, and rounded as that shape is.)
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.run import Checkpoint, Run
@@ -123,7 +124,7 @@ def edits_of_each(edits: Edit | Sequence[Edits] | None, count: int) -> list[Sequ
     """The edits of each of *count* prompts. Raises RequestError where they are not as many."""
     if edits is None or hasattr(edits, "on_wire"):
         return [() if edits is None else [edits]] * count
-    each = list(edits)
+    each = checks.several("edits", edits, "for each prompt its own, a list or None; or one for all")
     if len(each) != count:
         raise RequestError(
             f"edits for {len(each)} prompts, there are {count}: for each its own, a list or None"

@@ -16,6 +16,7 @@ import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, PIECE, Arriving, Call, Operation
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.leftovers import kept_by
@@ -70,8 +71,9 @@ class Connection:
         self.settings = settings
         self.keys = keys
         self.sharing = Sharing(settings)
-        self.lanes = Lanes(self.sharing, settings, wanted=lane, on_change=self._on_lanes_change)
-        self._want_shared = shared
+        wanted = checks.flag("lane", lane)
+        self.lanes = Lanes(self.sharing, settings, wanted=wanted, on_change=self._on_lanes_change)
+        self._want_shared = checks.flag("shared", shared)
         self._dealer = Dealer(endpoint, settings, keys)
         self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
         self._monitor = self._dealer.monitor
@@ -169,16 +171,19 @@ class Connection:
             self._tidy_up()
         request = self._last_request = self._last_request + 1
         session, buffers = call.session, call.buffers
-        frame = codec.encode(
-            call.op,
-            call.meta,
-            flags=SHARED if self.sharing.lease is not None else 0,
-            request=request,
-            session=session,
-            buffers=len(buffers),
-            deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
-            credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
-        )
+        try:
+            frame = codec.encode(
+                call.op,
+                call.meta,
+                flags=SHARED if self.sharing.lease is not None else 0,
+                request=request,
+                session=session,
+                buffers=len(buffers),
+                deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
+                credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
+            )
+        except (OverflowError, TypeError) as exc:  # a layer of 2**70, say
+            raise RequestError(f"what was asked for can't be sent: {exc}") from exc
         if session and self.lanes.wanted and call.op in ON_LANES:
             call.lane = self._lane_of(session)
         call.sent_ns = perf_counter_ns()  # now: the answer may be there before send is back
@@ -346,6 +351,7 @@ class Connection:
 
         Raises Unreachable where nobody answers within *timeout_s*.
         """
+        timeout_s = checks.seconds("timeout_s", timeout_s)
         try:
             reply = yield Call(
                 Op.HELLO, messages.Hello(__version__, os.getpid()), timeout_s=timeout_s
@@ -416,11 +422,9 @@ class Connection:
         self._dealer.close()
 
 
-def _deadline_ms(timeout_s: float | None) -> int:
-    """A timeout as the header carries it: 0 for none. Raises RequestError for one that is not
-    positive."""
-    if timeout_s is None or timeout_s * 1000 > DEADLINE_LIMIT_MS:
-        return 0
-    if not timeout_s > 0:
-        raise RequestError(f"timeout_s={timeout_s}: a positive number of seconds, or None")
-    return max(1, int(timeout_s * 1000))
+def _deadline_ms(timeout_s: float) -> int:
+    """A timeout as the header carries it: 0 for one too long to say. Raises RequestError for none."""
+    limit_ms = 1000 * checks.seconds(
+        "timeout_s", timeout_s, "a positive number of seconds, or None"
+    )
+    return 0 if limit_ms > DEADLINE_LIMIT_MS else max(1, int(limit_ms))

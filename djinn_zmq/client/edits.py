@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Operation
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.client.parcels import Parcel
@@ -73,7 +74,7 @@ class Lerp(_Valued):
 
     def __init__(self, value: Any, weight: float, at: Any = ...) -> None:
         super().__init__(value, at)
-        self.weight = _number("Lerp", "weight", weight)
+        self.weight = checks.number("Lerp: weight", weight, kind=EditError)
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
@@ -101,7 +102,7 @@ class Scale:
     array = None
 
     def __init__(self, factor: float, at: Any = ...) -> None:
-        self.factor = _number("Scale", "factor", factor)
+        self.factor = checks.number("Scale: factor", factor, kind=EditError)
         self.at = index_of(at)
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
@@ -162,9 +163,9 @@ class Skip:
     array = None
 
     def __init__(self, layer: int | str) -> None:
-        if not isinstance(layer, (int, str, np.integer)) or isinstance(layer, bool):
-            raise EditError(f"Skip: layer is {layer!r}: a number or a path")
-        self.layer = layer if isinstance(layer, str) else int(layer)
+        if not isinstance(layer, str):
+            layer = checks.whole("Skip: layer", layer, allowed="a number or a path", kind=EditError)
+        self.layer = layer
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Skip(self.layer)
@@ -178,7 +179,7 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
     on_wire = []
     for edit in edits if isinstance(edits, (list, tuple)) else [edits]:
         if not hasattr(edit, "on_wire") or not hasattr(edit, "array"):
-            raise RequestError(f"{edit!r} is no edit: use djinn_zmq.Add, Set, Patch …")
+            raise RequestError(f"{checks.shown(edit)} is no edit: use djinn_zmq.Add, Set, Patch …")
         tensor = None
         if edit.array is not None:
             tensor = yield from parcel.place(edit.array)
@@ -188,7 +189,7 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
 
 def _values(name: str, value: Any) -> np.ndarray:
     """*value* as a C-contiguous array of a float dtype. Raises EditError."""
-    array = np.asarray(value)
+    array = checks.array(f"{name}: value", value, kind=EditError)
     if array.dtype.kind in "iu":
         array = array.astype(np.float32)
     named = dtype_name(array.dtype)
@@ -202,13 +203,3 @@ def _values(name: str, value: Any) -> np.ndarray:
         place = tuple(np.argwhere(~finite)[0].tolist())
         raise EditError(f"{name}: the value at {list(place)} is {array[place]}: must be finite")
     return np.ascontiguousarray(array).reshape(array.shape)
-
-
-def _number(name: str, what: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as exc:
-        raise EditError(f"{name}: {what} is {value!r}: must be a number") from exc
-    if not np.isfinite(number):
-        raise EditError(f"{name}: {what} is {number}: must be finite")
-    return number

@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from djinn_zmq.bus.news import ALL, CHANGED_S, Subscriber
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Operation
-from djinn_zmq.errors import Closed, Lost, RequestError
+from djinn_zmq.errors import Closed, Lost
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import EVENT_KINDS, Event, EventsReply, Published
@@ -25,13 +26,13 @@ class Events:
     the server still knows them. Ends with its connection, or `close`.
     """
 
-    def __init__(self, server: Any, kinds: Sequence[str], after: int) -> None:
-        for kind in kinds:
-            if kind not in EVENT_KINDS:
-                raise RequestError(f'events of kind "{kind}": {", ".join(EVENT_KINDS)}')
+    def __init__(self, server: Any, kinds: str | Sequence[str], after: int) -> None:
+        several = checks.several("kinds", kinds, "a kind, or several", alone=(str,))
         self._server = server
-        self._kinds = tuple(kinds)
-        self._base = after  # all up to here have been given, or are ready
+        self._kinds = tuple(checks.one_of("kinds", kind, EVENT_KINDS) for kind in several)
+        self._base = checks.whole(
+            "after", after, least=0
+        )  # all up to here have been given, or are ready
         self._seen: dict[bytes, int] = {}  # by topic: the last event since
         self._taken: set[int] = set()  # those published since
         self._ready: deque[Event] = deque()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.looks import Top
@@ -278,19 +279,19 @@ def wish_of(
     timeout_s: float | None = None,
 ) -> Wish:
     """The caller's words as data. Raises RequestError for what is none."""
-    if logits == "all":
+    if isinstance(logits, str) and logits == "all":
         raise RequestError('logits="all": a token has its own, "last"; or "none", or how many')
     wanted = wanted_of(stop_at, save_at, logits, 0, model.num_layers)
     sampling = talks.Sampling(
-        _number("temperature", temperature),
-        _whole("top_k", top_k),
-        _number("top_p", top_p),
-        None if seed is None else _whole("seed", seed),
+        checks.number("temperature", temperature),
+        checks.whole("top_k", top_k, least=0),
+        checks.number("top_p", top_p),
+        None if seed is None else checks.whole("seed", seed, least=0),
     )
     return Wish(
         wanted,
         () if steps is None else _wholes("steps", steps),
-        None if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens, least=1),
+        None if max_new_tokens is None else checks.whole("max_new_tokens", max_new_tokens, least=1),
         sampling,
         None if ends is None else _wholes("ends", ends),
         timeout_s,
@@ -298,17 +299,5 @@ def wish_of(
 
 
 def _wholes(what: str, values: Any) -> tuple[int, ...]:
-    several = values if isinstance(values, (list, tuple, range, set, np.ndarray)) else (values,)
-    return tuple(_whole(what, value) for value in several)
-
-
-def _whole(what: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
-        return int(value)
-    raise RequestError(f"{what}={value!r}: a whole number, {least} or more")
-
-
-def _number(what: str, value: Any) -> float:
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        return float(value)
-    raise RequestError(f"{what}={value!r}: a number")
+    several = checks.several(what, values, "a whole number, or several", alone=checks.WHOLE)
+    return tuple(checks.whole(what, value, least=0) for value in several)

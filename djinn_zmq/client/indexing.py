@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client.checks import array, is_whole, shown
 from djinn_zmq.errors import SelectionError
 from djinn_zmq.wire.edits import Index, Pick, Rest, Stretch, Take
 
@@ -22,24 +23,20 @@ def _part(part: Any) -> Pick | Stretch | Take | Rest:
         return Rest()
     if isinstance(part, slice):
         return Stretch(*(_bound(bound) for bound in (part.start, part.stop, part.step)))
-    if _is_int(part):
+    if is_whole(part):
         return Pick(int(part))
     if isinstance(part, (list, range, np.ndarray)):
-        array = np.asarray(part)
-        if array.ndim == 1 and array.dtype.kind in "iu":
-            return Take(tuple(int(item) for item in array))
+        found = array("index", part, kind=SelectionError)
+        if found.ndim == 1 and found.dtype.kind in "iu":
+            return Take(tuple(int(item) for item in found))
     raise SelectionError(
-        f"{part!r} in an index: use ints, slices, '...' or lists of ints, one for each axis"
+        f"{shown(part)} in an index: use ints, slices, '...' or lists of ints, one for each axis"
     )
 
 
 def _bound(bound: Any) -> int | None:
     if bound is None:
         return None
-    if _is_int(bound):
+    if is_whole(bound):
         return int(bound)
-    raise SelectionError(f"{bound!r} in a slice: use ints")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    raise SelectionError(f"{shown(bound)} in a slice: use ints")

@@ -1,6 +1,7 @@
 """A private server for one program: started with a `with` block, gone with it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import connect
-from djinn_zmq.errors import StartError, Unreachable
+from djinn_zmq.errors import RequestError, StartError, Unreachable
 from djinn_zmq.settings import runtime_dir
 from djinn_zmq.wire.messages import Progress
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 START_S = 30.0
 STOP_S = 10.0
 
@@ -34,6 +38,7 @@ def local(
     your runtime directory) and ends with the block, whatever happens in it; `model.server` is it.
     Raises StartError with the server's last words where it does not come up.
     """
+    check(model, device, dtype)
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
     try:
         with (
@@ -43,6 +48,14 @@ def local(
             yield server.model(os.fspath(model))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(model: Any, device: Any, dtype: Any) -> None:
+    """Before a server is started for it. Raises RequestError."""
+    checks.model("model", model)
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise RequestError(f'device={checks.shown(device)}: "cpu" or "cuda:N"')
+    checks.one_of("dtype", dtype, DTYPES)
 
 
 @contextmanager

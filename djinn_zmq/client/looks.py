@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.session import Session
@@ -80,13 +81,15 @@ class Lens:
 
         Raises LayerError, SelectionError for what was not looked at.
         """
+        if not isinstance(place, tuple) or len(place) != 2:
+            raise SelectionError(f"lens[{checks.shown(place)}]: a layer and a position")
         layer, position = place
-        if layer not in self.layers:
-            raise LayerError(f"the lens has no layer {layer}: it has {list(self.layers)}")
-        if position not in self.positions:
-            raise SelectionError(
-                f"the lens has no position {position}: it has {list(self.positions)}"
-            )
+        if not checks.is_whole(layer) or layer not in self.layers:
+            given = checks.shown(layer)
+            raise LayerError(f"the lens has no layer {given}: it has {list(self.layers)}")
+        if not checks.is_whole(position) or position not in self.positions:
+            given = checks.shown(position)
+            raise SelectionError(f"the lens has no position {given}: it has {list(self.positions)}")
         at = self.layers.index(layer), 0, self.positions.index(position)
         return list(zip(self.tokens[at].tolist(), self.probabilities[at].tolist(), strict=True))
 
@@ -150,9 +153,8 @@ class Looks:
         return self._session.drive(self._top(k, batch))
 
     def _top(self, k: int, batch: int) -> Operation[list[Top]]:
-        if not 0 <= batch < len(self._ids):
-            raise RequestError(f"prompt {batch} of a batch of {len(self._ids)}")
-        values, ids, log_norm = yield from self._look(wire.Top(self.id, _whole("k", k)))
+        batch = row_of(batch, len(self._ids))
+        values, ids, log_norm = yield from self._look(wire.Top(self.id, checks.whole("k", k)))
         pieces = yield from self._session.pieces_of(ids[batch])
         return [
             Top(piece, int(number), float(np.exp(value - log_norm[batch])), float(value))
@@ -173,7 +175,7 @@ class Looks:
     def _lens(self, positions: Any, k: int) -> Operation[Lens]:
         extent = self._ids.shape[1]
         chosen = _positions(positions, extent)
-        asked = wire.Lens(self.id, tuple(chosen), _whole("k", k))
+        asked = wire.Lens(self.id, tuple(chosen), checks.whole("k", k))
         layers, values, ids, log_norm = yield from self._look(asked)
         texts = yield from self._texts(ids)
         prompt = yield from self._texts(self._ids[:, chosen])
@@ -207,7 +209,7 @@ class Looks:
         RequestError where the architecture gives no weights, LayerError for a layer that is not
         there or lies behind.
         """
-        chosen = self.layer + 1 if layer is None else _whole("layer", layer, LayerError)
+        chosen = self.layer + 1 if layer is None else checks.whole("layer", layer, kind=LayerError)
         return self._session.drive(self._attention(chosen))
 
     def _attention(self, layer: int) -> Operation[np.ndarray]:
@@ -241,8 +243,9 @@ def _positions(positions: Any, extent: int) -> list[int]:
     """Counted from the start. Raises SelectionError for one that the prompt does not have."""
     if positions is None:
         return list(range(extent))
-    many = [positions] if isinstance(positions, (int, np.integer)) else list(positions)
-    chosen = [_whole("position", one, SelectionError) for one in many]
+    allowed = "a position, or several"
+    many = checks.several("positions", positions, allowed, alone=checks.WHOLE, kind=SelectionError)
+    chosen = [checks.whole("positions", one, kind=SelectionError) for one in many]
     for one in chosen:
         if not -extent <= one < extent:
             raise SelectionError(
@@ -253,10 +256,10 @@ def _positions(positions: Any, extent: int) -> list[int]:
     return [one % extent for one in chosen]
 
 
-def _whole(what: str, value: Any, kind: type[RequestError] = RequestError) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    raise kind(f"{what}={value!r}: a whole number")
+def row_of(batch: Any, count: int) -> int:
+    """Which prompt of *count* is meant. Raises RequestError for none."""
+    allowed = f"0 to {count - 1}, of a batch of {count}"
+    return checks.whole("batch", batch, least=0, most=count - 1, allowed=allowed)
 
 
 def _printable(text: str, number: Any) -> str:

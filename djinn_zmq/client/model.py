@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from djinn_zmq.client import tiers
+from djinn_zmq.client import checks, tiers
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit, placed_edits
@@ -16,7 +16,7 @@ from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
-from djinn_zmq.errors import NoSessions, PromptError, RequestError
+from djinn_zmq.errors import NoSessions, PromptError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import Kept, ModelInfo
 from djinn_zmq.wire.ops import Op
@@ -120,8 +120,10 @@ class Model:
         from djinn_zmq.client.batch import edits_of_each, made
 
         wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
-        if isinstance(prompts, str) or not len(prompts):
-            raise PromptError("a list of prompts, at least one")
+        allowed = "a list of prompts, at least one"
+        prompts = checks.several("prompts", prompts, allowed, kind=PromptError)
+        if not prompts:
+            raise PromptError(f"prompts=[]: {allowed}")
         each = edits_of_each(edits, len(prompts))
         return self.drive(
             made(
@@ -139,6 +141,8 @@ class Model:
         static: positions of a static cache, as transformers' StaticCache; 0: one that grows.
         Raises NoSessions for a model whose cached steps are not exact.
         """
+        allowed = "a number of positions, or 0 for a cache that grows"
+        static = checks.whole("static", static, least=0, allowed=allowed)
         return self.drive(self._open_session(static))
 
     def _open_session(self, static: int) -> Operation["Session"]:
@@ -148,9 +152,7 @@ class Model:
             raise NoSessions(f'"{self.name}" serves no sessions: {self.info.no_sessions}')
         reply = yield Call(Op.OPEN, messages.Open(self.name), progress=self._session.progress)
         channel = self._session
-        session = Session(
-            channel.connection, channel.drive, channel.progress, reply.meta, _static(static)
-        )
+        session = Session(channel.connection, channel.drive, channel.progress, reply.meta, static)
         self.server.conversations.add(session)
         return session
 
@@ -212,7 +214,7 @@ class Model:
 
     def tokens(self, text: str) -> Any:
         """The pieces *text* is cut into: list of str."""
-        return self.drive(self._tokens(text))
+        return self.drive(self._tokens(checks.text("text", text)))
 
     def _tokens(self, text: str) -> Operation[list[str]]:
         reply = yield Call(TOKENS, messages.Tokens(text, None), session=self.session_id)
@@ -220,7 +222,7 @@ class Model:
 
     def encode(self, text: str) -> Any:
         """The token ids of *text*: int64 (positions,)."""
-        return self.drive(self._encode(text))
+        return self.drive(self._encode(checks.text("text", text)))
 
     def _encode(self, text: str) -> Operation[np.ndarray]:
         reply = yield Call(TOKENS, messages.Tokens(text, None), session=self.session_id)
@@ -228,14 +230,17 @@ class Model:
 
     def pieces(self, ids: Any) -> Any:
         """Each token's own text: a list of str for ids (tokens,); "" without a tokenizer."""
-        return self.drive(self._session.pieces_of(np.asarray(ids).reshape(-1)))
+        found = checks.array("ids", ids, kind=PromptError)
+        if found.size and found.dtype.kind not in "iu":
+            raise PromptError(f"ids={checks.shown(ids)}: whole numbers")
+        return self.drive(self._session.pieces_of(found.reshape(-1)))
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
         """A checkpoint of this model out of the file that `Checkpoint.save` wrote.
 
         Raises BadFile for what is no such file, or is of another model, naming the difference.
         """
-        return self.drive(self._load_checkpoint(Path(path)))
+        return self.drive(self._load_checkpoint(checks.path("path", path)))
 
     def _load_checkpoint(self, path: Path) -> Operation[Checkpoint]:
         kept, ids = yield from tiers.load(self._session, path)
@@ -252,6 +257,8 @@ class Model:
 
     def checkpoint(self, number: int) -> Any:
         """Take up checkpoint *number* of those that `returned` lists: it is this session's then."""
+        allowed = "the number of one of model.returned()"
+        number = checks.whole("number", number, least=1, most=2**64 - 1, allowed=allowed)
         return self.drive(self._checkpoint(number))
 
     def _checkpoint(self, number: int) -> Operation[Checkpoint]:
@@ -281,9 +288,3 @@ class Model:
             f"<model {self.name}: {self.info.architecture}, {self.num_layers} layers, "
             f"hidden size {self.hidden_size}, {self.dtype} on {self.device}>"
         )
-
-
-def _static(value: Any) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
-        return int(value)
-    raise RequestError(f"static={value!r}: a number of positions, or 0 for a cache that grows")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
-from djinn_zmq.client.looks import Looks, Top
+from djinn_zmq.client.looks import Looks, Top, row_of
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
@@ -373,19 +374,17 @@ class Run:
 
     def _top(self, k: int, batch: int) -> Operation[list[Top]]:
         reply: RunReply = self._message.meta
-        if not 0 <= batch < len(self.ids):
-            raise RequestError(f"prompt {batch} of a batch of {len(self.ids)}")
+        batch = row_of(batch, len(self.ids))
         if reply.top_ids is not None:
             values, ids, log_norm = self._sent_top(batch)
-            if not 1 <= k <= len(ids):
-                raise RequestError(f"the top {k}: the run was asked for {len(ids)}")
+            allowed = f"1 to {len(ids)}, as many as the run was asked for"
+            k = checks.whole("k", k, least=1, most=len(ids), allowed=allowed)
             values, ids = values[:k], ids[:k]
         else:
             logits = yield from self._fetch_logits()
             row = logits[batch] if logits.ndim == 2 else logits[batch, -1]
             row = row.astype(np.float64)
-            if not 1 <= k <= row.size:
-                raise RequestError(f"the top {k} of {row.size} tokens")
+            k = checks.whole("k", k, least=1, most=row.size)
             ids = np.argsort(-row, kind="stable")[:k]
             values = row[ids]
             peak = row.max()
@@ -455,7 +454,7 @@ def ask(
 
 def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:
     """*value* as an array that can travel. Raises EditError for a dtype no tensor has."""
-    array = np.asarray(value)
+    array = checks.array("hidden", value, kind=EditError)
     if dtype_name(array.dtype) is None:
         raise EditError(f"hidden of dtype {array.dtype}: it must have the checkpoint's, {dtype}")
     return array

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
@@ -14,13 +15,14 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
-from djinn_zmq.settings import Settings, default_endpoint
+from djinn_zmq.settings import LONGEST, Settings, default_endpoint
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import RunInfo, Runs
 from djinn_zmq.wire.messages import SessionInfo, StatusReply
 from djinn_zmq.wire.ops import Op
 
 if TYPE_CHECKING:
+    from djinn_zmq.bus.keys import ClientKeys
     from djinn_zmq.client.talk import Session as Conversation
 
 CONNECT_S = 5.0
@@ -56,7 +58,7 @@ class Server:
         Opens a session, which ends with this connection or `Model.close`. The same name gives the
         same session. Raises UnknownModel, ModelRefused (with the reason), Lost.
         """
-        return self.drive(self._model(os.fspath(name)))
+        return self.drive(self._model(checks.model("name", name)))
 
     def _model(self, name: str) -> Operation[Model]:
         model = self._models.get(name)
@@ -85,11 +87,11 @@ class Server:
         reply = yield Call(Op.STATUS, messages.Status())
         return reply.meta
 
-    def events(self, after: int = 0, *, kinds: Sequence[str] = ()) -> Any:
+    def events(self, after: int = 0, *, kinds: str | Sequence[str] = ()) -> Any:
         """What happens, as far as it is yours to know: iterate for events as they come, beginning
         with those that have happened and are still known; `so_far()` lists these and does not wait.
 
-        after: only those behind this number. kinds: only of these: "engine", "session", "run",
+        after: only those behind this number. kinds: only of this one, or of these: "engine", "session", "run",
         "stop", "resume", "evict", "prefetch", "write". Each has .number, .unix_s, .kind, .session,
         .text, .nbytes, .elapsed_ns. Runs, and their stops and resumes, are told while somebody
         listens for them; a debugger's always.
@@ -189,9 +191,9 @@ class Server:
 def _number_of(session: Any) -> int:
     """A session as its number: that, what `Server.sessions` gives, or a session of one's own."""
     number = getattr(session, "id", getattr(session, "session_id", session))
-    if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**64:
-        return number
-    raise RequestError(f"{session!r} is no session: give its number, or one of server.sessions()")
+    if checks.is_whole(number) and 0 < number < 2**64:
+        return int(number)
+    raise RequestError(f"session={checks.shown(session)}: its number, or one of server.sessions()")
 
 
 def connect(
@@ -218,24 +220,31 @@ def connect(
     progress: called while a model loads; True: a line on stderr if that is a terminal.
     Raises Unreachable where no server answers within *timeout_s* seconds.
     """
-    keys = None
-    if key is not None:
-        from djinn_zmq.bus.keys import client_keys  # on first use: most clients are local
-
-        keys = client_keys(key, server_key)
     connection = WaitingConnection(
-        endpoint or default_endpoint(),
-        keys,
-        Settings(spin_us=spin_us),
+        default_endpoint() if endpoint is None else endpoint,
+        keys_of(key, server_key),
+        Settings(spin_us=checks.whole("spin_us", spin_us, least=0, most=LONGEST["spin_us"])),
         shared=shared,
         lane=lane,
     )
-    server = Server(connection, connection.drive, reporter(progress))
     try:
+        server = Server(connection, connection.drive, reporter(progress))
         return server.drive(server.hello(timeout_s))
     except BaseException:
         connection.close()
         raise
+
+
+def keys_of(key: Path | None, server_key: Path | None) -> "ClientKeys | None":
+    """What a client shows who it is by; None: nothing. Raises RequestError for what is no key."""
+    if key is None:
+        if server_key is not None:
+            raise RequestError("server_key without key: give your own key file, too")
+        return None
+    from djinn_zmq.bus.keys import client_keys  # on first use: most clients are local
+
+    key = checks.path("key", key)
+    return client_keys(key, server_key and checks.path("server_key", server_key))
 
 
 def reporter(
@@ -244,6 +253,8 @@ def reporter(
     """What is called with progress: the caller's own, a line on a terminal, or nothing."""
     if callable(progress):
         return progress
+    if progress is not None and not isinstance(progress, bool):
+        raise RequestError(f"progress={checks.shown(progress)}: a function, True or False")
     return _line_on_stderr if progress and sys.stderr.isatty() else None
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.errors import LayerError, RequestError, StopError
+from djinn_zmq.client import checks
+from djinn_zmq.errors import LayerError, StopError
 from djinn_zmq.wire import stops as wire
 from djinn_zmq.wire.messages import Wanted
 
 Logits = str | int
 Place = int | str
+
+PLACE = "a layer is a whole number, a place in one a module's path"
 
 
 class Condition:
@@ -68,8 +71,9 @@ class Norm(Condition):
     def __init__(self, op: str, value: float) -> None:
         try:
             self._test = wire.Norm(str(op), float(value))
-        except (TypeError, ValueError) as exc:
-            raise StopError(f"Norm({op!r}, {value!r}): the second is a number") from exc
+        except (TypeError, ValueError, OverflowError) as exc:
+            given = f"{checks.shown(op)}, {checks.shown(value)}"
+            raise StopError(f"Norm({given}): the second is a number") from exc
         self.on_wire = ((self._test,),)
 
     def __repr__(self) -> str:
@@ -84,7 +88,7 @@ class Token(Condition):
         if isinstance(token, np.integer):
             token = int(token)
         if not isinstance(token, (str, int)) or isinstance(token, bool):
-            raise StopError(f"Token({token!r}): text, or an id")
+            raise StopError(f"Token({checks.shown(token)}): text, or an id")
         self._token = token
         self.on_wire = ((wire.Token(token),),)
 
@@ -96,9 +100,7 @@ class Step(Condition):
     """This forward pass is number *number* of a generation. A plain run is step 0."""
 
     def __init__(self, number: int) -> None:
-        if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
-            raise StopError(f"Step({number!r}): a whole number")
-        self._number = int(number)
+        self._number = checks.whole("Step", number, kind=StopError)
         self.on_wire = ((wire.Step(self._number),),)
 
     def __repr__(self) -> str:
@@ -114,7 +116,7 @@ class Break:
             raise StopError(f"when={when!r}: use HasNaN, Norm, Token, Step, joined by | and &")
         if at is None and when is None:
             raise StopError("a Break needs a place, a condition, or both")
-        self.at: Place = "" if at is None else _place("Break", at)
+        self.at: Place = "" if at is None else _place("at", at)
         self.when = when
 
     @property
@@ -144,11 +146,8 @@ def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
         stop = wire.Stops(breaks, paths)
     if isinstance(logits, str) and logits in ("last", "all", "none"):
         return Wanted(stop, numbers, str(logits), 0)
-    if not isinstance(logits, (int, np.integer)) or isinstance(logits, bool):
-        raise RequestError(f'logits={logits!r}: "last", "all", "none" or how many')
-    if logits < 1:
-        raise RequestError(f"logits={logits}: at least 1, or 'last', 'all', 'none'")
-    return Wanted(stop, numbers, "top", int(logits))
+    allowed = '"last", "all", "none", or how many of the likeliest, 1 or more'
+    return Wanted(stop, numbers, "top", checks.whole("logits", logits, least=1, allowed=allowed))
 
 
 def breaks_of(stop_at: Any) -> tuple[wire.Break, ...]:
@@ -164,7 +163,10 @@ def _saves_of(save_at: Any, first: int, last: int) -> tuple[tuple[int, ...], tup
     """Numbers and paths, each once."""
     if isinstance(save_at, str) and save_at == "all":
         save_at = range(first, last + 1)
-    saves = [save_at] if isinstance(save_at, (int, str, np.integer)) else save_at
+    if save_at is None:
+        return (), ()
+    alone = (*checks.WHOLE, str)
+    saves = checks.several("save_at", save_at, PLACE, alone=alone, kind=LayerError)
     places = [_place("save_at", one) for one in saves]
     numbers = tuple(sorted({one for one in places if isinstance(one, int)}))
     return numbers, tuple(dict.fromkeys(one for one in places if isinstance(one, str)))
@@ -191,6 +193,4 @@ def _break_of(one: Any) -> Break:
 def _place(what: str, value: Any) -> Place:
     if isinstance(value, str) and value.strip():
         return value.strip()
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    raise LayerError(f"{what}={value!r}: a layer is a whole number, a place in one a module's path")
+    return checks.whole(what, value, allowed=PLACE, kind=LayerError)

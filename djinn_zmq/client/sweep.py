@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
-from djinn_zmq.client.looks import Top
+from djinn_zmq.client.looks import Top, row_of
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
@@ -109,16 +110,15 @@ class Outcome:
         return self._session.drive(self._likeliest(k, batch))
 
     def _likeliest(self, k: int, batch: int) -> Operation[list[Top]]:
-        if not 0 <= batch < len(self.log_norm):
-            raise RequestError(f"prompt {batch} of a batch of {len(self.log_norm)}")
+        batch = row_of(batch, len(self.log_norm))
         if self._top is not None:
             values, ids = (part[batch] for part in self._top)
         else:
             row = self.logits[batch].astype(np.float64)
             ids = np.argsort(-row, kind="stable")
             values = row[ids]
-        if not 1 <= k <= len(ids):
-            raise RequestError(f"the top {k}: the sweep was asked for {len(ids)}")
+        allowed = f"1 to {len(ids)}, as many as the sweep was asked for"
+        k = checks.whole("k", k, least=1, most=len(ids), allowed=allowed)
         pieces = yield from self._session.pieces_of(ids[:k])
         log_norm = float(self.log_norm[batch])
         return [
@@ -216,8 +216,7 @@ def _requests(
     branches: Iterable[Sequence[Edit] | Edit],
 ) -> list[Sequence[Sequence[Edit] | Edit]]:
     """*branches* in as many requests as their values need. Raises RequestError for none."""
-    if not isinstance(branches, Iterable):
-        raise RequestError(f"{branches!r}: a sweep takes a list of branches, each its edits")
+    branches = checks.several("branches", branches, "a list of branches, each its edits")
     found: list[list[Sequence[Edit] | Edit]] = [[]]
     nbytes = buffers = 0
     for edits in branches:
@@ -266,27 +265,25 @@ def cost_of(cost: wire.Cost) -> Cost:
 
 def results_of(logits: Logits, tokens: tuple[int, ...]) -> wire.Results:
     """Raises RequestError for what is none."""
-    if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
-        return wire.Results("top", int(logits), tokens)
-    if logits not in ("last", "none"):
-        raise RequestError(f'logits={logits!r} of a sweep: "last", "none" or how many')
-    return wire.Results(str(logits), 0, tokens)
+    if isinstance(logits, str) and logits in ("last", "none"):
+        return wire.Results(str(logits), 0, tokens)
+    allowed = '"last", "none", or how many of the likeliest, 1 or more'
+    return wire.Results("top", checks.whole("logits", logits, least=1, allowed=allowed), tokens)
 
 
 def token_ids(session: Session, tokens: Any) -> Operation[tuple[int, ...]]:
     """Ids as they are, each text as the one token it must be. Raises RequestError."""
     found: list[int] = []
-    for one in [tokens] if isinstance(tokens, (str, int, np.integer)) else tokens:
+    alone = (*checks.WHOLE, str)
+    for one in checks.several("tokens", tokens, "text, an id, or several", alone=alone):
         if isinstance(one, str):
             reply = yield Call(Op.TOKENS, messages.Tokens(one, None), session=session.id)
             ids = view(reply.meta.ids, reply.buffers)
             if len(ids) != 1:
                 raise RequestError(f"{one!r} is {len(ids)} tokens: one is needed, or its id")
             found.append(int(ids[0]))
-        elif isinstance(one, (int, np.integer)) and not isinstance(one, bool):
-            found.append(int(one))
         else:
-            raise RequestError(f"tokens={one!r}: text, or an id")
+            found.append(checks.whole("tokens", one, allowed="text, or an id"))
     return tuple(found)
 
 
@@ -294,6 +291,4 @@ def memory_of(memory: Any) -> int:
     """Bytes; 0 where the engine is to choose."""
     if memory is None:
         return 0
-    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool) and memory > 0:
-        return int(memory)
-    raise RequestError(f"memory={memory!r}: a positive number of bytes")
+    return checks.whole("memory", memory, least=1, allowed="a positive number of bytes")

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from djinn_zmq.client import tiers
+from djinn_zmq.client import checks, tiers
 from djinn_zmq.client.calls import Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit
@@ -231,8 +231,7 @@ class Session(Channel):
         forward. to: this checkpoint, or this mark, forwards or backwards.
         Returns the checkpoint it stands at. Raises RequestError where there is none left.
         """
-        if by not in ("checkpoint", "token"):
-            raise RequestError(f'by={by!r}: "checkpoint" or "token"')
+        checks.one_of("by", by, ("checkpoint", "token"))
         self._check_open()
         self.leave()
         if isinstance(to, Mark):
@@ -243,7 +242,7 @@ class Session(Channel):
         if to is None:
             to = self._before(by)
         elif not isinstance(to, Checkpoint) or to._session is not self:
-            raise RequestError(f"{to!r} is no checkpoint or mark of this session")
+            raise RequestError(f"{checks.shown(to)} is no checkpoint or mark of this session")
         self.standing = Standing(None, to)
         return to
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.arrays import RemoteArray
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.parcels import Parcel
@@ -43,7 +44,9 @@ class Tiered:
 
         Returns the tier it is in then. Raises ArenaFull, with sizes, where that has no room.
         """
-        return self._session.drive(self._move(to, down=False))
+        return self._session.drive(
+            self._move(checks.one_of("to", to, ("device", "host", "")), down=False)
+        )
 
     def evict(self, to: str = "host") -> Any:
         """Move it down to "host" or "disk", which makes room in the tiers above.
@@ -51,7 +54,7 @@ class Tiered:
         Returns the tier it is in then. Raises RequestError where a view of it is in use or there is
         no such tier, ArenaFull where that has no room.
         """
-        return self._session.drive(self._move(to, down=True))
+        return self._session.drive(self._move(checks.one_of("to", to, ("host", "disk")), down=True))
 
     def _move(self, to: str, *, down: bool) -> Operation[str]:
         meta = tiers.Move((self._kept.id,), to, down)
@@ -64,7 +67,7 @@ class Tiered:
 
         Any client of the same model makes a checkpoint of it again, with `Model.load_checkpoint`.
         """
-        return self._session.drive(self._save(Path(path)))
+        return self._session.drive(self._save(checks.path("path", path)))
 
     def _save(self, path: Path) -> Operation[Path]:
         if self._kept.place:
@@ -167,9 +170,10 @@ def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
 
 
 def away(session: Session, expected_s: float) -> Operation[None]:
-    if not 0 < expected_s < float("inf"):
-        raise RequestError(f"away for {expected_s} seconds: a positive number")
-    yield Call(Op.AWAY, tiers.Away(float(expected_s)), session=session.id)
+    found_s = checks.seconds("expected_s", expected_s)
+    if found_s == float("inf"):
+        raise RequestError("expected_s=inf: a finite number of seconds")
+    yield Call(Op.AWAY, tiers.Away(found_s), session=session.id)
 
 
 def back_soon(session: Session) -> Operation[None]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import WINDOW, Bundles
@@ -190,25 +191,27 @@ def _logits(outcome: Outcome) -> np.ndarray:
 def _layers(layers: Any) -> tuple[int, ...]:
     if layers is None:
         return ()
-    many = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
-    for one in many:
-        if not isinstance(one, (int, np.integer)) or isinstance(one, bool):
-            raise LayerError(f"layers={one!r}: a layer is a whole number")
+    allowed = "a layer is a whole number"
+    many = checks.several("layers", layers, allowed, alone=checks.WHOLE, kind=LayerError)
     if not many:
         raise LayerError("layers=[]: at least one, or None for all of them")
-    return tuple(map(int, many))
+    return tuple(checks.whole("layers", one, allowed=allowed, kind=LayerError) for one in many)
 
 
 def _groups(positions: Any) -> tuple[tuple[int, ...], ...]:
     """Each position by itself, or several patched together."""
     if positions is None:
         return ()
+    allowed = "a whole number, or several that go together"
+
+    def many(value: Any) -> list[Any]:
+        return checks.several("positions", value, allowed, alone=checks.WHOLE)
+
     found = []
-    for one in [positions] if isinstance(positions, (int, np.integer)) else positions:
-        group = [one] if isinstance(one, (int, np.integer)) else list(one)
-        if not group or not all(isinstance(place, (int, np.integer)) for place in group):
-            raise RequestError(f"positions={one!r}: a whole number, or several that go together")
-        found.append(tuple(map(int, group)))
+    for group in map(many, many(positions)):
+        if not group:
+            raise RequestError(f"positions=[[]]: {allowed}")
+        found.append(tuple(checks.whole("positions", one, allowed=allowed) for one in group))
     if not found:
         raise RequestError("positions=[]: at least one, or None for all of them")
     return tuple(found)

@@ -490,11 +490,15 @@ def test_local_serves_a_model_and_is_gone_with_the_block(home):
     assert os.listdir(home) == []
 
 
-def test_local_says_why_it_cannot_serve_and_leaves_nothing(home):
+def test_local_says_why_it_cannot_serve_and_leaves_nothing(home, monkeypatch):
     async def main() -> None:
         with pytest.raises(UnknownModel, match="nonsense"):
             async with aio.local("nonsense"):
                 raise AssertionError("entered without a model")
+        with pytest.raises(RequestError, match='dtype=\'int8\': "auto", "float32"'):
+            async with aio.local("tiny", dtype="int8"):
+                raise AssertionError("entered without a server")
+        monkeypatch.setattr(aio, "check", lambda *_: None)  # the server finds out
         with pytest.raises(StartError, match="Invalid value for '--dtype'"):
             async with aio.local("tiny", dtype="int8"):
                 raise AssertionError("entered without a server")

@@ -1,5 +1,9 @@
 """Every mistake gets a sentence, loses nothing, and the next request is served."""
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -175,6 +179,126 @@ def test_wrong_wishes_for_logits_are_refused(tiny):
     for wrong in ("first", 0, -3, 209, True):
         with pytest.raises(errors.RequestError):
             tiny.run(FRANCE, logits=wrong)
+
+
+NO_NUMBER = ("a", b"1", None, [], {}, object())
+NO_WHOLE = (*NO_NUMBER, 2.5, math.nan, True, 2**70, -(2**70), 10**5000)
+NO_SECONDS = ("a", b"1", [], {}, object(), 1j, True, 0, -1, math.nan, -math.inf, 10**400)
+NO_TEXT = (b"a", None, True, 1, 2.5, [], {}, object())
+NO_PATH = (*NO_TEXT, "", "/", "a\0b")
+NO_FLAG = ("a", "", 0, 1, None, math.nan, [])
+
+# Every way in for a number, a word, a path: its name, what is wrong there, and the call.
+ARGUMENTS = [
+    ("timeout_s", NO_SECONDS, lambda here, value: here.connect(timeout_s=value)),
+    ("spin_us", (*NO_WHOLE, -1), lambda here, value: here.connect(spin_us=value)),
+    ("lane", NO_FLAG, lambda here, value: here.connect(lane=value)),
+    ("shared", NO_FLAG, lambda here, value: here.connect(shared=value)),
+    ("progress", ("a", 1, []), lambda here, value: here.connect(progress=value)),
+    ("key", (b"a", True, 1, [], "", "a\0b"), lambda here, value: here.connect(key=value)),
+    ("server_key", ("a", 1), lambda here, value: here.connect(server_key=value)),
+    ("endpoint", ("", b"a", 1, [], "ipc://a\0b"), lambda here, value: djinn.connect(value)),
+    ("name", NO_TEXT, lambda here, value: here.server.model(value)),
+    ("after", (*NO_WHOLE, -1), lambda here, value: here.server.events(value)),
+    ("kinds", ("", "x", ["x"], [1], 1, None), lambda here, value: here.server.events(kinds=value)),
+    ("session", (*NO_WHOLE, 0, -1), lambda here, value: here.server.runs(value)),
+    ("session", (*NO_WHOLE, 0, -1), lambda here, value: here.server.attach(value)),
+    ("save_at", (2.5, math.nan, object(), b"a", {}), lambda here, value: here.run(save_at=value)),
+    ("logits", (*NO_WHOLE, 0, -1), lambda here, value: here.run(logits=value)),
+    ("timeout_s", NO_SECONDS, lambda here, value: here.run(timeout_s=value)),
+    ("prompts", ("a", 1, None, [], {}), lambda here, value: here.model.batch(value)),
+    ("edits", (1, math.nan, {}), lambda here, value: here.model.batch([FRANCE], edits=value)),
+    ("static", (*NO_WHOLE, -1), lambda here, value: here.model.session(static=value)),
+    ("layers", (2.5, object(), b"a", {}, [True]), lambda here, value: here.trace(layers=value)),
+    ("positions", (2.5, "a", [[]], True), lambda here, value: here.trace(positions=value)),
+    ("tokens", (2.5, object(), b"a", True), lambda here, value: here.trace(tokens=value)),
+    ("memory", ("a", 2.5, True, 0, -1, 2**70), lambda here, value: here.trace(memory=value)),
+    ("text", NO_TEXT, lambda here, value: here.model.tokens(value)),
+    ("text", NO_TEXT, lambda here, value: here.model.encode(value)),
+    ("ids", ("a", None, 2.5, [1, [2]], True), lambda here, value: here.model.pieces(value)),
+    ("path", NO_PATH, lambda here, value: here.model.load_checkpoint(value)),
+    ("number", (*NO_WHOLE, 0, -1), lambda here, value: here.model.checkpoint(value)),
+    ("expected_s", (*NO_SECONDS, math.inf), lambda here, value: here.model.away(value)),
+    ("timeout_s", NO_SECONDS, lambda here, value: here.point.resume(timeout_s=value)),
+    ("hidden", ([1, [2]],), lambda here, value: here.point.resume(hidden=value)),
+    ("branches", (1, "a", None, {}), lambda here, value: here.point.sweep(value)),
+    ("logits", (*NO_WHOLE, 0), lambda here, value: here.point.sweep([[]], logits=value)),
+    ("timeout_s", NO_SECONDS, lambda here, value: here.point.sweep([[]], timeout_s=value).all()),
+    ("to", (*NO_TEXT, "disk"), lambda here, value: here.point.prefetch(value)),
+    ("to", (*NO_TEXT, "device", ""), lambda here, value: here.point.evict(value)),
+    ("path", NO_PATH, lambda here, value: here.point.save(value)),
+    ("k", NO_WHOLE, lambda here, value: here.point.top(value)),
+    ("batch", (*NO_WHOLE, 1, -1), lambda here, value: here.point.top(batch=value)),
+    ("positions", (2.5, "a", object()), lambda here, value: here.point.lens(value)),
+    ("k", NO_WHOLE, lambda here, value: here.point.lens(k=value)),
+    ("lens", (1, None, "a", (1, 2, 3)), lambda here, value: here.point.lens(0)[value]),
+    ("layer", NO_WHOLE[3:], lambda here, value: here.point.attention(value)),
+    ("index", ([1, [2]],), lambda here, value: here.point.hidden[value]),
+    ("k", (*NO_WHOLE, 0), lambda here, value: here.run().top(value)),
+    ("batch", (*NO_WHOLE, 1), lambda here, value: here.run().top(batch=value)),
+    ("max_new_tokens", ("a", 0, 2**70), lambda here, value: here.generate(max_new_tokens=value)),
+    ("seed", NO_WHOLE[3:], lambda here, value: here.generate(seed=value)),
+    ("top_p", ("a", math.nan, 10**400, True), lambda here, value: here.generate(top_p=value)),
+    ("ends", ("a", 2.5, 2**70), lambda here, value: here.generate(ends=value)),
+    ("by", (*NO_TEXT, "x"), lambda here, value: here.talk.back(by=value)),
+    ("timeout_s", NO_SECONDS, lambda here, value: here.generate(timeout_s=value).finish()),
+    ("Scale", ("2", None, math.nan, 10**400, True), lambda here, value: djinn.Scale(value)),
+    ("Skip", NO_WHOLE[1:], lambda here, value: djinn.Skip(value)),
+    ("Add", ([1, [2]], "a", math.nan), lambda here, value: djinn.Add(value)),
+    ("Step", NO_WHOLE, lambda here, value: djinn.Step(value)),
+    ("sent", (2**70,), lambda here, value: here.run(stop_at=value)),
+    ("sent", (2**70,), lambda here, value: here.run(edits=djinn.Zero(at=value))),
+    ("device", ("gpu", "cuda", "", 0, None), lambda here, value: here.local(device=value)),
+    ("dtype", ("int8", None, 0), lambda here, value: here.local(dtype=value)),
+    ("model", NO_TEXT, lambda here, value: here.local(value)),
+]
+
+
+@dataclass
+class Here:
+    """What a wrong argument is given to."""
+
+    connect: Any
+    server: Any
+    model: Any
+    point: Any
+    talk: Any
+
+    def run(self, **options):
+        return self.model.run(FRANCE, **options)
+
+    def trace(self, **options):
+        return self.model.trace(FRANCE, "the capital of germany is", **options).finish()
+
+    def generate(self, **options):
+        return self.talk.generate(FRANCE, **options)
+
+    def local(self, model="tiny", **options):
+        with djinn.local(model, **options):
+            raise AssertionError("a server was started")
+
+
+def test_what_no_argument_can_be_is_refused_where_it_is_given_and_names_the_argument(
+    served, server, tiny, point, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with tiny.session() as talk:
+        here = Here(served.connect, server, tiny, point, talk)
+        for name, values, call in ARGUMENTS:
+            for value in values:
+                with pytest.raises(errors.RequestError) as refused:
+                    call(here, value)
+                    pytest.fail(f"{name}: {value!r} was taken")
+                words = str(refused.value)
+                assert type(refused.value) is not errors.ProtocolError, words
+                assert name in words and len(words) < 250, words
+    assert not list(tmp_path.iterdir())
+
+
+def test_numpys_own_numbers_are_numbers(tiny, point):
+    assert tiny.run(FRANCE, stop_at=np.int64(2), timeout_s=np.float32(20)).layer == 2
+    assert tiny.run(FRANCE, logits=np.int32(2)).top(np.int64(2))
+    assert point.resume(djinn.Scale(np.array(1.0))).logits.tobytes()
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_refuses_text_by_name(server, tmp_path):

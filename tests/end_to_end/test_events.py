@@ -129,7 +129,7 @@ def test_over_tcp_and_from_asyncio_code_they_come_too(served):
 
 def test_it_ends_with_its_connection_and_a_wrong_kind_is_refused(served, serve):
     with served.connect() as server:
-        with pytest.raises(errors.RequestError, match='kind "runs"'):
+        with pytest.raises(errors.RequestError, match="kinds='runs'"):
             server.events(kinds=["runs"])
         events = server.events(last_of(server))
         with events:

@@ -144,7 +144,7 @@ def test_what_cannot_be_seen_is_refused_and_the_session_goes_on(model, france):
         (lambda: france.checkpoints[4].attention(), LayerError, "layer 5 does not exist"),
         (lambda: point.top(0), RequestError, "1 to 208 can be asked for"),
         (lambda: point.top(2.5), RequestError, "k=2.5: a whole number"),
-        (lambda: point.top(batch=1), RequestError, "prompt 1 of a batch of 1"),
+        (lambda: point.top(batch=1), RequestError, "batch=1: 0 to 0, of a batch of 1"),
         (lambda: france.lens(5), SelectionError, "position 5 of a prompt of 5"),
         (lambda: france.lens([]), SelectionError, "no position"),
         (lambda: france.lens(0)[3, 1], SelectionError, "has no position 1"),

@@ -123,8 +123,12 @@ def test_what_cannot_be_swept_is_refused_and_the_session_goes_on(model, point):
     gone.release()
     for call, kind, words in (
         (lambda: point.sweep([]), RequestError, "no branches"),
-        (lambda: point.sweep(Zero()), RequestError, "a sweep takes a list of branches"),
-        (lambda: point.sweep([Zero()], logits="all"), RequestError, "logits='all' of a sweep"),
+        (lambda: point.sweep(Zero()), RequestError, "a list of branches"),
+        (
+            lambda: point.sweep([Zero()], logits="all"),
+            RequestError,
+            'logits=\'all\': "last", "none", or how',
+        ),
         (lambda: point.sweep([Zero()], memory=-1), RequestError, "a positive number of bytes"),
         (lambda: point.sweep([Zero(), 3]).all(), RequestError, "3 is no edit"),
         (lambda: point.sweep([Zero(), Zero(at=(0, 9))]).all(), EditError, "branch 1: edit 0"),

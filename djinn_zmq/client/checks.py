@@ -1,0 +1,142 @@
+"""What a caller may give, looked at before anything travels. Each raises an error of *kind* that says what
+was given under which name, and what is allowed there.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from djinn_zmq.errors import RequestError
+
+Kind = type[RequestError]
+
+WHOLE = (int, np.integer)
+LARGEST = 2**63 - 1  # that travels, the sign apart
+SHOWN = 80  # characters of what was given
+
+
+def shown(value: Any) -> str:
+    """*value* as it was given, in a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, WHOLE) and not isinstance(value, bool)
+
+
+def whole(
+    what: str,
+    value: Any,
+    *,
+    least: int = -LARGEST,
+    most: int = LARGEST,
+    allowed: str = "",
+    kind: Kind = RequestError,
+) -> int:
+    """*value* as an int between *least* and *most*. allowed: in place of the words for these."""
+    if is_whole(value) and least <= value <= most:
+        return int(value)
+    if not allowed:
+        allowed = "a whole number"
+        if most < LARGEST:
+            allowed += f" from {least} to {most}"
+        elif least > -LARGEST:
+            allowed += f", {least} or more"
+    raise kind(f"{what}={shown(value)}: {allowed}")
+
+
+def number(what: str, value: Any, *, kind: Kind = RequestError) -> float:
+    """*value*, or the only element of an array or tensor, as a finite float."""
+    try:
+        if not isinstance(value, (str, bytes, bool)):
+            found = float(value)
+            if np.isfinite(found):
+                return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise kind(f"{what}={shown(value)}: a finite number")
+
+
+def seconds(what: str, value: Any, allowed: str = "a positive number of seconds") -> float:
+    """*value* as a float greater than 0; infinity is one."""
+    try:
+        if isinstance(value, (float, *WHOLE, np.floating)) and not isinstance(value, bool):
+            found = float(value)
+            if found > 0:
+                return found
+    except (TypeError, OverflowError):
+        pass
+    raise RequestError(f"{what}={shown(value)}: {allowed}")
+
+
+def flag(what: str, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise RequestError(f"{what}={shown(value)}: True or False")
+
+
+def text(what: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise RequestError(f"{what}={shown(value)}: text")
+
+
+def one_of(what: str, value: Any, allowed: Iterable[str]) -> str:
+    words = list(allowed)
+    if isinstance(value, str) and value in words:
+        return value
+    *some, last = [f'"{word}"' for word in words]
+    raise RequestError(f"{what}={shown(value)}: {', '.join(some)} or {last}")
+
+
+def path(what: str, value: Any) -> Path:
+    """A path with a file's name in it: text, or what pathlib makes."""
+    if isinstance(value, (str, os.PathLike)):
+        found = os.fspath(value)
+        if isinstance(found, str) and "\0" not in found and Path(found).name:
+            return Path(found)
+    raise RequestError(f"{what}={shown(value)}: the path of a file")
+
+
+def model(what: str, value: Any) -> str:
+    """What a model is asked for by."""
+    if isinstance(value, (str, os.PathLike)):
+        found = os.fspath(value)
+        if isinstance(found, str):
+            return found
+    raise RequestError(f"{what}={shown(value)}: a served name, a directory, or a hub id")
+
+
+def several(
+    what: str,
+    value: Any,
+    allowed: str,
+    *,
+    alone: tuple[type, ...] = (),
+    kind: Kind = RequestError,
+) -> list[Any]:
+    """The elements of a list, a tuple, an array, or of anything else that can be gone through, other than
+    text. alone: the types of what may stand without a list."""
+    if isinstance(value, alone):
+        return [value]
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
+        try:
+            return list(value)
+        except TypeError:  # an array without axes
+            pass
+    raise kind(f"{what}={shown(value)}: {allowed}")
+
+
+def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
+    """*value* as numpy takes it."""
+    try:
+        return np.asarray(value)
+    except (ValueError, OverflowError) as exc:
+        raise kind(f"{what}={shown(value)}: an array, or lists of one length") from exc
