@@ -156,10 +156,15 @@ def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
 
     saved = files.read(path)
     files.check_model(saved, session.model)
-    ids = np.array(files.array_of(saved, saved.ids))
+    ids = files.load(saved, saved.ids)
+    sharing = session.connection.sharing
+    dtype, shape = DTYPES[saved.hidden.dtype], saved.hidden.shape
+    # Where the engine reads it, if memory is shared: nothing is copied again.
+    hidden = np.empty(shape, dtype) if sharing.lease is None else sharing.array(dtype, shape)
+    files.read_into(saved, saved.hidden, memoryview(hidden.reshape(-1).view(np.uint8)))
     parcel = Parcel(session.connection, session.id)
     try:
-        hidden_sent = yield from parcel.place(files.array_of(saved, saved.hidden))
+        hidden_sent = yield from parcel.place(hidden)
         ids_sent = yield from parcel.place(ids)
         meta = tiers.Restore(saved.layer, hidden_sent, ids_sent)
         call = Call(Op.RESTORE, meta, session=session.id, buffers=parcel.buffers)

@@ -30,25 +30,42 @@ def read(
     tensor = record.kept.tensor
     if not 0 < asked.nbytes <= PIECE_LIMIT:
         raise RequestError(f"a piece of {asked.nbytes} bytes: 1 to {PIECE_LIMIT}")
-    where = tensor.where
+    where, saved = tensor.where, None
     if isinstance(where, Slot):
         whole = over(arenas.view(where, tensor.nbytes), tensor.dtype, tensor.shape)
     elif isinstance(where, File) and state is not None:
         saved = files.read(files.path_of(Path(state), where.number))
-        whole = files.array_of(saved, saved.hidden)
+        whole = files.mapped(saved, saved.hidden)
         if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
     else:
         raise OnDevice("the checkpoint is on its device alone: prefetch it to the host first")
-    chosen = whole[selection(asked.at, tensor.shape)]
+    chosen = whole[
+        (*selection(asked.at, tensor.shape), ...)
+    ]  # with "...": one number is a view, too
     flat = np.ascontiguousarray(chosen).reshape(-1).view(np.uint8)
     if not 0 <= asked.offset < flat.size:
         raise RequestError(f"offset {asked.offset} of a selection of {flat.size} bytes")
     data = flat[asked.offset : asked.offset + asked.nbytes].tobytes()
     if isinstance(where, Slot):
         arenas.recheck(where)
+    elif saved is not None:
+        files.check(saved, saved.hidden, whole, *_touched(whole, chosen, asked.offset, len(data)))
     piece = Tensor("uint8", (len(data),), Frame(0))
     return ReadReply(tensor.dtype, chosen.shape, piece), [data]
+
+
+def _touched(whole: np.ndarray, chosen: np.ndarray, offset: int, nbytes: int) -> tuple[int, int]:
+    """Between which bytes of *whole* lie those from *offset* on of *chosen*, a selection of it."""
+    if not np.may_share_memory(whole, chosen):  # a list's selection is a copy: of anything
+        return 0, whole.nbytes
+    first, last = offset // whole.itemsize, (offset + nbytes - 1) // whole.itemsize
+    at = np.unravel_index(
+        [first, last], chosen.shape or (1,)
+    )  # steps are positive: these are the ends
+    begin, end = np.dot(chosen.strides or (whole.itemsize,), at)
+    start = chosen.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    return start + int(begin), start + int(end) + whole.itemsize
 
 
 @dataclass(slots=True, eq=False)

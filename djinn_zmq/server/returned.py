@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from djinn_zmq.errors import AddressInUse, BadFile, UnknownCheckpoint
 from djinn_zmq.memory import files
@@ -101,8 +100,7 @@ class Returned:
         records = []
         for one in chosen:
             kept = msgspec.structs.replace(one.kept, session=session.id)
-            ids = np.array(files.array_of(one.saved, one.saved.ids))
-            records.append(KeptRecord(kept, inline(ids)))
+            records.append(KeptRecord(kept, inline(files.load(one.saved, one.saved.ids))))
         for one in chosen:
             del self._found[one.kept.id]
         return records

@@ -19,6 +19,7 @@ from djinn_zmq.errors import (
     RequestError,
     UnknownCheckpoint,
 )
+from djinn_zmq.memory import files
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
@@ -277,22 +278,67 @@ def test_a_saved_checkpoint_is_loaded_again_by_another_client(served, tiny, tmp_
 @pytest.mark.parametrize(
     ("harm", "text"),
     [
-        (lambda raw: raw[:100], "no safetensors file"),
-        (lambda raw: raw[:-1], "has changed|bytes"),
+        (lambda raw: raw[:100], "is cut short: its header takes"),
+        (lambda raw: raw[:-1], "is cut short"),
         (lambda raw: b"\xff" * 8 + raw[8:], "no safetensors file"),
-        (lambda raw: raw.replace(b'"tiny"', b'"huge"'), 'model "huge", not "tiny"'),
-        (lambda raw: raw.replace(b'"BF16"', b'"F128"'), "no checkpoint of Djinn's"),
-        (lambda raw: raw.replace(b'"layer": "2"', b'"layer": "9"'), "layer 9"),
-        (lambda raw: raw.replace(b"djinn-checkpoint-1", b"djinn-checkpoint-2"), "format"),
+        (lambda raw: raw.replace(b'"tiny"', b'"huge"'), "its header has the checksum"),
+        (lambda raw: raw.replace(b'"layer": "2"', b'"layer": "3"'), "its header has the checksum"),
+        (lambda raw: raw.replace(b"point-2", b"point-1"), 'format "djinn-checkpoint-1": .*-2" is'),
+        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "is damaged: bytes 0 to 40 of ids"),
     ],
 )
-def test_a_file_of_something_else_is_refused_by_name(tiny, tmp_path, harm, text):
+def test_a_file_of_something_else_or_a_damaged_one_is_refused_by_name(tiny, tmp_path, harm, text):
     path = tiny.run(FRANCE, stop_at=2).checkpoint.save(tmp_path / "point.safetensors")
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(BadFile, match=text):
+    with pytest.raises(BadFile, match=f"{path}.* ?{text}"):
         tiny.load_checkpoint(path)
     with pytest.raises(BadFile, match="No such file"):
         tiny.load_checkpoint(tmp_path / "nothing")
+
+
+def test_a_checkpoint_of_another_model_or_layer_is_refused_by_name(tiny, tmp_path):
+    arrays = {"hidden": np.zeros((1, 2, 64), "float32"), "ids": np.ones((1, 2), np.int64)}
+    facts = {"format": files.FORMAT, **files.facts_of(tiny.info)}
+    for layer, also, text in (
+        ("2", {"model": "huge"}, 'model "huge", not "tiny"'),
+        ("9", {}, 'layer 9: "tiny" has layers 0 to 4'),
+    ):
+        files.write(tmp_path / "one", arrays, facts | also | {"layer": layer})
+        with pytest.raises(BadFile, match=text):
+            tiny.load_checkpoint(tmp_path / "one")
+
+
+def test_a_changed_bit_in_the_disk_tier_is_found_whoever_reads_it(served, tiny, state, tmp_path):
+    point = tiny.run(numbered(1), stop_at=2).checkpoint
+    path = state / f"{point.id:016x}.safetensors"
+    bits, whole = np.asarray(point.hidden).tobytes(), point.resume().logits.tobytes()
+    point.evict("disk")
+    point.prefetch("host")  # it is in both
+    raw = path.read_bytes()
+    at = raw.rindex(bits[-8:]) + 7  # the last byte of hidden
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    assert point.resume().logits.tobytes() == whole  # the copy in memory is used
+    assert np.asarray(point.hidden).tobytes() == bits
+    point.evict("disk")
+    named = rf"{path.name} is damaged: bytes 262144 to 524288 of hidden have the checksum"
+    for use in (
+        point.resume,
+        point.norms,
+        point.prefetch,
+        lambda: point.hidden[-1, -1],
+        lambda: point.hidden[:, -1, ::2],
+        lambda: point.hidden[[0, 1], 5],
+        lambda: point.save(tmp_path / "elsewhere"),
+        lambda: tiny.load_checkpoint(path),
+    ):
+        with pytest.raises(BadFile, match=named):
+            use()
+    assert not (tmp_path / "elsewhere").exists()
+    assert np.asarray(point.hidden[0, 0]).tobytes() == bits[:128]  # what is good can be read
+    assert point.hidden[0, 0, 0] == np.frombuffer(bits, point.hidden.dtype)[0]
+    assert tiny.run(FRANCE).top(1)[0].token == "paris"
+    path.write_bytes(raw)
+    assert point.resume().logits.tobytes() == whole
 
 
 def test_a_file_that_is_damaged_on_the_disk_is_named_when_it_is_needed(tiny, state):

@@ -28,7 +28,10 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_written_is_read_with_the_same_bits_and_by_safetensors_too(path: Path) -> None:
     saved = files.read(path)
     assert saved.layer == 2 and saved.hidden.shape == (2, 5, 8)
-    assert files.array_of(saved, saved.hidden).tobytes() == HIDDEN.tobytes()
+    assert files.load(saved, saved.hidden).tobytes() == HIDDEN.tobytes()
+    whole = files.mapped(saved, saved.hidden)
+    files.check(saved, saved.hidden, whole, 0, whole.nbytes)
+    assert whole.tobytes() == HIDDEN.tobytes()
     target = bytearray(HIDDEN.nbytes)
     files.read_into(saved, saved.hidden, memoryview(target))
     assert bytes(target) == HIDDEN.tobytes()
@@ -37,13 +40,45 @@ def test_what_is_written_is_read_with_the_same_bits_and_by_safetensors_too(path:
     assert loaded["ids"].numpy().tolist() == IDS.tolist()
 
 
-def test_a_file_that_safetensors_wrote_is_read(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    tensors = {"hidden": torch.ones(1, 3, 4), "ids": torch.arange(3)[None]}
-    where = tmp_path / "theirs.safetensors"
-    pytest.importorskip("safetensors.torch").save_file(tensors, where, metadata=FACTS)
+def test_a_file_that_safetensors_wrote_anew_is_read_and_one_of_its_own_has_no_checksums(
+    path: Path, tmp_path: Path
+) -> None:
+    theirs = pytest.importorskip("safetensors.torch")
+    tensors, where = theirs.load_file(path), tmp_path / "theirs.safetensors"
+    theirs.save_file(tensors, where, metadata=files.read(path).metadata)
+    assert where.read_bytes() != path.read_bytes()  # in another order
     saved = files.read(where)
-    assert files.array_of(saved, saved.ids).tolist() == [[0, 1, 2]]
+    assert files.load(saved, saved.ids).tolist() == IDS.tolist()
+    theirs.save_file(tensors, where, metadata=FACTS)
+    with pytest.raises(BadFile, match="has no checksums"):
+        files.read(where)
+
+
+@pytest.mark.parametrize("name", ["hidden", "ids"])
+def test_a_changed_bit_of_a_tensor_is_found_by_every_reader_and_named(
+    tmp_path: Path, name: str
+) -> None:
+    """In its last byte, several checksums on: the parts before are good, and a row of them is read."""
+    arrays = {
+        "hidden": np.zeros((1, 3, files.SUMMED // 4), np.float32),
+        "ids": np.zeros((1, 3), np.int64),
+    }
+    where = tmp_path / "one.safetensors"
+    files.write(where, arrays, FACTS)
+    saved = files.read(where)
+    piece = getattr(saved, name)
+    with where.open("r+b") as file:
+        file.seek(piece.begin + piece.nbytes - 1)
+        file.write(b"\1")
+    text = (
+        rf"{where} is damaged: bytes \d+ to {piece.nbytes} of {name} have the checksum \w{{8}}, not"
+    )
+    with pytest.raises(BadFile, match=text):
+        files.load(saved, piece)
+    whole = files.mapped(saved, piece)
+    files.check(saved, piece, whole, 0, min(files.SUMMED, piece.nbytes - 1) * (name == "hidden"))
+    with pytest.raises(BadFile, match=text):
+        files.check(saved, piece, whole, piece.nbytes - 1, piece.nbytes)
 
 
 def test_a_write_that_fails_leaves_neither_the_file_nor_half_of_it(
@@ -60,7 +95,7 @@ def test_a_write_that_fails_leaves_neither_the_file_nor_half_of_it(
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_file_with_any_byte_changed_is_read_or_refused_by_name(
+def test_a_file_with_any_byte_changed_holds_what_was_written_or_is_refused_by_name(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     where = tmp_path_factory.mktemp("harm") / "one.safetensors"
@@ -70,10 +105,12 @@ def test_a_file_with_any_byte_changed_is_read_or_refused_by_name(
     where.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
     try:
         saved = files.read(where)
+        hidden, ids = files.load(saved, saved.hidden), files.load(saved, saved.ids)
     except BadFile as exc:
         assert str(where) in str(exc)
     else:
-        assert saved.nbytes == where.stat().st_size
+        assert (saved.layer, saved.metadata["format"]) == (2, files.FORMAT)
+        assert hidden.tobytes() == HIDDEN.tobytes() and ids.tobytes() == IDS.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -92,17 +129,21 @@ def test_a_file_with_any_byte_changed_is_read_or_refused_by_name(
 )
 def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path: Path, entry: object) -> None:
     ids = {"dtype": "I64", "shape": [2, 5], "data_offsets": [160, 240]}
-    text = json.dumps({"__metadata__": FACTS, "hidden": entry, "ids": ids}).encode()
+    facts = {**FACTS, "crc32.hidden": "0" * 8, "crc32.ids": "0" * 8}
+    tensors = {"hidden": entry, "ids": ids}
+    facts["crc32"] = files._sum_of_header(facts, tensors)
+    text = json.dumps({"__metadata__": facts, **tensors}).encode()
     where = tmp_path / "lies.safetensors"
     where.write_bytes(files.LENGTH.pack(len(text)) + text + bytes(240))
-    with pytest.raises(BadFile, match=str(where)):
+    with pytest.raises(BadFile, match=str(where)) as refused:
         files.read(where)
+    assert "hidden" in str(refused.value) and "Error" not in str(refused.value)
 
 
 def test_a_file_that_changes_after_it_was_looked_at_is_refused(path: Path) -> None:
     saved = files.read(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BadFile, match="has changed"):
-        files.array_of(saved, saved.hidden)
-    with pytest.raises(BadFile, match="ends after"):
-        files.read_into(saved, saved.ids, memoryview(bytearray(IDS.nbytes)))
+        files.mapped(saved, saved.hidden)
+    with pytest.raises(BadFile, match="is cut short: it ends at byte"):
+        files.load(saved, saved.ids)
