@@ -74,9 +74,13 @@ def private_dir(path: Path) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
+    except FileExistsError as exc:
+        raise AccessDenied(f"{path} is no directory: name one, or one to be made") from exc
     except OSError as exc:
-        raise AccessDenied(f"cannot use {path} for sockets: {exc.strerror}") from exc
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise AccessDenied(f"{path} cannot be made a directory: {exc.strerror}") from exc
+    if not stat.S_ISDIR(found.st_mode):
+        raise AccessDenied(f"{path} is no directory itself: name the one it leads to")
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise AccessDenied(
             f"{path} must be a directory of uid {os.getuid()} with mode 0700: it belongs to uid "
             f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}"

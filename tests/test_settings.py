@@ -88,8 +88,14 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     for name in ("link", "file", "dangling", "file/below"):
-        with pytest.raises(AccessDenied):
+        with pytest.raises(
+            AccessDenied, match=f"{tmp_path / name} (is no|cannot be made a) directory"
+        ):
             settings.private_dir(tmp_path / name)
+    with pytest.raises(
+        AccessDenied, match="^/dev/null is no directory: name one, or one to be made$"
+    ):
+        settings.private_dir(Path("/dev/null"))
 
 
 def test_a_directory_of_somebody_else_is_refused(

@@ -63,7 +63,8 @@ class Tiered:
         return self._kept.tiers[0]
 
     def save(self, path: str | os.PathLike[str]) -> Any:
-        """Write it to the file *path* (safetensors), whole or not at all. Returns the path.
+        """Write it to the file *path* (safetensors), whole or not at all, over a file that is there.
+        Returns the path. Raises BadFile, by name, where something else is, or it cannot be written.
 
         Any client of the same model makes a checkpoint of it again, with `Model.load_checkpoint`.
         """
@@ -79,9 +80,10 @@ class Tiered:
                 f"the checkpoint goes on from the keys and values of {self._kept.past} tokens, which "
                 "are not in it: save one of a plain run of all its tokens"
             )
-        hidden = yield from self._remote()._read(())
         from djinn_zmq.memory import files  # on first use: few clients write any
 
+        files.check_target(path)
+        hidden = yield from self._remote()._read(())
         facts = {"format": files.FORMAT, "layer": str(self._kept.layer)}
         try:
             files.write(

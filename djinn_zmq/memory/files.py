@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,14 @@ NAMES = {
     "bfloat16": "BF16",
     "float32": "F32",
     "float64": "F64",
+}
+KINDS = {
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
 }
 _DTYPES = {stored: name for name, stored in NAMES.items()}
 
@@ -202,6 +211,20 @@ def _write_all(fd: int, rest: memoryview, place: int) -> None:
         rest, place = rest[count:], place + count
 
 
+def check_target(path: Path) -> None:
+    """Raises BadFile where something stands at *path* that `write` should not put a file in the place of."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing; or writing will say why not
+    if not stat.S_ISREG(mode):
+        raise BadFile(f"{path} is a {_kind(mode)}: only a regular file is written over")
+
+
+def _kind(mode: int) -> str:
+    return KINDS.get(stat.S_IFMT(mode), "special file")
+
+
 def _sync_folder(folder: Path) -> None:
     """A rename is on the disk when the folder is."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -257,8 +280,10 @@ def read(path: Path) -> Saved:
 def _opened(path: Path) -> Iterator[int]:
     """A descriptor to read from. Raises BadFile for errors of reading it, too."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo waits for a writer
         try:
+            if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
+                raise BadFile(f"{path} is a {_kind(mode)}: only a regular file is read")
             yield fd
         finally:
             os.close(fd)

@@ -296,6 +296,23 @@ def test_a_file_of_something_else_or_a_damaged_one_is_refused_by_name(tiny, tmp_
         tiny.load_checkpoint(tmp_path / "nothing")
 
 
+def test_what_is_no_regular_file_is_neither_written_over_nor_read(tiny, tmp_path):
+    """A fifo nobody writes to would be waited for, for ever."""
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name, kind in (("pipe", "fifo"), ("link", "symbolic link"), ("", "directory")):
+        with pytest.raises(BadFile, match=f"{tmp_path / name} is a {kind}: only"):
+            point.save(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    for path, kind in ((tmp_path / "pipe", "fifo"), (tmp_path, "directory"), ("/dev/null", "dev")):
+        with pytest.raises(BadFile, match=f"{path} is a {kind}.*: only a regular file is read"):
+            tiny.load_checkpoint(path)
+    (tmp_path / "elsewhere").write_bytes(b"something of before")
+    point.save(tmp_path / "elsewhere")
+    assert tiny.load_checkpoint(tmp_path / "link").layer == 2
+
+
 def test_a_checkpoint_of_another_model_or_layer_is_refused_by_name(tiny, tmp_path):
     arrays = {"hidden": np.zeros((1, 2, 64), "float32"), "ids": np.ones((1, 2), np.int64)}
     facts = {"format": files.FORMAT, **files.facts_of(tiny.info)}
