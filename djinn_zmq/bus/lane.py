@@ -179,6 +179,10 @@ class Lane:
 
     # ---- receiving
 
+    def rung_ahead(self) -> bool:
+        """Its bell has rung: for nothing that is there already, neither a message nor room?"""
+        return not self._backlog and not self.unfinished()
+
     def receive(self) -> Whole | None:
         """The next message, or None when there is no whole one now. Its bytes are the caller's own.
 

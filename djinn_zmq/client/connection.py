@@ -34,7 +34,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import NOT_A_REPLY, Message
+from djinn_zmq.wire.codec import EXAMPLE_LIMIT, NOT_A_REPLY, Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
 
@@ -45,7 +45,6 @@ Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
 PROGRESS_CREDIT = 1000
-EXAMPLE_LIMIT = 512  # bytes: read in 2 us
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
 # Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.

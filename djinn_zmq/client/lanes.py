@@ -42,6 +42,7 @@ class Lanes:
         self._lanes: dict[int, Lane] = {}  # by engine
         self._numbers: dict[int, int] = {}  # the server's number of a lane → its engine
         self._refused: dict[int, float] = {}  # by engine: when, monotonic
+        self._asked: Lane | None = None  # of the last request
         self._epoll: select.epoll | None = None  # of the lease socket and all bells
 
     def __iter__(self) -> Iterator[Lane]:
@@ -61,7 +62,8 @@ class Lanes:
         if engine is None:
             return None
         lane = self._lanes.get(engine)
-        return self._make(session, engine) if lane is None else lane
+        self._asked = self._make(session, engine) if lane is None else lane
+        return self._asked
 
     def _make(self, session: int, engine: int) -> Lane | None:
         lease = self._sharing.lease
@@ -90,9 +92,9 @@ class Lanes:
         return lane
 
     def wake(self) -> None:
-        """Have the engines wake up while a request to them is still being made."""
-        for lane in self._lanes.values():
-            lane.ring()
+        """Have the engine that was asked last wake up while a request, most likely to it, is made."""
+        if self._asked is not None:
+            self._asked.ring()
 
     def disturbed(self) -> bool:
         """Has something come on the lease socket: perhaps that an engine is gone?"""
@@ -129,6 +131,8 @@ class Lanes:
         self._on_change()
         if self._epoll is not None:
             self._epoll.unregister(lane)
+        if lane is self._asked:
+            self._asked = None
         lane.close()
 
     def close(self) -> None:

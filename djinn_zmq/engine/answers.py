@@ -8,7 +8,7 @@ from djinn_zmq.bus.lane import Piece
 from djinn_zmq.bus.link import Link
 from djinn_zmq.engine.lanes import TAG, Lanes
 from djinn_zmq.errors import DjinnError
-from djinn_zmq.wire import codec
+from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
@@ -19,8 +19,11 @@ REPLY, PART = int(Flag.REPLY), int(Flag.PART)
 
 
 class Answers:
-    def __init__(self, link: Link, lanes: Lanes) -> None:
+    def __init__(self, link: Link, lanes: Lanes, *, rings_server: bool) -> None:
+        """rings_server: ahead of an answer; it is no use where the server does not stay awake for it."""
         self._link = link
+        self._rings_server = rings_server
+        self._last: tuple[int, Any] = Op.PING, messages.Pong("idle")
         self._lanes = lanes
         self._stored: dict[int, OrderedDict[int, tuple[bytes, Sequence[Piece]]]] = {}
 
@@ -31,9 +34,12 @@ class Answers:
             self._link.send(envelope, frame, buffers)
 
     def soon(self, envelope: bytes) -> None:
-        """The answer will be there in the time that a client takes to wake up: wake it now."""
+        """The answer will be there in the time that its client, or the server, takes to wake up: wake
+        it now. The server not where there is more to do before the next answer."""
         if envelope[:1] == TAG:
             self._lanes.wake(envelope)
+        elif self._rings_server and not self._link.lane.unfinished():
+            self._link.lane.ring()
 
     def answer(
         self,
@@ -54,11 +60,17 @@ class Answers:
             buffers=len(buffers),
         )
         self.send(envelope, frame, buffers)
+        self._last = header.op, meta
         if store and len(frame) + sum(len(buffer) for buffer in buffers) <= STORED_NBYTES:
             stored = self._stored.setdefault(header.session, OrderedDict())
             stored[header.request] = (frame, list(buffers))
             if len(stored) > STORED_LIMIT:
                 stored.popitem(last=False)
+
+    def rehearse(self) -> None:
+        """Make the last answer once more, for nobody."""
+        op, meta = self._last
+        codec.encode(op, meta, flags=REPLY)
 
     def part(self, envelope: bytes, header: Header, meta: Any, buffers: Sequence[Piece]) -> None:
         """A part of the answer; the answer itself is still to come."""

@@ -24,7 +24,7 @@ from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.forwards import Forwarder
 from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.lanes import Lanes
+from djinn_zmq.engine.lanes import PING, Lanes
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
@@ -51,7 +51,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.settings import Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import NOBODYS, OF_ANSWERS, Header, Message
+from djinn_zmq.wire.codec import EXAMPLE_LIMIT, NOBODYS, OF_ANSWERS, OP, Header, Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
@@ -84,9 +84,11 @@ class EngineLoop:
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
         self._adopting = False
+        self._example: Piece = b""  # a request, of those that came
         self._poll = Poll(settings.spin_us)
+        self._poll.meanwhile = self._rehearse
         self._lanes = Lanes(self._poll, settings, self._take_on_lane, self._on_broken_lane)
-        self._answers = Answers(link, self._lanes)
+        self._answers = Answers(link, self._lanes, rings_server=self._poll.stays_awake)
         self._telling = Telling(self._answers, self._keeping, self._sessions)
         self._debugging = Debugging(
             self._keeping, self._runner, self._turns, self._answers, self._telling, self._sessions,
@@ -171,7 +173,7 @@ class EngineLoop:
                     # call, and finds that we have it back: for half a minute, on a machine that wakes
                     # slowly. Long enough asleep, and it gets it.
                     time.sleep(GIVE_WAY_S)
-                if self._settings.spin_us:
+                if self._poll.stays_awake or self._settings.spin_us:
                     self._poll.may_spin = not tiers.beside  # the same
                 self._poll.turn(wait_s)
                 if self._stays:
@@ -206,6 +208,8 @@ class EngineLoop:
         if frames is None:
             return False
         envelope, frame, buffers = frames
+        if frame[OP] == PING:
+            self._answers.soon(envelope)
         self._take(envelope, codec.peek(frame), frame, buffers)
         return self._link.lane.unfinished()
 
@@ -213,6 +217,13 @@ class EngineLoop:
         for _ in range(MANY):
             if not self._on_link():
                 return
+
+    def _rehearse(self) -> None:
+        """Read a request and make an answer once more, for nobody: what does that will not be cold when
+        the next request is there."""
+        if self._example:
+            codec.decode(self._example)
+        self._answers.rehearse()
 
     def _on_lease(self) -> None:
         # Not `receive`, which waits: what the socket spoke of may have been taken by a question since.
@@ -270,6 +281,8 @@ class EngineLoop:
             if self._adopting:
                 self._finish_adopting(header)
             if envelope:
+                if not buffers and len(frame) <= EXAMPLE_LIMIT:
+                    self._example = frame
                 self._request(envelope, message, begin_ns)
             else:
                 self._notices[header.op](message)

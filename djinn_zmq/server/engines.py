@@ -113,6 +113,11 @@ class Engine:
         """A message of the server's own."""
         self._put(b"", codec.encode(op, meta, session=session, request=request), ())
 
+    def wake(self) -> None:
+        """A request for it is most likely being read: have it wake up meanwhile, where it has no other."""
+        if self.state is READY and not self.owed and self.link is not None:
+            self.link.lane.ring()
+
     def forward(
         self,
         envelope: bytes,

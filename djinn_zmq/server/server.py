@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 NEVER = float("inf")
 # Answered by what the engines have told of what is kept, and where.
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
-PING, MORE = int(Op.PING), int(Op.MORE)
+PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
@@ -120,6 +120,7 @@ class Server:
             self.news,
             self.returned,
         )
+        self._asked: Engine | None = None  # the engine that the last request went to
         self._poll = Poll(settings.spin_us)
         self._poll.watch(self._wake_read, self._on_wake)
         self._poll.watch(self.arenas, self.arenas.serve)
@@ -180,6 +181,8 @@ class Server:
     # ---- the bus
 
     def _on_bus(self, tag: bytes, router: Router) -> bool:
+        if self._poll.stays_awake and self._asked is not None:
+            self._asked.wake()
         incoming = router.receive()
         if incoming is None:
             return False
@@ -237,11 +240,11 @@ class Server:
             # To look at what a session runs is not to take it over.
             look = header.op == Op.RUNS
             session = (self.registry.owned if look else self.registry.session_of)(peer, number)
-        engine = self.fleet.engines[session.engine]
+        engine = self._asked = self.fleet.engines[session.engine]
         if header.op == MORE:  # never answered, so never owed
             engine.pass_on(peer.envelope, frame, buffers)
             return
-        if header.flags & Flag.ONE_WAY:
+        if header.flags & ONE_WAY:
             raise ProtocolError(f"{Op(header.op).name} is answered: it is not sent one way")
         again = (peer.envelope, header.request) in engine.owed  # one answer comes, to both askings
         if session.waiting >= self.settings.queue_limit and not again:
@@ -360,12 +363,12 @@ class Server:
             return False
         envelope, frame, buffers = frames
         if envelope:
+            self._reply(envelope, frame, buffers)  # first: its client waits for it, the rest can
             header = codec.peek(frame)
             if not header.flags & UNFINISHED and engine.owed.pop((envelope, header.request), None):
                 session = self.registry.sessions.get(header.session)
                 if session is not None:
                     session.waiting -= 1
-            self._reply(envelope, frame, buffers)
         else:
             self.fleet.on_message(engine, frame, buffers)
         return link.lane.unfinished()

@@ -31,6 +31,7 @@ HEADER = struct.Struct("<2sBBHHQQII")
 HEADER_SIZE = HEADER.size
 OP = slice(3, 4)  # of frame 0, for who cannot wait for `peek`
 BUFFERS_LIMIT = 64
+EXAMPLE_LIMIT = 512  # bytes of a frame that is read once more while its like is waited for: 2 us
 
 Buffer = bytes | memoryview
 

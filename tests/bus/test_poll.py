@@ -180,6 +180,65 @@ def test_a_lane_whose_other_end_waits_for_room_is_looked_at_until_it_is_told(pol
     theirs.close()
 
 
+@pytest.fixture
+def awake(poll: Poll) -> Iterator[tuple[Poll, Lane, list[str]]]:
+    """A poll that stays awake, on a machine of any size; a lane's other end; and what it does when."""
+    ours, theirs = lanes()
+    poll.stays_awake = True
+    done: list[str] = []
+
+    def ready() -> bool:
+        message = ours.receive()
+        done.append("nothing" if message is None else message[1].decode())
+        return ours.unfinished()
+
+    poll.meanwhile = lambda: done.append("meanwhile")
+    poll.watch_lane(ours, ready)
+    poll.turn(0)  # it may have been written to before
+    done.clear()
+    yield poll, theirs, done
+    ours.close()
+    theirs.close()
+
+
+def test_who_is_rung_ahead_stays_awake_for_the_message_and_not_for_its_ring(awake) -> None:
+    poll, theirs, done = awake
+    poll.meanwhile = lambda: (done.append("meanwhile"), theirs.send(b"", b"message"))
+    for _ in range(3):
+        theirs.ring()
+        poll.turn(5.0)  # while it waits, the message comes
+        poll.turn(5.0)  # the message's own ring
+        assert done == ["meanwhile", "message", "nothing"]
+        done.clear()
+
+
+def test_who_was_rung_for_nothing_stays_awake_for_that_lane_once_until_it_speaks(awake) -> None:
+    poll, theirs, done = awake
+    for _ in range(3):
+        theirs.ring()
+        poll.turn(5.0)
+    assert done == ["meanwhile", "nothing", "nothing", "nothing"]
+    theirs.send(b"", b"message")
+    poll.turn(5.0)
+    theirs.ring()
+    poll.turn(5.0)
+    assert done[4:] == ["message", "meanwhile", "nothing"]
+
+
+def test_who_is_rung_ahead_and_has_other_work_does_not_stay_awake_for_it(awake) -> None:
+    poll, theirs, done = awake
+    read, write = os.pipe()
+    poll.watch(read, lambda: done.append(os.read(read, 1).decode()))
+    theirs.ring()
+    poll.turn(0)  # who asks so has work
+    theirs.ring()
+    os.write(write, b"x")
+    poll.turn(5.0)
+    assert sorted(done) == ["nothing", "nothing", "x"]
+    os.close(read)
+    os.close(write)
+
+
 def test_who_spins_waits_no_longer_than_was_said() -> None:
     poll = Poll(spin_us=30_000_000)
     begin = time.monotonic()

@@ -1,5 +1,6 @@
 """A client's lanes: waiting for an engine that rings ahead of what it says."""
 
+import select
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.settings import Settings
-from djinn_zmq.wire.messages import Granted, Offer
+from djinn_zmq.wire.messages import Broken, Granted, Offer
 
 SESSION, ENGINE = 7, 0
 
@@ -64,3 +65,15 @@ def test_a_bell_with_nothing_behind_it_ends_no_wait(ends):
     assert time.monotonic() - begin_s > 0.04
     engine.send(b"", b"later")
     assert lanes.hear(lane, 10.0)[1] == b"later"
+
+
+def test_the_engine_that_was_asked_last_is_woken_while_a_request_is_made(ends):
+    lanes, engine = ends
+    engine.hush()
+    lanes.wake()
+    assert select.select([engine], [], [], 0)[0]
+    lost, _ = lanes.on_broken(Broken(1, "gone"))
+    lanes.drop(lost)
+    engine.hush()
+    lanes.wake()
+    assert not select.select([engine], [], [], 0)[0]
