@@ -27,7 +27,7 @@ def ps(endpoint: str | None, key: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(_named(status))).decode())
     else:
-        click.echo(_report(status, elapsed_s))
+        click.echo(report(status, elapsed_s))
 
 
 def _named(value: object) -> object:
@@ -39,7 +39,7 @@ def _named(value: object) -> object:
     return value
 
 
-def _report(status: StatusReply, elapsed_s: float) -> str:
+def report(status: StatusReply, elapsed_s: float) -> str:
     memory = status.memory
     parts = [
         (
@@ -121,6 +121,10 @@ def _report(status: StatusReply, elapsed_s: float) -> str:
                     format_bytes(one.limit) if one.limit else "none",
                 )
                 for one in memory.tiers
+            ]
+            + [
+                ("unclaimed", "-", str(memory.unclaimed), format_bytes(memory.unclaimed_nbytes), "")
+                for _ in range(memory.unclaimed > 0)
             ],
         ),
         (

@@ -248,7 +248,7 @@ class Model:
 
     def returned(self) -> Any:
         """Your checkpoints of this model that came back from the disk when the server started, and
-        that no session has: a list with .id, .layer, .tensor. `checkpoint` takes one up again."""
+        that no session has. They stay, and take room of --disk, until one does: a list with .id, .layer, .tensor. `checkpoint` takes one up again."""
         return self.drive(self._returned())
 
     def _returned(self) -> Operation[list[Kept]]:
@@ -256,7 +256,9 @@ class Model:
         return list(reply.kept)
 
     def checkpoint(self, number: int) -> Any:
-        """Take up checkpoint *number* of those that `returned` lists: it is this session's then."""
+        """Take up checkpoint *number* of those that `returned` lists: it is this session's then, and goes
+        with it, its file too, when it is released, or the session ends before the server does. `save` it
+        to keep it longer."""
         allowed = "the number of one of model.returned()"
         number = checks.whole("number", number, least=1, most=2**64 - 1, allowed=allowed)
         return self.drive(self._checkpoint(number))

@@ -25,6 +25,7 @@ class Disk:
         self.folder = folder
         self.limit = limit if folder is not None else 0
         self.used = 0  # bytes of the files there are, and of those being written
+        self.unclaimed = 0  # bytes of files that are no session's, and ours to leave room for
         self.trouble = ""  # what the last failed write said
         self._wake = wake
         self._writer = ThreadPoolExecutor(1, "djinn-disk-writer")
@@ -37,12 +38,16 @@ class Disk:
         return bool(self._under_way)
 
     def fits(self, nbytes: int) -> bool:
-        return self.folder is not None and self.used + nbytes <= self.limit
+        return self.folder is not None and self.used + self.unclaimed + nbytes <= self.limit
 
     def full(self, nbytes: int) -> ArenaFull:
+        free = max(0, self.limit - self.used - self.unclaimed)
+        those = ""
+        if self.unclaimed:
+            those = f", {format_bytes(self.unclaimed)} of it with what model.returned() lists"
         return ArenaFull(
-            f"{format_bytes(nbytes)} of disk asked, {format_bytes(max(0, self.limit - self.used))} "
-            f"free, limit {format_bytes(self.limit)}: release checkpoints, or serve with more --disk"
+            f"{format_bytes(nbytes)} of disk asked, {format_bytes(free)} free, limit "
+            f"{format_bytes(self.limit)}{those}: release checkpoints, or serve with more --disk"
         )
 
     def save(

@@ -111,6 +111,7 @@ class EngineLoop:
             Op.ADOPT: self._adopt,
             Op.LET_GO: self._let_go_of_held,
             Op.TELL: self._debugging.tell,
+            Op.UNCLAIMED: self._unclaimed,
         }
         self._requests = {
             Op.PING: self._ping,
@@ -378,6 +379,9 @@ class EngineLoop:
         lost = self._keeping.adopt(meta.kept, ids, session.owner, dict(meta.facts))
         if lost:
             self._answers.tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
+
+    def _unclaimed(self, message: Message) -> None:
+        self._keeping.disk.unclaimed = message.meta.nbytes
 
     def _finish_adopting(self, header: Header) -> None:
         if header.op not in (Op.ADOPT, Op.ENTER):

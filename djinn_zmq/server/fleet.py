@@ -12,6 +12,7 @@ from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
+from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.attach import Happened, LetGo, Tell
@@ -20,7 +21,7 @@ from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opene
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.talks import Held
 from djinn_zmq.wire.tensors import Slot
-from djinn_zmq.wire.tiers import Moved
+from djinn_zmq.wire.tiers import Moved, Unclaimed
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Fleet:
         registry: Registry,
         arenas: Arenas,
         journal: Journal,
+        returned: Returned,
         reply: Reply,
     ) -> None:
         """reply: sends (envelope, frame, buffers) to a peer."""
@@ -56,6 +58,8 @@ class Fleet:
         self._registry = registry
         self._arenas = arenas
         self._journal = journal
+        self._returned = returned
+        self._settings = settings
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
         self._tells = False  # are engines to tell of runs?
@@ -155,6 +159,7 @@ class Fleet:
             self._journal.tell("engine", text)
             if self._tells:
                 engine.tell(Op.TELL, Tell(True))
+            self._tell_unclaimed(engine)
         elif message.header.op == Op.LOAD:
             self._on_load(engine, message)
         elif isinstance(meta, Keep):
@@ -302,6 +307,15 @@ class Fleet:
             session.kept[record.kept.id] = record
             meta = Adopt(record.ids, (record.kept,), _facts(session))
             engine.tell(Op.ADOPT, meta, session=session.id)
+        for one in self.engines:
+            if one.state in (states.Engine.READY, states.Engine.LOADING):
+                self._tell_unclaimed(one)
+
+    def _tell_unclaimed(self, engine: Engine) -> None:
+        """Files that no session has yet are everybody's: each engine has room for its share less."""
+        if self._settings.disk:
+            share = -(-self._returned.nbytes // len(self.engines))
+            engine.tell(Op.UNCLAIMED, Unclaimed(share))
 
     def _hand_over(self, engine: Engine, session: Session) -> None:
         def run_of(record: KeptRecord) -> int:

@@ -18,6 +18,7 @@ from djinn_zmq.wire.messages import ModelInfo, SessionInfo
 from djinn_zmq.wire.tensors import Slot, Tensor
 from djinn_zmq.wire.tiers import TIERS, Kept, TierInfo
 
+STRANGER = "tcp:"  # what the owner of a connection begins with that is its own owner
 PROGRAM_LIMIT = 200  # bytes of a command line
 
 

@@ -137,6 +137,8 @@ class Requests:
                     + self._arenas.staged(),
                     checkpoints=sum(record.kept.layer >= 0 for record in kept),
                     tiers=tuple(self._tiers()),
+                    unclaimed=len(self._returned),
+                    unclaimed_nbytes=self._returned.nbytes,
                 ),
             ),
             (),

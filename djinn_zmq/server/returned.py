@@ -1,7 +1,9 @@
 """Checkpoints in files that a server of before left in the state directory.
 
 They belong to whom they belonged, under the numbers they had, until their owner claims them for a
-session. What is no whole file of a checkpoint is left alone, and named in the log.
+session: then they are the session's, and go with it. Until then they stay, and count as what is on the disk.
+What is no whole file of a checkpoint is left alone, and what nobody can go on from is removed; both are named
+in the log.
 
 The directory is one server's at a time: it removes, at its start and later, what nobody can need any more.
 """
@@ -17,7 +19,7 @@ import msgspec
 from djinn_zmq.errors import AddressInUse, BadFile, UnknownCheckpoint
 from djinn_zmq.memory import files
 from djinn_zmq.memory.files import Saved
-from djinn_zmq.server.registry import KeptRecord, Session
+from djinn_zmq.server.registry import STRANGER, KeptRecord, Session
 from djinn_zmq.settings import private_dir
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.tensors import File, Tensor, inline
@@ -31,6 +33,7 @@ class Found:
     saved: Saved
     kept: Kept  # of no session yet
     owner: str
+    file: int  # its inode: several numbers may share one
 
 
 class Returned:
@@ -62,19 +65,26 @@ class Returned:
         except (ValueError, KeyError, BadFile) as exc:
             _log.warning("%s in the state directory is left alone: %s", path.name, exc)
             return
-        if saved.metadata.get("needs"):  # what it went on from beside this died with its engine
+        reason = ""
+        if needs := saved.metadata.get("needs"):
+            reason = f"what it needs beside its file ({needs}) ended with its engine"
+        elif owner.startswith(STRANGER):
+            reason = "it was of a connection without a key, which is over"
+        if reason:
+            _log.warning("checkpoint %x after layer %d is removed: %s", number, saved.layer, reason)
             path.unlink(missing_ok=True)
             return
         hidden = Tensor(saved.hidden.dtype, saved.hidden.shape, File(number))
         kept = Kept(number, 0, number, saved.layer, hidden, tiers=("disk",))
-        self._found[number] = Found(saved, kept, owner)
+        self._found[number] = Found(saved, kept, owner, path.stat().st_ino)
 
     def __len__(self) -> int:
         return len(self._found)
 
     @property
     def nbytes(self) -> int:
-        return sum(one.saved.nbytes for one in self._found.values())
+        """Bytes of their files."""
+        return sum({one.file: one.saved.nbytes for one in self._found.values()}.values())
 
     def of(self, owner: str, info: ModelInfo) -> tuple[Kept, ...]:
         """What there is of *owner*'s for the model *info*."""

@@ -32,7 +32,7 @@ from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.lanes import Lanes
 from djinn_zmq.server.news import News
-from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.registry import STRANGER, Peer, Registry
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
@@ -105,7 +105,14 @@ class Server:
             lease_path, settings, self._on_gone, self._on_offer, self.registry.has_in
         )
         self.fleet = Fleet(
-            devices, dtype, settings, self.registry, self.arenas, self.journal, self._reply
+            devices,
+            dtype,
+            settings,
+            self.registry,
+            self.arenas,
+            self.journal,
+            self.returned,
+            self._reply,
         )
         self.lanes = Lanes(self.registry, self.fleet.engines)
         self.requests = Requests(
@@ -203,7 +210,7 @@ class Server:
             uid, _, process = map(int, address.split(":")[-3:])
             owner = f"uid:{uid}"
         else:  # anybody on this machine: each connection is a stranger to the others
-            owner = f"tcp:{route.hex()}"
+            owner = f"{STRANGER}{route.hex()}"
         envelope = tag + route
         peer = Peer(envelope, router, route, owner, bool(user) or uid is not None, uid, process)
         self.registry.peers[envelope] = peer

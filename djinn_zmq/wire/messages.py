@@ -87,6 +87,8 @@ class MemoryInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     used: int  # in slots that hold something
     checkpoints: int
     tiers: tuple[TierInfo, ...] = ()
+    unclaimed: int = 0  # checkpoints in files of a server of before, of no session yet
+    unclaimed_nbytes: int = 0  # of their files
 
 
 # ---- client → server
@@ -369,6 +371,7 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.GO_ON: attach.GoOn,
     Op.RUNS: attach.Runs,
     Op.LET_GO: attach.LetGo,
+    Op.UNCLAIMED: tiers.Unclaimed,
     Op.TELL: attach.Tell,
     Op.HAPPENED: attach.Happened,
 }

@@ -167,6 +167,13 @@ class RestoreReply(msgspec.Struct, **message(Op.RESTORE)):
 # ---- server ↔ engine
 
 
+class Unclaimed(msgspec.Struct, **message(Op.UNCLAIMED)):
+    """From the server: files of a server of before, which no session has claimed, take so many bytes of
+    what the engine may have on the disk."""
+
+    nbytes: int
+
+
 class Moved(msgspec.Struct, **message(Op.MOVED)):
     """From an engine: this is where it is now. how: "evict", "prefetch" or "write" (a file)."""
 

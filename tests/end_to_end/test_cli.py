@@ -405,7 +405,7 @@ def test_a_runtime_directory_that_others_can_enter_is_refused(refused, refused_s
 def test_a_runtime_directory_that_is_a_link_is_refused(refused_server, home, tmp_path):
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (home / "djinn").symlink_to(tmp_path / "elsewhere")
-    assert "must be a directory of uid" in refused_server("--port", 0)
+    assert "djinn is no directory" in refused_server("--port", 0)
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")

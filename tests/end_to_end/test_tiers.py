@@ -1,6 +1,7 @@
 """Checkpoints in three tiers: they move as memory asks for it, and resume with the same bits."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import djinn_zmq as djinn
+from djinn_zmq.cli.ps import report
 from djinn_zmq.client.calls import Call
 from djinn_zmq.errors import (
     AccessDenied,
@@ -402,11 +404,14 @@ def _copies(point) -> tuple[str, ...]:
 def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tmp_path):
     state = tmp_path / "state"
     with serve("--model=tiny", f"--state={state}", port=free_port()) as running:
-        with running.connect() as server:
+        with running.connect() as server, djinn.connect(running.tcp) as stranger:
             tiny = server.model("tiny")
-            whole = tiny.run(FRANCE).logits.tobytes()
-            point, left = (tiny.run(FRANCE, stop_at=layer).checkpoint for layer in (2, 3))
-            point.evict("disk")
+            whole = tiny.run(numbered(1)).logits.tobytes()
+            point, left = (tiny.run(numbered(1), stop_at=layer).checkpoint for layer in (2, 3))
+            inside = tiny.run(FRANCE, stop_at="layers.1.mlp").checkpoint
+            strange = stranger.model("tiny").run(FRANCE, stop_at=1).checkpoint
+            for one in (point, inside, strange):
+                one.evict("disk")
             number = point.id
             (state / ".half.tmp").write_bytes(b"of the one that runs")
             command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
@@ -423,8 +428,15 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
     del left
     (state / "deadbeef.safetensors").write_bytes(b"no checkpoint")
     (state / ".half.tmp").write_bytes(b"half")
-    with serve("--model=tiny", f"--state={state}", port=free_port()) as running:
+    with serve("--model=tiny", f"--state={state}", "--disk=1", port=free_port()) as running:
         assert not (state / ".half.tmp").exists()
+        assert {path.name for path in state.iterdir()} == {
+            "deadbeef.safetensors",
+            f"{number:016x}.safetensors",
+        }
+        for gone, why in ((inside, "(layers.1.mlp) ended with its engine"), (strange, "a key")):
+            said = f"checkpoint {gone.id:x} after layer {gone.layer} is removed: "
+            assert said in running.words() and why in running.words()
         with djinn.connect(running.tcp) as stranger:
             theirs = stranger.model("tiny")
             assert theirs.returned() == []
@@ -433,6 +445,15 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
         with running.connect() as server:
             tiny = server.model("tiny")
             assert [(kept.id, kept.layer) for kept in tiny.returned()] == [(number, 2)]
+            memory = server.status().memory
+            nbytes = (state / f"{number:016x}.safetensors").stat().st_size
+            assert (memory.unclaimed, memory.unclaimed_nbytes) == (1, nbytes)
+            assert re.search(r"unclaimed +- +1 +5\d\d\.\d KiB", report(server.status(), 0.0))
+            more = tiny.run(numbered(2), stop_at=2).checkpoint
+            with pytest.raises(
+                ArenaFull, match=r"limit 1.0 MiB, 5\d\d.\d KiB of it with what model"
+            ):
+                more.evict("disk")
             tiny.ping()
             # The engine is at this for a while: it finds the server's word and the client's at once.
             long = messages.Tokens("the capital " * 9000, None)
@@ -442,7 +463,8 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
             assert (again.id, again.layer, resumed) == (number, 2, whole)
             assert repr(again).endswith("disk>")  # as it was claimed
             assert np.asarray(again.hidden).shape == again.shape
-            assert tiny.returned() == []
+            assert tiny.returned() == [] and server.status().memory.unclaimed == 0
+            assert more.evict("disk") == "disk"
             with pytest.raises(UnknownCheckpoint):
                 tiny.checkpoint(number)
 
