@@ -1,13 +1,19 @@
 """How the suite is spread over workers, and what they begin with."""
 
+import gc
 import os
 import signal
+import sys
 
 import pytest
 
 FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
 
 
+# Where a user's environment forbids bytecode, each of some 370 processes would compile this package anew,
+# and each worker the tests with their assertions.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job: children inherit it
@@ -17,6 +23,18 @@ if (
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: a worker often waits, for an engine to start or a time to pass."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_configure() -> None:
+    # What is imported stays: looking through it for garbage, again and again, takes a third of a second,
+    # and tests that count what they leave behind do so twice each.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
