@@ -63,7 +63,7 @@ def test_what_has_no_figure_is_not_measured_and_says_why(tmp_path):
 
 
 def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkeypatch):
-    options = ("--samples=4", f"--json={tmp_path / 'import.json'}")
+    options = ("--samples=2", f"--json={tmp_path / 'import.json'}")
     made = {
         "noop": Part("no-op", "bench.there_is_none", (), 20),
         "import": Part("import", "bench.import_time", options, 60),

@@ -1,7 +1,5 @@
 """Fifty stopped sessions in small: the validation block decides."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +26,9 @@ validation: {sessions: 6, token_accuracy: 1.0, others_right: true, everything_fr
 def test_all_sessions_resume_with_the_plain_models_tokens_and_a_figure_is_drawn(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG % "")
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.memory_pressure", f"--config={path}", f"--output-dir={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    options = [f"--config={path}", f"--output-dir={tmp_path}"]
+    ended = CliRunner().invoke(memory_pressure.main, options)
+    assert ended.exit_code == 0, ended.output
     found = schema.read(tmp_path / "memory_pressure.json")
     assert len(found.checks) == 4 and all(one.held for one in found.checks)
     assert sorted(row["session"] for row in found.tables["resumes"]) == list(range(6))

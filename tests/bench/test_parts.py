@@ -14,12 +14,12 @@ def test_a_part_whose_time_is_over_writes_what_it_has(tmp_path, monkeypatch):
     asked = Part("echo", "tools.zmq_echo", options, 60)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     try:
-        check = parts.run(asked, 5.0, tmp_path / "log")
+        check = parts.run(asked, 3.0, tmp_path / "log")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert check.held is False and "its 5 s were over" in check.found
+    assert check.held is False and "its 3 s were over" in check.found
     found = schema.read(path)
-    assert found.samples[0].n >= 2000
+    assert found.samples[0].n >= 1000
     assert found.not_measured[-1].why == "the measurement was interrupted"
 
 

@@ -1,25 +1,17 @@
 """The sweep's benchmark runs end to end, and its ways agree. How fast they are is not asserted."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from click.testing import CliRunner
+
+from bench import sweep
 
 
 def test_every_way_is_measured_compared_with_full_forwards_and_written_down(tmp_path):
     path = tmp_path / "sweep.json"
-    command = [sys.executable, "-m", "bench.sweep", "--quick", "--rounds=2", "--no-pin"]
-    ended = subprocess.run(
-        [*command, f"--json={path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
+    options = ["--quick", "--rounds=2", "--no-pin", f"--json={path}"]
+    ended = CliRunner().invoke(sweep.main, options)
+    assert ended.exit_code == 0, ended.output
     found = json.loads(path.read_text())
     assert all(check["held"] for check in found["checks"]) and len(found["checks"]) >= 2
     rates = {row["case"]: row for row in found["tables"]["tiny: cells a second"]}

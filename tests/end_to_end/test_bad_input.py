@@ -340,3 +340,15 @@ def test_a_full_arena_is_refused_with_sizes_and_loses_nothing(serve):
         with pytest.raises(errors.ArenaFull):
             tiny.run(np.ones((64, 256), int), stop_at=1)
         assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+def test_a_tier_there_is_not_is_refused_by_name(point):
+    assert point.tier == "host"
+    with pytest.raises(errors.RequestError, match="no disk tier: serve with --state"):
+        point.evict("disk")
+    with pytest.raises(errors.RequestError, match="no device tier: serve with --gpu-memory"):
+        point.prefetch("device")
+    with pytest.raises(errors.RequestError, match='to=\'moon\': "host" or "disk"'):
+        point.evict("moon")
+    assert point.prefetch() == "host"
+    assert point.resume().top(1)[0].token == "paris"

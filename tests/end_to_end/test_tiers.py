@@ -160,20 +160,6 @@ def test_a_full_machine_refuses_with_sizes_and_loses_nothing(serve, tmp_path):
         assert tiny.run(numbered(1), stop_at=2).checkpoint.resume().logits.tobytes() == whole
 
 
-def test_a_tier_there_is_not_is_refused_by_name(serve):
-    with serve("--model=tiny", "--host-memory=8") as running, running.connect() as server:
-        point = server.model("tiny").run(FRANCE, stop_at=2).checkpoint
-        assert point.tier == "host"
-        with pytest.raises(RequestError, match="no disk tier: serve with --state"):
-            point.evict("disk")
-        with pytest.raises(RequestError, match="no device tier: serve with --gpu-memory"):
-            point.prefetch("device")
-        with pytest.raises(RequestError, match='to=\'moon\': "host" or "disk"'):
-            point.evict("moon")
-        assert point.prefetch() == "host"
-        assert point.resume().top(1)[0].token == "paris"
-
-
 def test_moves_are_events_of_their_owner(server, tiny):
     last = max((event.number for event in server.events().so_far()), default=0)
     point = tiny.run(FRANCE, stop_at=2).checkpoint

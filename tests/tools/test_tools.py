@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import djinn_zmq as djinn
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.serving import own_server, sockets_folder
 from tools import resume
@@ -110,7 +111,8 @@ def test_decompose_carries_an_activation_and_is_installed_as_a_command(tmp_path,
         (["--model=huge"], '"huge" is not served here'),
     ],
 )
-def test_what_goes_wrong_is_said_in_one_sentence(served, options, words):
+def test_what_goes_wrong_is_said_in_one_sentence(served, options, words, monkeypatch):
+    monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 0.2)  # nobody to wait for
     ended = CliRunner().invoke(resume.resume, [*FEW, f"--server={served.tcp}", *options])
     assert ended.exit_code == 1 and isinstance(ended.exception, SystemExit)
     assert ended.stderr.startswith("Error: ") and words in ended.stderr
