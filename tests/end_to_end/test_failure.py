@@ -71,7 +71,7 @@ def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(morta
 
 
 def test_a_run_on_the_way_when_its_engine_dies_is_answered_and_can_be_asked_again(mortal):
-    with mortal.connect() as server:
+    with mortal.connect(lane=False) as server:
         tiny = server.model("tiny")
         point = tiny.run(FRANCE, stop_at=2).checkpoint
         pid = server.status().engines[0].pid

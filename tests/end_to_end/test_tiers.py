@@ -45,6 +45,15 @@ def served(tmp_path_factory, state):
         yield one
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A server with room for little, the most of it on the device."""
+    folder = tmp_path_factory.mktemp("small")
+    options = ("--gpu-memory=8", "--host-memory=2", "--disk=1", f"--state={folder / 'state'}")
+    with running(folder / "s", "--model=tiny", *options) as one:
+        yield one
+
+
 def numbered(n: int) -> np.ndarray:
     prompt = BIG.copy()
     prompt[:, 0] = n
@@ -142,9 +151,8 @@ def test_what_a_session_that_is_away_has_gives_way_first_and_comes_back_before_i
         until(lambda: mine.tier == "device", "it is brought back")
 
 
-def test_a_full_machine_refuses_with_sizes_and_loses_nothing(serve, tmp_path):
-    options = ("--gpu-memory=1", "--host-memory=2", "--disk=2", f"--state={tmp_path / 'state'}")
-    with serve("--model=tiny", *options) as running, running.connect() as server:
+def test_a_full_machine_refuses_with_sizes_and_loses_nothing(small):
+    with small.connect() as server:
         tiny = server.model("tiny")
         whole = tiny.run(numbered(1)).logits.tobytes()
         points = []
@@ -152,7 +160,7 @@ def test_a_full_machine_refuses_with_sizes_and_loses_nothing(serve, tmp_path):
             while len(points) < 30:
                 points.append(tiny.run(numbered(1), stop_at=2).checkpoint)
         assert "--host-memory" in str(full.value)
-        assert len(points) >= 4 + 4
+        assert len(points) >= 8 + 4 + 2
         for point in points:
             assert point.resume().logits.tobytes() == whole
         points.pop().release()
@@ -362,18 +370,16 @@ def test_a_file_that_is_damaged_on_the_disk_is_named_when_it_is_needed(tiny, sta
 # ---- what outlives what
 
 
-def test_all_tiers_but_the_device_outlive_a_killed_engine(serve, tmp_path):
-    options = ("--gpu-memory=8", "--host-memory=2", f"--state={tmp_path / 'state'}", "--disk=1")
-    with serve("--model=tiny", *options) as running, running.connect() as server:
+def test_all_tiers_but_the_device_outlive_a_killed_engine(small):
+    with small.connect() as server:
         tiny = server.model("tiny")
         whole = tiny.run(numbered(1)).logits.tobytes()
         points = [tiny.run(numbered(1), stop_at=2).checkpoint for _ in range(10)]
         kept = [bool({"host", "disk"} & set(_copies(point))) for point in points]
         assert not all(kept) and any("disk" in _copies(point) for point in points)
-        pid = running.engine_pid()
+        pid = small.engine_pid()
         os.kill(pid, signal.SIGKILL)
-        while running.engine_pid() == pid:
-            pass
+        until(lambda: small.engine_pid() != pid, "the death is noticed")
         for point, there in zip(points, kept, strict=True):
             if there:
                 assert point.resume().logits.tobytes() == whole
