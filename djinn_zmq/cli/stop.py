@@ -7,7 +7,8 @@ import select
 import click
 
 from djinn_zmq.client.server import connect
-from djinn_zmq.errors import Lost, RunError
+from djinn_zmq.errors import Lost, RequestError, RunError
+from djinn_zmq.settings import default_endpoint
 
 WAIT_S = 10.0
 
@@ -24,6 +25,12 @@ def stop(endpoint: str | None) -> None:
 
     Only over its ipc socket, and only for the user who runs it.
     """
+    endpoint = default_endpoint() if endpoint is None else endpoint
+    if not endpoint.startswith("ipc://"):
+        raise RequestError(
+            f"cannot stop {endpoint}: a server is stopped over its ipc socket, by 'djinn stop' on its "
+            "own machine"
+        )
     server = connect(endpoint)
     try:
         pid = server.status().pid

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 import djinn_zmq as djinn
 from djinn_zmq.cli.main import COMMANDS, main
-from djinn_zmq.errors import DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
+from djinn_zmq.errors import AccessDenied, DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
 from djinn_zmq.server import command
 from tests.end_to_end.conftest import free_port
 
@@ -532,9 +532,13 @@ def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run, home
 
 
 def test_stop_over_tcp_is_refused(served, refused):
-    assert "only the user who runs the server may stop it" in refused(
-        "stop", "--server", served.tcp
-    )
+    words = f"cannot stop {served.tcp}: a server is stopped over its ipc socket"
+    assert words in refused("stop", "--server", served.tcp)
+    with (
+        djinn.connect(served.tcp) as server,
+        pytest.raises(AccessDenied, match="only the user who"),
+    ):
+        server.stop()
     assert served.status().pid == served.process.pid
 
 
