@@ -323,10 +323,10 @@ class Run:
         inside_ns = sum(elapsed_ns for _, elapsed_ns in spans)
         return Spans(
             (
-                ("encode", sent_ns - begin_ns),
+                ("client encode", sent_ns - begin_ns),
                 ("wire", max(0, arrived_ns - sent_ns - inside_ns)),
                 *spans,
-                ("decode", made_ns - arrived_ns),
+                ("client decode", made_ns - arrived_ns),
             )
         )
 
