@@ -16,9 +16,10 @@ from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
+from djinn_zmq.client.tiers import Returned
 from djinn_zmq.errors import NoSessions, PromptError
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.messages import Kept, ModelInfo
+from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
 
@@ -248,18 +249,20 @@ class Model:
 
     def returned(self) -> Any:
         """Your checkpoints of this model that came back from the disk when the server started, and
-        that no session has. They stay, and take room of --disk, until one does: a list with .id, .layer, .tensor. `checkpoint` takes one up again."""
+        that no session has. They stay, and take room of --disk, until one does: a list with .id, .layer,
+        .shape, .dtype, .nbytes. `checkpoint` takes one up again."""
         return self.drive(self._returned())
 
-    def _returned(self) -> Operation[list[Kept]]:
+    def _returned(self) -> Operation[list[Returned]]:
         reply = yield from tiers.claim(self._session, ())
-        return list(reply.kept)
+        return [Returned.of(kept) for kept in reply.kept]
 
-    def checkpoint(self, number: int) -> Any:
-        """Take up checkpoint *number* of those that `returned` lists: it is this session's then, and goes
+    def checkpoint(self, number: Any) -> Any:
+        """Take up one of those that `returned` lists, or its number: it is this session's then, and goes
         with it, its file too, when it is released, or the session ends before the server does. `save` it
         to keep it longer."""
-        allowed = "the number of one of model.returned()"
+        allowed = "one of model.returned(), or its id"
+        number = number.id if isinstance(number, Returned) else number
         number = checks.whole("number", number, least=1, most=2**64 - 1, allowed=allowed)
         return self.drive(self._checkpoint(number))
 

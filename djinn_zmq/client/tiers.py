@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,28 @@ class Tiered:
 
     def _remote(self) -> RemoteArray:
         return RemoteArray(self._session.connection, self._session.drive, self._kept, self)
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A checkpoint that came back from the disk with its server, before a session has it.
+
+    layer: layers executed before it. shape: (batch, positions, hidden_size). dtype, nbytes: of that.
+    """
+
+    id: int
+    layer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+
+    @classmethod
+    def of(cls, kept: Kept) -> "Returned":
+        tensor = kept.tensor
+        return cls(kept.id, kept.layer, tensor.shape, DTYPES[tensor.dtype], tensor.nbytes)
+
+    def __repr__(self) -> str:
+        return f"<returned {self.id:#x} after layer {self.layer}: {self.dtype} {self.shape}, disk>"
 
 
 def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:

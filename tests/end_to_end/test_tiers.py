@@ -156,10 +156,13 @@ def test_a_full_machine_refuses_with_sizes_and_loses_nothing(small):
         tiny = server.model("tiny")
         whole = tiny.run(numbered(1)).logits.tobytes()
         points = []
-        with pytest.raises(ArenaFull, match=r"512.0 KiB asked, .* free .*, limit 2.0 MiB") as full:
+        with pytest.raises(
+            ArenaFull, match=r"512.0 KiB of host memory asked, .*limit 2.0 MiB"
+        ) as full:
             while len(points) < 30:
                 points.append(tiny.run(numbered(1), stop_at=2).checkpoint)
-        assert "--host-memory" in str(full.value)
+        full_too = "--host-memory; full as well: the device tier (limit 1.0 MiB), the disk tier"
+        assert full_too in str(full.value)
         assert len(points) >= 8 + 4 + 2
         for point in points:
             assert point.resume().logits.tobytes() == whole
@@ -436,7 +439,9 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
                 theirs.checkpoint(number)
         with running.connect() as server:
             tiny = server.model("tiny")
-            assert [(kept.id, kept.layer) for kept in tiny.returned()] == [(number, 2)]
+            (found,) = tiny.returned()
+            shown = f"<returned {number:#x} after layer 2: bfloat16 {found.shape}, disk>"
+            assert (found.id, found.layer, repr(found)) == (number, 2, shown)
             memory = server.status().memory
             nbytes = (state / f"{number:016x}.safetensors").stat().st_size
             assert (memory.unclaimed, memory.unclaimed_nbytes) == (1, nbytes)
@@ -450,7 +455,7 @@ def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tm
             # The engine is at this for a while: it finds the server's word and the client's at once.
             long = messages.Tokens("the capital " * 9000, None)
             server.connection.send(Call(Op.TOKENS, long, session=tiny.session_id))
-            again = tiny.checkpoint(number)
+            again = tiny.checkpoint(found)
             resumed = again.resume().logits.tobytes()
             assert (again.id, again.layer, resumed) == (number, 2, whole)
             assert repr(again).endswith("disk>")  # as it was claimed
