@@ -33,6 +33,7 @@ from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs, Spare
 from djinn_zmq.engine.storing import Storing
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease, Pool
+from djinn_zmq.settings import format_bytes
 from djinn_zmq.wire.tensors import over
 
 _log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Tiers:
             data = slot.data
         lease, full = self._host_slot(body)
         if lease is None and slot is None:
-            raise full or self.pool.full(body.nbytes, body.zone)
+            raise self._all_full(full or self.pool.full(body.nbytes, body.zone))
         if isinstance(data, np.ndarray):
             data = self._device.see(data, body.shape, getattr(torch, body.dtype))
         elif slot is None and not (body.fixed or self._device.reads_host):
@@ -110,6 +111,15 @@ class Tiers:
             self.storing.begin(body, data, lease)
         self.add(body)
         self.growing.tend(body.zone)
+
+    def _all_full(self, host: ArenaFull) -> ArenaFull:
+        """*host*, which says what host memory lacks, with the other tiers that have no room either."""
+        others = [
+            f"the {tier} tier (limit {format_bytes(limit)})"
+            for tier, limit in (("device", self.slabs.limit), ("disk", self.disk.limit))
+            if limit
+        ]
+        return ArenaFull(f"{host}; full as well: {', '.join(others)}") if others else host
 
     def take_over(self, body: Body, spare: Spare) -> None:
         """*spare* holds *body*'s bytes already, and is its device copy from now on. The copy to host

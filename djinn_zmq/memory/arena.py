@@ -378,8 +378,8 @@ class Pool:
     def full(self, nbytes: int, zone: str = "") -> ArenaFull:
         room = self.limit - self.mapped
         return ArenaFull(
-            f"{format_bytes(nbytes)} asked, {format_bytes(max(self._largest(zone), room))} free in one "
-            f"piece, {format_bytes(self.limit - self.used)} free in all, limit "
+            f"{format_bytes(nbytes)} of host memory asked, "
+            f"{format_bytes(max(self._largest(zone), room))} free in one piece, {format_bytes(self.limit - self.used)} free in all, limit "
             f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
         )
 

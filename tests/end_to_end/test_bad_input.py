@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_session_cannot_be_resumed_or_released_in_this_o
     with served.connect() as other:
         theirs = other.model("tiny").run(FRANCE, stop_at=2).checkpoint
         wanted = messages.Wanted(None, (), "last", 0)
-        with pytest.raises(errors.RequestError, match="of this session"):
+        with pytest.raises(errors.RequestError, match="does not exist or is not yours here"):
             ask(
                 tiny.server,
                 Op.RESUME,
@@ -330,7 +330,9 @@ def test_a_full_arena_is_refused_with_sizes_and_loses_nothing(serve):
         first = tiny.run(ids, stop_at=1)
         second = tiny.run(ids, stop_at=2)
         answer = first.checkpoint.resume().logits.tobytes()
-        with pytest.raises(errors.ArenaFull, match=r"400\.0 KiB asked, .* limit 1\.0 MiB"):
+        with pytest.raises(
+            errors.ArenaFull, match=r"400\.0 KiB of host memory asked, .* limit 1\.0 MiB"
+        ):
             tiny.run(ids, save_at=[1, 2, 3])
         assert server.status().memory.checkpoints == 2
         second.checkpoint.release()

@@ -41,13 +41,15 @@ def test_beyond_the_limit_it_refuses_with_sizes(pool: Pool) -> None:
     with pytest.raises(ArenaFull) as refusal:
         pool.lease(6 * GRANULE, holder=1)
     text = str(refusal.value)
-    assert "24.0 KiB asked" in text
+    assert "24.0 KiB of host memory asked" in text
     assert "20.0 KiB free in one piece" in text
     assert "20.0 KiB free in all" in text
     assert "limit 64.0 KiB" in text
     pool.lease(5 * GRANULE, holder=1)
     assert pool.mapped == pool.used == LIMIT
-    with pytest.raises(ArenaFull, match="1 B asked, 0 B free in one piece, 0 B free in all"):
+    with pytest.raises(
+        ArenaFull, match="1 B of host memory asked, 0 B free in one piece, 0 B free in all"
+    ):
         pool.lease(1, holder=1)
 
 
