@@ -64,6 +64,13 @@ class UnknownCheckpoint(RequestError):
 
     code = "unknown-checkpoint"
 
+    @classmethod
+    def numbered(cls, number: int) -> "UnknownCheckpoint":
+        """What is said of checkpoint *number*, whoever misses it."""
+        return cls(
+            f"checkpoint {number:#x} does not exist or is not yours here: it may have been released"
+        )
+
 
 class UnknownStop(RequestError):
     """No run is held at that stop: it goes on already, or its program gave it up."""

@@ -58,7 +58,7 @@ def midway_of(entry: Entry, session: EngineSession) -> Midway:
         )
     if entry.midway is None:
         raise Lost(
-            f"checkpoint {entry.id:x} goes on from the keys and values of "
+            f"checkpoint {entry.id:#x} goes on from the keys and values of "
             f"{entry.past} tokens, which died with their engine: run them again"
         )
     if entry.midway.bound:

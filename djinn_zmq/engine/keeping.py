@@ -413,9 +413,7 @@ class Keeping:
         """The kept tensor *number*, if *owner* may see it."""
         entry = self.entries.get(number)
         if entry is None or entry.owner != owner:
-            raise UnknownCheckpoint(
-                f"checkpoint {number:x} does not exist or is not yours: it may have been released"
-            )
+            raise UnknownCheckpoint.numbered(number)
         return entry
 
     # ---- ends

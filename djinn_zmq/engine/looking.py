@@ -75,7 +75,7 @@ class Looker:
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
         if entry.layer < 0:
-            raise RequestError(f"{number:x} is not a checkpoint")
+            raise RequestError(f"{number:#x} is not a checkpoint")
         return entry
 
     def _work(self, job: LookJob, work: Iterator[None]) -> Iterator[None]:

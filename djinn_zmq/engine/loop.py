@@ -467,9 +467,7 @@ class EngineLoop:
             if number in session.branches or self._keeping.has(number, session.id):
                 gone.append(number)
             elif not one_way:  # what a client's garbage collection finds may be gone already
-                raise UnknownCheckpoint(
-                    f"checkpoint {number:x} is not one of this session: it may have been released"
-                )
+                raise UnknownCheckpoint.numbered(number)
         self._let_go(session, gone)
         self._answers.tell(Op.DROP, messages.Drop(tuple(gone)), session.id)
         if not one_way:

@@ -111,7 +111,7 @@ class Mover:
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
         if entry.layer < 0 or entry.session != session.id:
-            raise RequestError(f"{number:x} is not a checkpoint of this session")
+            raise RequestError(f"{number:#x} is not a checkpoint of this session")
         return entry
 
     # ---- hold

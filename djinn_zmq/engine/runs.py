@@ -230,7 +230,7 @@ class Runner:
     def source(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
         if entry.layer < 0:
-            raise EditError(f"{number:x} is not a checkpoint")
+            raise EditError(f"{number:#x} is not a checkpoint")
         return entry
 
     def hold(self, job: Job, entries: Iterable[Entry]) -> None:

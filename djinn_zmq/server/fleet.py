@@ -223,9 +223,7 @@ class Fleet:
         kept = meta.kept
         session = self._registry.moved(kept)
         if session is not None:
-            text = (
-                f"checkpoint {kept.id:x} after layer {kept.layer} is now in {', '.join(kept.tiers)}"
-            )
+            text = f"checkpoint {kept.id:#x} after layer {kept.layer} is now in {', '.join(kept.tiers)}"
             self._journal.tell(
                 meta.how,
                 text,

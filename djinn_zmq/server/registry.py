@@ -167,9 +167,7 @@ class Registry:
         """The kept tensor *number* of *session*."""
         record = session.kept.get(number)
         if record is None:
-            raise UnknownCheckpoint(
-                f"checkpoint {number:x} is not one of this session: it may have been released"
-            )
+            raise UnknownCheckpoint.numbered(number)
         return record
 
     def moved(self, kept: Kept) -> Session | None:

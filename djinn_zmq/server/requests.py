@@ -193,9 +193,7 @@ class Requests:
         ]
         # What a client's garbage collection finds may be gone already, with an engine for example.
         if unknown and not header.flags & Flag.ONE_WAY:
-            raise UnknownCheckpoint(
-                f"checkpoint {unknown[0]:x} is not one of this session: it may have been released"
-            )
+            raise UnknownCheckpoint.numbered(unknown[0])
         kept = []
         for number in dict.fromkeys(meta.ids):
             if number in session.kept:

@@ -103,7 +103,7 @@ class Returned:
             one = self._found.get(number)
             if one is None or one.owner != session.owner:
                 raise UnknownCheckpoint(
-                    f"checkpoint {number:x} did not come back from the disk, or is not yours"
+                    f"checkpoint {number:#x} did not come back from the disk, or is not yours"
                 )
             files.check_model(one.saved, info)
             chosen.append(one)

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_session_cannot_be_resumed_or_released_in_this_o
     with served.connect() as other:
         theirs = other.model("tiny").run(FRANCE, stop_at=2).checkpoint
         wanted = messages.Wanted(None, (), "last", 0)
-        with pytest.raises(errors.RequestError, match="does not exist or is not yours here"):
+        with pytest.raises(errors.RequestError, match="of this session"):
             ask(
                 tiny.server,
                 Op.RESUME,

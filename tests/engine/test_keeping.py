@@ -177,7 +177,7 @@ def test_a_kept_tensor_is_found_by_its_owner_alone(keeping: Keeping) -> None:
     kept = keep(keeping, torch.randn(2, 5, 8))
     assert keeping.find(kept.id, "me").kept == kept
     for number, owner in ((kept.id, "you"), (kept.id + 1, "me"), (0, "me")):
-        with pytest.raises(UnknownCheckpoint, match=f"checkpoint {number:x} does not exist or"):
+        with pytest.raises(UnknownCheckpoint, match=f"checkpoint {number:#x} does not exist or"):
             keeping.find(number, owner)
 
 
@@ -193,7 +193,9 @@ def test_where_there_is_no_room_nothing_changes_and_sizes_are_told(keeping: Keep
     before = state_of(keeping)
     with pytest.raises(ArenaFull) as refused:
         keep(keeping, kib(384))
-    assert "384.0 KiB asked, 128.0 KiB free in one piece, 512.0 KiB free in" in str(refused.value)
+    assert "384.0 KiB of host memory asked, 128.0 KiB free in one piece, 512.0 KiB free in" in str(
+        refused.value
+    )
     assert "limit 2.0 MiB" in str(refused.value)
     assert state_of(keeping) == before
     for number, kept in enumerate(kepts):
@@ -203,7 +205,7 @@ def test_where_there_is_no_room_nothing_changes_and_sizes_are_told(keeping: Keep
 
 def test_more_than_the_limit_never_fits(keeping: Keeping) -> None:
     before = state_of(keeping)
-    with pytest.raises(ArenaFull, match="4.0 MiB asked"):
+    with pytest.raises(ArenaFull, match="4.0 MiB of host memory asked"):
         keep(keeping, kib(4096))
     assert state_of(keeping) == before
 
