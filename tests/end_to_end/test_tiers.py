@@ -161,7 +161,7 @@ def test_a_full_machine_refuses_with_sizes_and_loses_nothing(small):
         ) as full:
             while len(points) < 30:
                 points.append(tiny.run(numbered(1), stop_at=2).checkpoint)
-        full_too = "--host-memory; full as well: the device tier (limit 1.0 MiB), the disk tier"
+        full_too = "--host-memory; full as well: the device tier (limit 8.0 MiB), the disk tier"
         assert full_too in str(full.value)
         assert len(points) >= 8 + 4 + 2
         for point in points:
