@@ -2,9 +2,14 @@
 
     first ── ring ──> second        two rings in one sealed memfd (`memory.ring`)
     first <── ring ── second
-    an eventfd each: rung after writing, and after taking where the writer waits for room
+    a bell each: rung after writing, and after taking where the writer waits for room
 
-Nobody waits here. What finds no room stays in a bounded backlog that `flush` empties when the other
+    second listens to   an eventfd that first makes and hands over with the memory
+    first listens to    an epoll, handed over as well, into which second puts an eventfd that it makes for
+                        itself, and gives to nobody
+
+Whoever holds an eventfd can make it one that waits, for all who hold it, and fill it: the next ring would not
+return. So an engine rings none that a client holds; the epoll in between costs it 0.2 us. Nobody waits here. What finds no room stays in a bounded backlog that `flush` empties when the other
 side has rung. Every notice passes through the kernel, which orders it behind the bytes it is about,
 so no flags are raced for; and a bell that nobody sleeps on costs 0.4 us. To wake takes 10 us, after a while of
 idling 60: so the bell is also rung ahead, where a message is certain to follow, and who is woken so finds
@@ -37,6 +42,8 @@ LINK_CAPACITY = 4 * MIB  # and between server and engine, where frames of 1 MiB 
 MORE = 1 << 31
 CONTINUED = 1 << 30
 WHOLE = struct.Struct("<Q")
+BELL = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+EVENTFD, EPOLL = "anon_inode:[eventfd]", "anon_inode:[eventpoll]"  # what they are links to
 
 Piece = bytes | memoryview
 
@@ -46,7 +53,7 @@ _ring_bell = os.eventfd_write
 class Ends(NamedTuple):
     """The descriptors of a lane, to be handed to the other process. Not inherited by itself.
 
-    bell_first, bell_second: the eventfds that the first and the second end listen to.
+    bell_first, bell_second: what the first and the second end listen to, an epoll and an eventfd.
     """
 
     memory: int
@@ -61,8 +68,8 @@ class Ends(NamedTuple):
 def create(capacity: int) -> Ends:
     """A new lane with two rings of *capacity* bytes (a multiple of 8). Raises ArenaFull."""
     memory = shared.create(2 * ring.size_of(capacity), "lane")
-    flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-    return Ends(memory, os.eventfd(0, flags), os.eventfd(0, flags))
+    with select.epoll() as bell:
+        return Ends(memory, os.dup(bell.fileno()), os.eventfd(0, BELL))
 
 
 class Lane:
@@ -75,13 +82,18 @@ class Lane:
         """
         self._ends = ends
         self._map: mmap.mmap | None = None
+        self._epoll: select.epoll | None = None  # the first end's bell, which it owns
         try:
             nbytes = shared.sealed_size(ends.memory)
             if nbytes % 16 or not 2 * ring.size_of(KIB) <= nbytes <= 2 * ring.size_of(64 * MIB):
                 raise ProtocolError(f"{nbytes} bytes of shared memory are no lane")
-            for bell in ends[1:]:
-                _check_bell(bell)
+            _check_bell(ends.bell_first, EPOLL)
+            _check_bell(ends.bell_second, EVENTFD)
             self._map = shared.mapped(ends.memory, nbytes, writable=True)
+            if first:
+                self._epoll = select.epoll.fromfd(ends.bell_first)
+            else:
+                self._ends = ends = _with_own_bell(ends)
         except BaseException:
             ends.close()
             raise
@@ -117,6 +129,9 @@ class Lane:
 
     def hush(self) -> None:
         """Take the rings so far off the bell, for who waits for its level."""
+        if self._epoll is not None:
+            self._epoll.poll(0, 1)  # what is edge-triggered is told once
+            return
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._own_bell)
 
@@ -206,9 +221,11 @@ class Lane:
         """One more record of a message in several; the message, where it is now whole."""
         if kind & ~(MORE | CONTINUED) or bool(kind & CONTINUED) != bool(self._coming):
             raise ProtocolError("a record out of turn: messages in several records are not mixed")
+        if kind & MORE and len(data) != self._fragment:  # crumbs would take minutes to collect
+            raise ProtocolError(
+                f"a record of {len(data)} bytes with others to follow: it has {self._fragment}"
+            )
         if not self._coming:
-            if len(data) < WHOLE.size:
-                raise ProtocolError(f"a message in several records begins with {len(data)} bytes")
             (self._missing,) = WHOLE.unpack_from(data)
             # Checked with the first record: what is too large is never collected.
             limit = (2 + BUFFERS_LIMIT) * self._frame_limit
@@ -243,13 +260,32 @@ class Lane:
         self._in.close()
         if self._map is not None:
             self._map.close()
-        self._ends.close()
+        if self._epoll is None:
+            self._ends.close()
+        else:
+            self._epoll.close()
+            os.close(self._ends.memory)
+            os.close(self._ends.bell_second)
 
 
-def _check_bell(fd: int) -> None:
-    """Raises ProtocolError for a descriptor that is no eventfd that never waits."""
-    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]" or os.get_blocking(fd):
-        raise ProtocolError("a bell of a lane must be an eventfd that does not wait")
+def _check_bell(fd: int, kind: str) -> None:
+    """Raises ProtocolError for a descriptor of another kind."""
+    found = os.readlink(f"/proc/self/fd/{fd}")
+    if found != kind:
+        raise ProtocolError(f"a bell of a lane that is {found}: it must be {kind}")
+
+
+def _with_own_bell(ends: Ends) -> Ends:
+    """Have the first end hear of an eventfd of our own, which takes the place of its bell."""
+    own = os.eventfd(0, BELL)
+    try:
+        with select.epoll.fromfd(os.dup(ends.bell_first)) as theirs:
+            theirs.register(own, select.EPOLLIN | select.EPOLLET)
+    except BaseException:
+        os.close(own)
+        raise
+    os.close(ends.bell_first)
+    return ends._replace(bell_first=own)
 
 
 def wait(lane: Lane, gone: int, timeout_s: float) -> bool:

@@ -75,13 +75,16 @@ def _number(path: Path, name: str = "") -> int:
 
 
 def sealed_size(fd: int) -> int:
-    """Bytes behind *fd*, which a peer sent. Raises ProtocolError unless its size is sealed."""
+    """Bytes behind *fd*, which a peer sent. Raises ProtocolError unless its size is sealed, and for huge
+    pages: what its maker has taken out of them may not be had again, and reading it is a SIGBUS."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as exc:
         raise ProtocolError("the descriptor is no sealable memory") from exc
     if seals & SEALS != SEALS:
         raise ProtocolError(f"shared memory must be sealed against resizing: its seals are {seals}")
+    if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
+        raise ProtocolError("shared memory must be of pages of the usual size")
     return os.fstat(fd).st_size
 
 

@@ -7,7 +7,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -240,10 +242,17 @@ def test_a_message_that_never_ends_is_refused_before_it_is_collected(
     lanes: tuple[Lane, Lane],
 ) -> None:
     first, second = lanes
-    half = bytes(CAPACITY // 4)
-    for kind, data in [(MORE, WHOLE.pack(CAPACITY // 2) + half), (MORE | CONTINUED, half)]:
+    whole = WHOLE.pack(CAPACITY // 2 - WHOLE.size) + bytes(CAPACITY // 2 - WHOLE.size)
+    for kind, data in (MORE, whole[: CAPACITY // 4]), (MORE | CONTINUED, whole[CAPACITY // 4 :]):
         assert first._out.put(kind, data)
     with pytest.raises(ProtocolError, match="ends before its last record, or after it"):
+        second.receive()
+
+
+def test_a_message_in_crumbs_is_refused(lanes: tuple[Lane, Lane]) -> None:
+    first, second = lanes
+    assert first._out.put(MORE, WHOLE.pack(CAPACITY) + b"x")
+    with pytest.raises(ProtocolError, match=f"a record of 9 bytes .* it has {CAPACITY // 4}"):
         second.receive()
 
 
@@ -269,24 +278,42 @@ def test_a_bell_that_is_full_still_rings(lanes: tuple[Lane, Lane]) -> None:
     assert second.receive() == (b"", b"one more", [])
 
 
-def _bell() -> int:
-    return os.eventfd(0, os.EFD_NONBLOCK)
+def test_nothing_that_is_done_to_its_bell_makes_the_other_end_wait(
+    lanes: tuple[Lane, Lane],
+) -> None:
+    first, second = lanes
+    for fd in first._ends:  # all that it has of the lane
+        os.set_blocking(fd, True)
+        with suppress(OSError):
+            os.eventfd_write(fd, 2**64 - 2)
+    ringing = threading.Thread(target=second.send, args=(b"", b"answer"), daemon=True)
+    ringing.start()
+    ringing.join(WAIT_S)
+    assert not ringing.is_alive()
+    assert first.receive() == (b"", b"answer", [])
 
 
-def _ends(nbytes: int, bell: int) -> Ends:
-    return Ends(shared.create(nbytes, "test"), _bell(), bell)
+def _ends(nbytes: int, **other: int) -> Ends:
+    """Of a lane, but for its memory, and what is named."""
+    memory, first, second = create(CAPACITY)
+    os.close(memory)
+    ends = Ends(shared.create(nbytes, "test"), first, second)
+    for name, fd in other.items():
+        os.close(getattr(ends, name))
+        ends = ends._replace(**{name: fd})
+    return ends
 
 
 def test_what_is_no_lane_is_refused_and_closed() -> None:
     pipe, other = os.pipe()
     os.close(other)
-    unsealed = Ends(os.memfd_create("unsealed"), _bell(), _bell())
+    nbytes = 2 * size_of(CAPACITY)
     for ends in (
-        _ends(2 * size_of(CAPACITY), pipe),  # would not ring
-        _ends(2 * size_of(CAPACITY), os.eventfd(0)),  # would make an engine wait
-        _ends(100, _bell()),
-        _ends(2 * size_of(CAPACITY) + 8, _bell()),
-        unsealed,
+        _ends(nbytes, bell_second=pipe),  # would not ring
+        _ends(nbytes, bell_first=os.eventfd(0)),  # would make an engine wait
+        _ends(100),
+        _ends(nbytes + 8),
+        _ends(nbytes, memory=os.memfd_create("unsealed")),
     ):
         with pytest.raises(ProtocolError):
             Lane(ends, SHALLOW, first=False)

@@ -143,6 +143,14 @@ def test_memory_that_could_still_be_resized_is_refused(seals: int) -> None:
         os.fstat(fd)
 
 
+def test_huge_pages_are_refused() -> None:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    fd = os.memfd_create("huge", flags | os.MFD_HUGETLB)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, shared.SEALS)
+    with pytest.raises(ProtocolError, match="pages of the usual size"):
+        Arena(1, fd)
+
+
 def test_what_is_no_sealable_memory_is_refused(tmp_path: Path) -> None:
     read, write = os.pipe()
     with open(tmp_path / "file", "w") as file:
