@@ -76,7 +76,8 @@ class EngineSession:
     id: int
     owner: str
     model: str
-    pid: int = 0  # of its client's process, where that shares memory with the server
+    pid: int = 0  # of its client's process on the bus, where that shares memory with the server
+    asker: int = 0  # of the process that asks to hold something just now
     worked_ns: int = 0  # its clock among the others, see `turns`
     branches: dict[int, Any] = field(default_factory=dict)  # by id: where its conversations stand
     account: Account = field(default_factory=Account)  # of their keys and values

@@ -35,6 +35,7 @@ class Lanes:
         self._take = take
         self._on_broken = on_broken
         self._lanes: dict[bytes, Lane] = {}
+        self._pids: dict[bytes, int] = {}
 
     def listen(self, news: Listen, fds: Sequence[int]) -> None:
         """From now on, take what comes over this lane. Takes over *fds*."""
@@ -47,7 +48,7 @@ class Lanes:
         except (ProtocolError, OSError) as exc:  # it may be memory that cannot be mapped
             self._break(envelope, str(exc))
             return
-        self._lanes[envelope] = lane
+        self._lanes[envelope], self._pids[envelope] = lane, news.pid
         self._poll.watch_lane(lane, self._on_lane, lane, envelope, news.owner)
 
     def _on_lane(self, lane: Lane, envelope: bytes, owner: str) -> bool:
@@ -78,6 +79,10 @@ class Lanes:
         if lane is not None:
             lane.ring()
 
+    def pid(self, envelope: bytes) -> int:
+        """Of the process at the other end of the lane *envelope* names; 0: it is gone."""
+        return self._pids.get(envelope, 0)
+
     def close(self, number: int) -> None:
         """The client at its other end is gone."""
         self._drop(TAG + number.to_bytes(8, "little"))
@@ -90,6 +95,7 @@ class Lanes:
     def _drop(self, envelope: bytes) -> None:
         lane = self._lanes.pop(envelope, None)
         if lane is not None:
+            del self._pids[envelope]
             self._poll.unwatch(lane)
             lane.close()
 

@@ -24,7 +24,7 @@ from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.forwards import Forwarder
 from djinn_zmq.engine.jobs import EngineSession, Job, Part
 from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.lanes import PING, Lanes
+from djinn_zmq.engine.lanes import PING, TAG, Lanes
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
@@ -129,7 +129,7 @@ class EngineLoop:
             Op.FORWARD: self._run,
             Op.CARD: self._card,
             Op.MOVE: self._run,
-            Op.HOLD: self._run,
+            Op.HOLD: self._hold,
             Op.RESTORE: self._run,
             Op.AWAY: self._away,
             Op.ATTACH: self._debugging.attach,
@@ -338,6 +338,10 @@ class EngineLoop:
 
     def _enter(self, message: Message) -> None:
         number, meta = message.header.session, message.meta
+        known = self._sessions.get(number)
+        if known is not None:  # another process speaks for it from now on
+            known.pid = meta.pid
+            return
         self._sessions[number] = EngineSession(number, meta.owner, meta.model, meta.pid)
 
     def _leave(self, message: Message) -> None:
@@ -427,6 +431,14 @@ class EngineLoop:
                 message.meta, message.buffers, session, envelope, message.header, begin_ns
             ):
                 return
+        self._run(envelope, message, session, begin_ns)
+
+    def _hold(
+        self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
+    ) -> None:
+        """Memory is lent to the process that asks, which need not be the one that began the session."""
+        lane = envelope[:1] == TAG
+        session.asker = self._lanes.pid(envelope) if lane else session.pid
         self._run(envelope, message, session, begin_ns)
 
     def _model_of(self, session: EngineSession) -> ServedModel:

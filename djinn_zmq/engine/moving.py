@@ -45,6 +45,7 @@ class MoveJob(Job):
 
 @dataclass(slots=True, eq=False)
 class HoldJob(Job):
+    pid: int = 0  # to which it is lent
     hold: int = 0
     tensor: Tensor | None = None
     handle: Handle | None = None
@@ -129,12 +130,13 @@ class Mover:
         entry = self._find(asked.checkpoint, session)
         if asked.tier not in ("host", "device") or (asked.copy and asked.tier != "device"):
             raise RequestError(f'"{asked.tier}" cannot be held: "host", or "device"')
-        if asked.tier == "device" and not session.pid:
+        if asked.tier == "device" and not session.asker:
             raise RequestError(
                 "device memory is lent only to a client on this machine that shares memory with the "
                 "server"
             )
         job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
+        job.pid = session.asker
         return job, self._runner.settling(job, self._hold(job, entry, asked))
 
     def _hold(self, job: HoldJob, entry: Entry, asked: Hold) -> Iterator[None]:
@@ -151,11 +153,11 @@ class Mover:
             job.tensor = body.tensor
         else:
             if asked.copy:
-                hold = holds.lend_copy(number, session.id, body, session.pid)
+                hold = holds.lend_copy(number, session.id, body, job.pid)
                 assert hold.writable is not None
                 slot, job.spare = hold.writable, hold.spare
             else:
-                holds.view(number, session.id, body, session.pid)
+                holds.view(number, session.id, body, job.pid)
                 assert body.device is not None
                 slot = body.device
             job.tensor = Tensor(body.dtype, body.shape, slot.where)

@@ -52,7 +52,8 @@ class Engine:
         self.models: dict[str, ModelInfo] = {}
         self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
         self.loading: str | None = None
-        self.owed: dict[tuple[bytes, int], Header] = {}  # (envelope, request) → what was asked
+        # (session, request) → who asked last, which is who is answered, and what.
+        self.owed: dict[tuple[int, int], tuple[bytes, Header]] = {}
         self._settings = settings
         self._held: deque[Outgoing] = deque()
         self._deaths: deque[float] = deque()
@@ -133,7 +134,7 @@ class Engine:
             self.link.send(envelope, frame, buffers)
         else:
             self.pass_on(envelope, frame, buffers)
-        self.owed[envelope, header.request] = header
+        self.owed[header.session, header.request] = envelope, header
 
     def pass_on(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         """Pass on a client's message. Raises as `forward` does."""
@@ -164,10 +165,10 @@ class Engine:
 
     # ---- ends
 
-    def bury(self) -> tuple[list[tuple[tuple[bytes, int], Header]], str]:
+    def bury(self) -> tuple[list[tuple[bytes, Header]], str]:
         """The process is dead: close what led to it. Returns what it still owed, and the reason."""
         status = self._end_process()
-        owed = list(self.owed.items())
+        owed = list(self.owed.values())
         self.owed.clear()
         self.models.clear()
         self.loading = None

@@ -63,6 +63,7 @@ class Fleet:
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
         self._tells = False  # are engines to tell of runs?
+        registry.on_move = self._enter
 
     def stop(self) -> None:
         for engine in self.engines:
@@ -94,7 +95,7 @@ class Fleet:
     def _opened(self, engine: Engine, peer: Peer, header: Header, name: str) -> None:
         try:
             session = self._registry.open(peer, name, engine.index)
-            engine.tell(Op.ENTER, Enter(peer.owner, name, peer.pid), session=session.id)
+            self._enter(session, peer)
         except DjinnError as exc:
             self._reply(peer.envelope, codec.failure(header, exc), ())
             return
@@ -115,6 +116,12 @@ class Fleet:
                 opening.header.op, progress, flags=Flag.PROGRESS, request=opening.header.request
             )
             self._reply(opening.peer.envelope, frame, ())
+
+    def _enter(self, session: Session, peer: Peer | None) -> None:
+        """Tell its engine of *session*, or of which process speaks for it from now on."""
+        pid = 0 if peer is None else peer.pid
+        enter = Enter(session.owner, session.model, pid)
+        self.engines[session.engine].tell(Op.ENTER, enter, session=session.id)
 
     def close(self, session: Session) -> None:
         """End *session*, wherever it stands: runs are cancelled, slots come back."""
@@ -272,7 +279,7 @@ class Fleet:
         loading = engine.detail if engine.state is states.Engine.FAILED else ""
         again = "" if loading else "; it is being started again, saved checkpoints are kept"
         answer = Lost(f"{reason}{again}")
-        for (envelope, _), header in owed:
+        for envelope, header in owed:
             session = self._registry.sessions.get(header.session)
             if session is not None:
                 session.waiting -= 1
@@ -291,8 +298,7 @@ class Fleet:
         engine.start()
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
-            enter = Enter(session.owner, session.model, session.peer.pid if session.peer else 0)
-            engine.tell(Op.ENTER, enter, session=session.id)
+            self._enter(session, session.peer)
             self._hand_over(engine, session)
         for name, source in engine.sources.items():
             engine.load(name, source)

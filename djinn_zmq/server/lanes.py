@@ -48,7 +48,7 @@ class Lanes:
                 raise Busy(f"{LANES_LIMIT} lanes are open: one to each engine is enough")
             self._last += 1
             try:
-                engine.lease.send(Listen(self._last, peer.owner), *fds)
+                engine.lease.send(Listen(self._last, peer.owner, peer.pid), *fds)
             except BlockingIOError as exc:
                 raise Busy(f"engine {engine.index} takes no news now") from exc
             self._lanes[self._last] = LaneRecord(peer, engine.index)

@@ -101,6 +101,8 @@ class Registry:
         self.peers: dict[bytes, Peer] = {}
         self.sessions: dict[int, Session] = {}
         self.due_s = float("inf")  # monotonic: when the next kept session is to be closed
+        # Before a session is another peer's. Raises DjinnError where that cannot be told.
+        self.on_move: Callable[[Session, Peer], None] = lambda session, peer: None
         self._sessions_limit = sessions_limit
 
     def open(self, peer: Peer, model: str, engine: int) -> Session:
@@ -132,6 +134,7 @@ class Registry:
 
     def _move(self, session: Session, peer: Peer) -> None:
         """The owner speaks from another connection: a client that came back."""
+        self.on_move(session, peer)
         if session.peer is not None:
             session.peer.sessions.discard(session.id)
         if session.state is states.Session.KEPT:

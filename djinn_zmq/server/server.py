@@ -253,7 +253,7 @@ class Server:
             return
         if header.flags & ONE_WAY:
             raise ProtocolError(f"{Op(header.op).name} is answered: it is not sent one way")
-        again = (peer.envelope, header.request) in engine.owed  # one answer comes, to both askings
+        again = (number, header.request) in engine.owed  # one answer comes, to all askings
         if session.waiting >= self.settings.queue_limit and not again:
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
         engine.forward(peer.envelope, header, frame, buffers)
@@ -372,7 +372,8 @@ class Server:
         if envelope:
             self._reply(envelope, frame, buffers)  # first: its client waits for it, the rest can
             header = codec.peek(frame)
-            if not header.flags & UNFINISHED and engine.owed.pop((envelope, header.request), None):
+            key = header.session, header.request
+            if not header.flags & UNFINISHED and engine.owed.pop(key, None):
                 session = self.registry.sessions.get(header.session)
                 if session is not None:
                     session.waiting -= 1
@@ -416,7 +417,7 @@ class Server:
     def close(self) -> None:
         """Answer what is owed, end the engines, remove the sockets."""
         for engine in self.fleet.engines:
-            for (envelope, _), header in engine.owed.items():
+            for envelope, header in engine.owed.values():
                 self._reply(envelope, codec.failure(header, Closed("the server stops")), ())
         self.fleet.stop()
         self.returned.close()

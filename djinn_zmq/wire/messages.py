@@ -466,10 +466,11 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag=6, forbid_unknown_
 
 
 class Listen(msgspec.Struct, frozen=True, array_like=True, tag=7, forbid_unknown_fields=True):
-    """Server to engine: a client's lane, with its three descriptors. owner: who speaks there."""
+    """Server to engine: a client's lane, with its three descriptors. owner, pid: who speaks there."""
 
     lane: int
     owner: str
+    pid: int = 0
 
 
 class Broken(msgspec.Struct, frozen=True, array_like=True, tag=8, forbid_unknown_fields=True):

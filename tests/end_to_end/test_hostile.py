@@ -195,6 +195,20 @@ def test_what_is_asked_twice_at_once_or_wants_no_answer_is_not_waited_for_ever(
     assert found.waiting == 0
 
 
+def test_what_is_asked_again_over_another_connection_is_owed_once(served, server):
+    one, other = Raw(served.endpoint), Raw(served.endpoint)  # of one user: the session moves
+    session = one.ask(Op.OPEN, messages.Open("tiny")).meta.session
+    meta = messages.Run(("the " * 200,) * 48, None, messages.Wanted(None, (), "top", 1))
+    one.send(codec.encode(Op.RUN, meta, request=77, session=session))
+    assert one.ask(Op.PING, messages.Ping(), session).meta.state == "running"
+    other.request = 76
+    assert other.ask(Op.RUN, meta, session).meta.state == "finished"
+    (found,) = (known for known in server.status().sessions if known.id == session)
+    assert found.waiting == 0
+    one.close()
+    other.close()
+
+
 def test_uploads_that_lie_are_refused_once_and_their_slots_come_back(raw, session, served):
     def used():
         return served.status().memory.used

@@ -15,10 +15,11 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio, errors
-from djinn_zmq.bus.lane import CAPACITY, create
+from djinn_zmq.bus.lane import CAPACITY, Lane, create
+from djinn_zmq.client.calls import Call
 from djinn_zmq.memory.ring import HEAD, TAIL
 from djinn_zmq.settings import Settings
-from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire import codec, messages, tiers
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
@@ -188,6 +189,26 @@ def test_the_other_end_of_a_lane_is_in_mid_run_when_a_ping_comes(served):
         running.start()
         until(lambda: seen.append(theirs.ping()) or seen[-1] == "running", "the run is on its way")
         running.join()
+
+
+def test_device_memory_is_lent_to_the_process_that_asks_for_it_and_no_other(served):
+    """What is asked here is refused in any case, and the reason says for whom."""
+    with served.connect() as one, served.connect(shared=False) as other:
+        tiny = one.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        assert lanes_of(one)
+
+        def hold():
+            yield Call(Op.HOLD, tiers.Hold(point.id, "device", False), session=tiny.session_id)
+
+        for asker, why in ((one, "no device tier"), (other, "shares memory")) * 2:
+            with pytest.raises(errors.RequestError, match=why):
+                asker.connection.drive(hold())
+        assert isinstance(one.connection.lanes.of(tiny.session_id), Lane)
+        one.connection.lanes.wanted = False  # the same over the bus
+        for asker, why in ((one, "no device tier"), (other, "shares memory")) * 2:
+            with pytest.raises(errors.RequestError, match=why):
+                asker.connection.drive(hold())
 
 
 def test_a_run_on_a_lane_is_cancelled_at_its_deadline_and_by_its_task(served):

@@ -42,7 +42,7 @@ def test_a_hold_that_is_given_up_before_it_was_told_of_ends(keeping: Keeping, co
     device.finish()
     keeping.tiers.fill()
     slabs, used = keeping.tiers.slabs.slabs, keeping.pool.used
-    session, model = EngineSession(1, OWNER, "tiny", os.getpid()), object()
+    session, model = EngineSession(1, OWNER, "tiny", asker=os.getpid()), object()
     _, turns = Mover(keeping, Runner(keeping)).hold(
         Hold(kept.id, "device", copy), (), session, model, Stopwatch(), shared=True
     )
