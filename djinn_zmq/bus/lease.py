@@ -10,7 +10,8 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from djinn_zmq.errors import AccessDenied, Lost, ProtocolError, Unreachable, from_wire
@@ -32,6 +33,8 @@ class LeaseSocket:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.late: list[Packet] = []  # what came while `ask` waited for its answer
+        self.unsaid: deque[messages.Lease] = deque()  # news that found no room
+        self.on_full: Callable[[], None] = lambda: None  # called when there are some
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
@@ -73,6 +76,21 @@ class LeaseSocket:
             raise Lost("the other end of the lease socket is gone") from exc
         except TimeoutError as exc:
             raise self._gave_up() from exc
+
+    def post(self, packet: messages.Lease) -> None:
+        """Tell the other end news that it must not miss: now, or by `flush` when it has read others.
+        Never waits. Raises Lost."""
+        self.unsaid.append(packet)
+        if not self.flush():
+            self.on_full()
+
+    def flush(self) -> bool:
+        """Send what was posted, as far as there is room. True where nothing is left of it."""
+        with contextlib.suppress(BlockingIOError):
+            while self.unsaid:
+                self.send(self.unsaid[0])
+                self.unsaid.popleft()
+        return not self.unsaid
 
     def answer(self, packet: messages.Lease, *fds: int) -> None:
         """The same to an end that has asked, and reads until it has its answer: waits for room."""

@@ -92,6 +92,11 @@ class Poll:
         self._epoll.register(fd, events)
         return fd
 
+    def watch_room(self, source: Any, wanted: bool) -> None:
+        """Call who watches *source*, a descriptor, also when it can be written to."""
+        events = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
+        self._epoll.modify(descriptor_of(source), events)
+
     def unwatch(self, source: Any) -> None:
         """Before *source* is closed."""
         fd = descriptor_of(source)

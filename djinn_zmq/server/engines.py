@@ -19,7 +19,7 @@ from djinn_zmq.errors import Busy, Lost, StartError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
-from djinn_zmq.wire.messages import EngineInfo, Load, ModelInfo, Ready, Retire
+from djinn_zmq.wire.messages import Broken, EngineInfo, Load, ModelInfo, Ready, Retire
 from djinn_zmq.wire.ops import Op
 
 _log = logging.getLogger(__name__)
@@ -158,10 +158,14 @@ class Engine:
         self.tell(Op.LOAD, Load(name, source, self.dtype))
 
     def retire(self, arena: int) -> None:
-        """Have the engine unmap *arena*. Where its queue is full it keeps the map until it ends."""
+        """Have the engine unmap *arena*."""
+        self.post(Retire(arena))
+
+    def post(self, news: Retire | Broken) -> None:
+        """Tell it *news* on the lease socket, when there is room for them. Nobody is told where it is gone."""
         if self.lease is not None:
-            with contextlib.suppress(Lost, BlockingIOError):
-                self.lease.send(Retire(arena))
+            with contextlib.suppress(Lost):
+                self.lease.post(news)
 
     # ---- ends
 

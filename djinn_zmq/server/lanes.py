@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from djinn_zmq.bus.lease import LeaseSocket, close_all
+from djinn_zmq.bus.lease import close_all
 from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.registry import Peer, Registry
@@ -60,21 +60,18 @@ class Lanes:
         """*peer* is gone: so are its lanes."""
         for number in [n for n, lane in self._lanes.items() if lane.peer is peer]:
             engine = self._engines[self._lanes.pop(number).engine]
-            _tell(engine.lease, Broken(number, "its client is gone"))
+            engine.post(Broken(number, "its client is gone"))
 
     def end_of_engine(self, engine: Engine, reason: str) -> None:
         """*engine* is gone: its clients learn why."""
         for number in [n for n, lane in self._lanes.items() if lane.engine == engine.index]:
-            _tell(self._lanes.pop(number).peer.lease, Broken(number, reason))
+            lease = self._lanes.pop(number).peer.lease
+            if lease is not None:
+                with contextlib.suppress(Lost, BlockingIOError):  # about to be found out
+                    lease.send(Broken(number, reason))
 
     def broken(self, engine: Engine, number: int, on_gone: Callable[[Peer], None]) -> None:
         """*engine* says that the client at the end of a lane lies or does not read: drop it."""
         lane = self._lanes.get(number)
         if lane is not None and lane.engine == engine.index:
             on_gone(lane.peer)
-
-
-def _tell(lease: LeaseSocket | None, packet: Broken) -> None:
-    if lease is not None:
-        with contextlib.suppress(Lost, BlockingIOError):  # gone as well, or about to be found out
-            lease.send(packet)

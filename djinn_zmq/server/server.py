@@ -358,9 +358,11 @@ class Server:
         self._watch_engine(engine)
 
     def _watch_engine(self, engine: Engine) -> None:
-        assert engine.link is not None and engine.lease is not None
-        self._poll.watch_lane(engine.link.lane, self._on_link, engine)
-        self._poll.watch(engine.lease.socket, self._on_engine_lease, engine)
+        link, lease = engine.link, engine.lease
+        assert link is not None and lease is not None
+        self._poll.watch_lane(link.lane, self._on_link, engine)
+        self._poll.watch(lease.socket, self._on_engine_lease, engine)
+        lease.on_full = lambda: self._poll.watch_room(lease.socket, True)
 
     def _on_link(self, engine: Engine) -> bool:
         """Take one message of *engine*'s. Is there more?"""
@@ -389,6 +391,8 @@ class Server:
         if lease is None:
             return
         try:
+            if lease.unsaid and lease.flush():
+                self._poll.watch_room(lease.socket, False)
             packet, fds = lease.receive()
             if isinstance(packet, Farewell):
                 close_all(fds)

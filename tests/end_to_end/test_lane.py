@@ -18,6 +18,7 @@ from djinn_zmq import aio, errors
 from djinn_zmq.bus.lane import CAPACITY, Lane, create
 from djinn_zmq.client.calls import Call
 from djinn_zmq.memory.ring import HEAD, TAIL
+from djinn_zmq.server.lanes import LANES_LIMIT
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages, tiers
 from djinn_zmq.wire.messages import Flag
@@ -189,6 +190,42 @@ def test_the_other_end_of_a_lane_is_in_mid_run_when_a_ping_comes(served):
         running.start()
         until(lambda: seen.append(theirs.ping()) or seen[-1] == "running", "the run is on its way")
         running.join()
+
+
+def test_lanes_of_clients_that_are_gone_end_though_their_engine_took_no_news(served):
+    def offers(server) -> bool:
+        """As many lanes as a client may have. False: the engine's queue is full."""
+        session = server.connection.drive(opened())
+        for _ in range(LANES_LIMIT):
+            ends = create(CAPACITY)
+            try:
+                server.connection.sharing.lease.ask(messages.Offer(session), *ends)
+            except errors.Busy as exc:
+                assert "takes no news now" in str(exc)
+                return False
+            finally:
+                ends.close()
+        return True
+
+    def opened():
+        reply = yield Call(Op.OPEN, messages.Open("tiny"))
+        return reply.meta.session
+
+    with served.connect() as server:
+        server.model("tiny").ping()  # the model is loaded, and its engine answers
+    engine = served.engine_pid()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        while True:
+            with served.connect(lane=False) as server:
+                if not offers(server):
+                    break
+        until(lambda: not served.status().sessions, "the server has seen them go")
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    with served.connect() as server:  # a lane is introduced behind all that was told before
+        until(lambda: server.model("tiny").ping() and lanes_of(server), "the engine takes news")
+    until(lambda: only_the_link_is_mapped(holdings(served)), "they are given up")
 
 
 def test_device_memory_is_lent_to_the_process_that_asks_for_it_and_no_other(served):
