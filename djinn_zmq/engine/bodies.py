@@ -45,6 +45,8 @@ class Body:
     busy: Callable[[], bool] | None = None  # are the device's copies from and to it done?
     storing: Callable[[], bool] | None = None  # is the one to its host slot?
     arriving: Callable[[], bool] | None = None  # is the one to its device slot?
+    # Of each client that had mapped its device slot and did not let go: is it gone?
+    mapped: list[Callable[[], bool]] = field(default_factory=list)
 
     @property
     def tiers(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Hold:
     writable: DeviceSlot | None = None
     spares: list[Spare] = field(default_factory=list)
     zone: str = ""  # of the checkpoints that spares become
+    readers: int = 0  # runs that take what a client has written from where it stands
 
     @property
     def slots(self) -> list[DeviceSlot]:
@@ -163,6 +164,17 @@ class Holds:
             )
         return hold
 
+    def reading(self, tensor: Tensor, owner: str) -> Callable[[], None]:
+        """A run begins to read the device slot that *tensor* names; call what this returns at its end.
+        Raises as `find`."""
+        hold = self.lent(tensor, owner)
+        hold.readers += 1
+
+        def done() -> None:
+            hold.readers -= 1
+
+        return done
+
     def end(self, number: int, *, gone: bool) -> None:
         """gone: its client did not say that it is done."""
         hold = self._holds.pop(number)
@@ -170,14 +182,14 @@ class Holds:
         waits = done is not None and bool(hold.slots)
         for slot in hold.slots:
             del self._lent[slot.where]
-            self._tiers.give_back_when(done, slot)
+            self._tiers.give_back_after(slot, done or (lambda: True), lambda: not hold.readers)
         for spare in hold.spares:
             self._give_back_lease(spare)
         hold.spares.clear()
         if hold.body is not None:
             hold.body.views -= 1
             if done is not None and hold.body.device is not None:
-                self._tiers.quarantine(hold.body, done)
+                hold.body.mapped.append(done)
                 waits = True
             self._tiers.leave(hold.body)
         if hold.pidfd >= 0 and not waits:  # who waits for the process closes it

@@ -25,7 +25,7 @@ from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
 from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
 from djinn_zmq.wire.talks import Generate
-from djinn_zmq.wire.tensors import SLOT_FROM, Tensor
+from djinn_zmq.wire.tensors import SLOT_FROM, Device, Tensor
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 FRESH = Start(0, fresh=True)
@@ -149,7 +149,10 @@ class Runner:
         unchanged: Entry | None = None
         if asked.hidden is not None:
             with job.watch.span("restore"):
-                hidden = self._keeping.see_sent(asked.hidden, buffers, job.session.owner)
+                owner = job.session.owner
+                hidden = self._keeping.see_sent(asked.hidden, buffers, owner)
+                if isinstance(asked.hidden.where, Device):
+                    job.ends.append(self._keeping.holds.reading(asked.hidden, owner))
         else:
             hidden = yield from self.lend(job, entry)
             unchanged = entry

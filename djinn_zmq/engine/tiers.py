@@ -73,6 +73,8 @@ class Tiers:
         self._writing: list[_Writing] = []
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
         self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
+        # The same of what clients could write into. They end when they like: nobody waits for that.
+        self._lent: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self.storing = Storing(device, pool)
 
     @property
@@ -190,7 +192,7 @@ class Tiers:
         if not self.slabs.limit:
             return None
         slot = self.slabs.lease(nbytes, zone)
-        if slot is None and self._leaving:
+        if slot is None and (self._leaving or self._lent):
             self._free_left()
             slot = self.slabs.lease(nbytes, zone)
         while slot is None:
@@ -265,9 +267,10 @@ class Tiers:
 
     def _free_left(self) -> None:
         """Free what was released while the device was busy with it, or a client, and they are done."""
-        for leaving in [one for one in self._leaving if one[0]()]:
-            self._leaving.remove(leaving)
-            leaving[1]()
+        for these in (self._leaving, self._lent):
+            for leaving in [one for one in these if one[0]()]:
+                these.remove(leaving)
+                leaving[1]()
 
     def _written(self, writing: _Writing) -> None:
         body = writing.body
@@ -464,7 +467,7 @@ class Tiers:
 
     def spare_beside(self, slot: DeviceSlot, session: int, zone: str) -> Spare | None:
         """One more like *slot*, in its slab; None where that has no room. Nothing gives way for it."""
-        if self._leaving:
+        if self._leaving or self._lent:
             self._free_left()
         beside = self.slabs.lease_beside(slot.where, slot.nbytes)
         if beside is None:
@@ -472,23 +475,28 @@ class Tiers:
         ready = self.pool.ready(slot.nbytes, zone)
         return Spare(beside, self.pool.lease(slot.nbytes, session, zone=zone) if ready else None)
 
-    def give_back_when(self, done: Callable[[], bool] | None, slot: DeviceSlot) -> None:
-        """*slot* was a client's: free it when *done* says that nobody can write into it any more; None:
-        when our own copies from and to it are made, because nothing orders the next client's behind them."""
-        self.free_when(done or self._device.computed(), partial(self.slabs.give_back, slot.where))
+    def give_back_after(self, slot: DeviceSlot, *conditions: Callable[[], bool]) -> None:
+        """*slot* could be written into by a client: free it when *conditions* hold, that of its end among
+        them, and the device is through with all that was begun by then: nothing orders behind that what
+        the next client does."""
+        computed: Callable[[], bool] | None = None
+
+        def done() -> bool:
+            nonlocal computed
+            if computed is None:
+                if not all(condition() for condition in conditions):
+                    return False
+                computed = self._device.computed()
+            return computed()
+
+        if done():
+            self.slabs.give_back(slot.where)
+        else:
+            self._lent.append((done, partial(self.slabs.give_back, slot.where)))
 
     def free_when(self, done: Callable[[], bool], give_back: Callable[[], None]) -> None:
         """Call *give_back* when *done* says so."""
         self._leaving.append((done, give_back))
-
-    def quarantine(self, body: Body, done: Callable[[], bool]) -> None:
-        """A client mapped the device copy of *body* and is not known to have let go: use it no more."""
-        assert body.device is not None
-        self.give_back_when(done, body.device)
-        body.device = None
-        if not body.tiers:
-            return  # it was nowhere else, and its session is gone
-        self._moved(body, "evict", 0)
 
     # ---- sessions
 
@@ -547,7 +555,9 @@ class Tiers:
             self.disk.used -= body.nbytes
         if body.host is not None:
             self._when_settled(body, partial(self.pool.give_back, body.host.slot))
-        if body.device is not None:
+        if body.mapped and body.device is not None:
+            self.give_back_after(body.device, *body.mapped, body.busy or _done)
+        elif body.device is not None:
             self._when_settled(body, partial(self.slabs.give_back, body.device.where))
 
     def _when_settled(self, body: Body, give_back: Callable[[], None]) -> None:
@@ -563,4 +573,9 @@ class Tiers:
         self._bodies.clear()
         self._writing.clear()
         self._leaving.clear()
+        self._lent.clear()
         self.storing.clear()
+
+
+def _done() -> bool:
+    return True

@@ -13,13 +13,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.tensors import Tensor
 from djinn_zmq.wire.tiers import Hold
-from tests.engine.keepers import IDS, OWNER, Late, ServerSide, running
+from tests.engine.keepers import IDS, LIMITS, OWNER, Late, ServerSide, running
 
 
 @pytest.fixture
@@ -69,8 +70,71 @@ def test_views_of_one_checkpoint_that_end_with_their_client_leave_no_descriptor(
     body = keeping.entries[kept.id].body
     for number in range(101, 106):
         keeping.holds.view(number, 1, body, client.pid)
-    for number in range(101, 106):
-        keeping.holds.end(number, gone=True)
+    keeping.drop_session(1)
     client.communicate()
     keeping.tiers.settle()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def kept_in(keeping: Keeping, session: int = 1) -> Entry:
+    device: Any = keeping.device
+    kept = keeping.keep(torch.randn(2, 5, 8), session=session, owner=OWNER, run=7, layer=2, ids=IDS)
+    device.finish()
+    keeping.tiers.fill()
+    return keeping.entries[kept.id]
+
+
+def leased(keeping: Keeping) -> int:
+    keeping.tiers.settle()
+    return sum(len(slab.leased) for slab in keeping.tiers.slabs.slabs.values())
+
+
+def test_a_slot_that_a_client_had_mapped_waits_for_its_end_for_who_reads_it_and_for_the_device(
+    keeping: Keeping,
+) -> None:
+    device: Any = keeping.device
+    entry = kept_in(keeping)
+    client = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    keeping.holds.view(101, 1, entry.body, client.pid)
+    keeping.hold(entry)  # a run of another session patches from it
+    keeping.drop_session(1)
+    client.communicate()
+    assert leased(keeping) == 1
+    assert keeping.hidden(entry).nbytes == entry.body.nbytes
+    device.busy = True
+    keeping.let_go(entry)
+    assert leased(keeping) == 1
+    device.busy = False
+    assert leased(keeping) == 0
+
+
+def test_a_writable_slot_waits_for_its_client_for_who_reads_it_and_for_the_device(
+    keeping: Keeping,
+) -> None:
+    device: Any = keeping.device
+    entry = kept_in(keeping)
+    client = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    hold = keeping.holds.lend_copy(101, 1, entry.body, client.pid)
+    assert hold.writable is not None
+    tensor = Tensor(entry.body.dtype, entry.body.shape, hold.writable.where)
+    done = keeping.holds.reading(tensor, OWNER)  # a resume in another session
+    keeping.drop_session(1)
+    assert leased(keeping) == 3  # with its spares
+    client.communicate()
+    assert leased(keeping) == 3
+    device.busy = True
+    done()
+    assert leased(keeping) == 3
+    device.busy = False
+    assert leased(keeping) == 0
+
+
+def test_who_wants_room_does_not_wait_for_a_client_to_end(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    client = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    keeping.holds.view(101, 1, entry.body, client.pid)
+    keeping.drop_session(1)
+    assert leased(keeping) == 1
+    turns = keeping.room(LIMITS.host_memory * 2, OWNER)
+    assert sum(1 for _ in zip(turns, range(100), strict=False)) < 100
+    client.communicate()
