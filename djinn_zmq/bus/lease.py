@@ -33,8 +33,9 @@ class LeaseSocket:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.late: list[Packet] = []  # what came while `ask` waited for its answer
-        self.unsaid: deque[messages.Lease] = deque()  # news that found no room
-        self.on_full: Callable[[], None] = lambda: None  # called when there are some
+        self.unsent: deque[Packet] = deque()  # what was posted and found no room
+        self.on_full: Callable[[], None] = lambda: None  # called when there is some
+        self._given_up = 0  # questions whose answers nobody waits for
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
@@ -77,32 +78,25 @@ class LeaseSocket:
         except TimeoutError as exc:
             raise self._gave_up() from exc
 
-    def post(self, packet: messages.Lease) -> None:
-        """Tell the other end news that it must not miss: now, or by `flush` when it has read others.
-        Never waits. Raises Lost."""
-        self.unsaid.append(packet)
-        if not self.flush():
-            self.on_full()
+    def post(self, packet: messages.Lease, *fds: int) -> None:
+        """Send what the other end must not miss, news or an answer: now, or by `flush` when it has read
+        others. Never waits. Raises Lost."""
+        if not self.unsent:
+            with contextlib.suppress(BlockingIOError):
+                self.send(packet, *fds)
+                return
+        self.unsent.append((packet, [os.dup(fd) for fd in fds]))
+        self.on_full()
 
     def flush(self) -> bool:
         """Send what was posted, as far as there is room. True where nothing is left of it."""
         with contextlib.suppress(BlockingIOError):
-            while self.unsaid:
-                self.send(self.unsaid[0])
-                self.unsaid.popleft()
-        return not self.unsaid
-
-    def answer(self, packet: messages.Lease, *fds: int) -> None:
-        """The same to an end that has asked, and reads until it has its answer: waits for room."""
-        while True:
-            try:
+            while self.unsent:
+                packet, fds = self.unsent[0]
                 self.send(packet, *fds)
-                return
-            except BlockingIOError:
-                poll = select.poll()
-                poll.register(self.socket, select.POLLOUT)
-                if not poll.poll(ANSWER_S * 1000):
-                    raise
+                self.unsent.popleft()
+                close_all(fds)
+        return not self.unsent
 
     def receive(self) -> Packet:
         """The next packet and its descriptors, which are the receiver's to close.
@@ -143,8 +137,15 @@ class LeaseSocket:
         Raises what the other end refused with.
         """
         self.send(packet, *fds)
+        self._given_up += 1  # as by a KeyboardInterrupt from here on
         while True:
             answer, answer_fds = self.receive()
+            answers = isinstance(answer, (messages.Granted, messages.Refused))
+            if answers and self._given_up > 1:  # to one before
+                self._given_up -= 1
+                close_all(answer_fds)
+                continue
+            self._given_up -= answers
             if isinstance(answer, messages.Granted):
                 close_all(answer_fds[1:])
                 return answer, answer_fds[0] if answer_fds else None
@@ -167,8 +168,9 @@ class LeaseSocket:
         return self.take_late()
 
     def close(self) -> None:
-        for _, fds in self.take_late():
+        for _, fds in (*self.take_late(), *self.unsent):
             close_all(fds)
+        self.unsent.clear()
         self.socket.close()
 
 

@@ -158,7 +158,7 @@ class Arenas:
     ) -> None:
         """Answer one packet of a client or an engine; *fds* came with it and are taken over."""
         # A client may ask and not read; an engine is ours, and waits for nothing else.
-        send = connection.send if isinstance(by, Peer) else connection.answer
+        send = connection.send if isinstance(by, Peer) else connection.post
         try:
             if len(fds) != DESCRIPTORS.get(type(packet), 0):
                 close_all(fds)

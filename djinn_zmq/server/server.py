@@ -391,7 +391,7 @@ class Server:
         if lease is None:
             return
         try:
-            if lease.unsaid and lease.flush():
+            if lease.unsent and lease.flush():
                 self._poll.watch_room(lease.socket, False)
             packet, fds = lease.receive()
             if isinstance(packet, Farewell):

@@ -86,18 +86,54 @@ def test_a_refusal_is_raised_as_what_it_was(ends: Ends) -> None:
     assert engine.ask(Want(8)) == (Granted(8), None)
 
 
-def test_an_answer_waits_for_room_with_who_reads_until_it_has_it(ends: Ends) -> None:
+def test_an_answer_that_finds_no_room_is_kept_with_its_descriptor_and_nobody_waits(
+    ends: Ends, memory: int
+) -> None:
     server, engine = ends
-    news = 0
+    before = open_fds()
     with pytest.raises(BlockingIOError):
         while True:
-            server.send(Retire(news))
-            news += 1
-    answering = threading.Thread(target=server.answer, args=(Granted(5),))
-    answering.start()
-    assert engine.ask(Want(5)) == (Granted(5), None)
-    answering.join()
-    assert len(engine.take_late()) == news
+            server.send(Retire(1))
+    told: list[str] = []
+    server.on_full = lambda: told.append("full")
+    server.post(Granted(5), memory)
+    server.post(Refused("busy", ""))
+    assert told and not server.flush()
+
+    def flush() -> None:
+        while not server.flush():
+            pass
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    granted, fd = engine.ask(Want(5))
+    thread.join()
+    assert granted == Granted(5) and fd is not None and os.pread(fd, 10, 0) == b"shared"
+    os.close(fd)
+    with pytest.raises(Busy):
+        engine.ask(Want(6))
+    assert open_fds() == before
+
+
+def test_the_answer_to_a_question_that_was_given_up_is_not_taken_for_the_next_one(
+    ends: Ends, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, engine = ends
+    before = open_fds()
+
+    def interrupted() -> None:  # by a Ctrl-C
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.ask(Want(1))
+    server.send(Granted(1), memory)
+    server.send(Broken(3, "news"))
+    server.send(Granted(2))
+    assert engine.ask(Want(2)) == (Granted(2), None)
+    assert engine.take_late() == [(Broken(3, "news"), [])]
+    assert open_fds() == before
 
 
 def test_news_that_cross_a_question_are_kept_for_later(ends: Ends) -> None:
