@@ -66,12 +66,18 @@ class Engine:
         return self._process.pid if self._process is not None else 0
 
     def start(self) -> None:
-        """Spawn the process. It says READY over the link when it can be spoken to."""
+        """Spawn the process. It says READY over the link when it can be spoken to.
+
+        Raises StartError, ArenaFull, OSError where the system has no more to give.
+        """
         self.advance("start")
         self.restarts += 1
-        self.detail = "starting: python and torch are being loaded"
         self.link, link_ends = Link.create(self._settings)
-        self.lease, theirs = lease_bus.pair()
+        try:
+            self.lease, theirs = lease_bus.pair()
+        except BaseException:
+            link_ends.close()
+            raise
         try:
             self._process = subprocess.Popen(
                 [
@@ -94,6 +100,7 @@ class Engine:
         finally:
             theirs.close()
             link_ends.close()
+        self.detail = "starting: python and torch are being loaded"
         _log.info("engine %d starts on %s, pid %d", self.index, self.device, self.pid)
 
     def advance(self, event: str) -> None:
@@ -192,6 +199,13 @@ class Engine:
             self.detail = reason
         _log.warning("%s", self.detail)
         return owed, reason
+
+    def give_up(self, reason: str) -> None:
+        """It cannot be started again, for *reason*: it stays down."""
+        self._close_ends()
+        self.advance("give up")
+        self.detail = f"{self.detail}; it cannot be started again: {reason}"
+        _log.error("engine %d cannot be started again: %s", self.index, reason)
 
     def stop(self, timeout_s: float) -> None:
         """End the process: its lease socket closes, it has *timeout_s*, then it is killed."""

@@ -93,6 +93,8 @@ class Fleet:
         self._tell_progress(opening, Progress(engine.detail or f"{name}: waiting", 0, 0))
 
     def _opened(self, engine: Engine, peer: Peer, header: Header, name: str) -> None:
+        if self._registry.peers.get(peer.envelope) is not peer:
+            return  # gone with the answer before this one: nobody would close its session
         try:
             session = self._registry.open(peer, name, engine.index)
             self._enter(session, peer)
@@ -291,11 +293,15 @@ class Fleet:
             if isinstance(record.kept.tensor.where, Slot)
         )
         self._arenas.retire(engine.index, keep=arenas)
+        if engine.state is not states.Engine.FAILED:
+            try:
+                engine.start()
+            except (DjinnError, OSError) as exc:  # memory, most likely: of what it died
+                engine.give_up(str(exc))
         if engine.state is states.Engine.FAILED:
             for index, name in [key for key in self._opening if key[0] == engine.index]:
                 self._fail_openings(self.engines[index], name, ModelRefused(engine.detail))
             return answer
-        engine.start()
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
             self._enter(session, session.peer)

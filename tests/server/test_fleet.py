@@ -1,0 +1,71 @@
+"""The engines together, with no process behind them: what is left when one cannot be started."""
+
+import os
+from typing import Any
+
+import pytest
+
+from djinn_zmq.bus.link import Link
+from djinn_zmq.errors import ArenaFull, Lost
+from djinn_zmq.server.fleet import Fleet
+from djinn_zmq.server.journal import Journal
+from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec, states
+from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open
+from djinn_zmq.wire.ops import Op
+
+TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
+
+
+class NoArenas:
+    def retire(self, *_: object, **__: object) -> list[int]:
+        return []
+
+
+def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -> None:
+    registry, nothing = Registry(9), Any
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    registry.peers[peer.envelope] = peer
+
+    def reply(*_: object) -> None:  # finds it gone
+        if not registry.peers:
+            return
+        registry.peers.clear()
+        for number in list(peer.sessions):
+            registry.close(registry.sessions[number])
+
+    fleet = Fleet(["cpu"], "auto", Settings(), registry, NoArenas(), Journal(), reply)
+    (engine,) = fleet.engines
+    engine.sources["tiny"] = "tiny"
+    engine.state = states.Engine.LOADING
+    engine.link, ends = Link.create(Settings())
+    header = codec.peek(codec.encode(Op.OPEN, Open("tiny"), request=1))
+    for _ in range(2):
+        fleet.open(peer, header, "tiny", "tiny")
+    fleet.on_message(engine, codec.encode(Op.LOAD, Loaded(TINY), flags=Flag.REPLY), ())
+    assert not registry.sessions
+    ends.close()
+    engine.stop(0)
+
+
+def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arenas: Any = NoArenas()
+    fleet = Fleet(["cpu"], "auto", Settings(), Registry(1), arenas, Journal(), lambda *_: None)
+    (engine,) = fleet.engines
+    before = len(os.listdir("/proc/self/fd"))
+    engine.start()
+    os.kill(engine.pid, 9)
+
+    def refuses(*_: object) -> None:
+        raise ArenaFull("8.0 MiB of shared memory asked, the system has 1.0 MiB free")
+
+    monkeypatch.setattr(Link, "create", refuses)  # what killed it may have left no more
+    fleet.on_death(engine)
+    assert engine.state is states.Engine.FAILED
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(Lost, match=r"engine 0 is down: .*cannot be started again: 8.0 MiB"):
+        fleet.load("tiny", "tiny")
+    fleet.stop()
