@@ -7,6 +7,7 @@ What a client does is written once, as generators that yield `Call`s and are sen
 import os
 import struct
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from time import perf_counter_ns
@@ -74,6 +75,7 @@ class Connection:
         self.lanes = Lanes(self.sharing, settings, wanted=wanted, on_change=self._on_lanes_change)
         self._want_shared = checks.flag("shared", shared)
         self._dealer = Dealer(endpoint, settings, keys)
+        _connections.add(self)
         self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
         self._monitor = self._dealer.monitor
         self._gone = False  # disconnected, and not connected again since
@@ -84,7 +86,7 @@ class Connection:
         self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
         self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
         self._example: Piece = b""  # an answer, of those that came
-        self._closed = False
+        self._closed = ""  # why it is
 
     # ---- what waits
 
@@ -165,7 +167,7 @@ class Connection:
     def send(self, call: Call) -> int:
         """Send *call* and return its request number; the reply is still to be waited for."""
         if self._closed:
-            raise Closed("the connection is closed")
+            raise Closed(self._closed)
         if self._abandoned or self._garbage:
             self._tidy_up()
         request = self._last_request = self._last_request + 1
@@ -373,7 +375,7 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return bool(self._closed)
 
     def bus_fileno(self) -> int:
         return self._dealer.socket.getsockopt(zmq.FD)
@@ -415,10 +417,30 @@ class Connection:
         """Close sockets and maps. Everything the server holds for this client ends with it."""
         if self._closed:
             return
-        self._closed = True
+        self._closed = "the connection is closed"
         self.lanes.close()
         self.sharing.close()
         self._dealer.close()
+
+    def _leave(self) -> None:
+        """In a child that was forked: what both use would get mixed up, and while a child has the lease
+        socket open, nobody sees its parent end."""
+        if not self._closed:
+            self._closed = (
+                "the connection belongs to the process that it was forked from: connect anew"
+            )
+            self.lanes.leave()
+            self.sharing.leave()
+        self._lock = threading.RLock()  # a thread that is not here may have it
+
+
+def _leave_to_parent() -> None:
+    for connection in tuple(_connections):
+        connection._leave()
+
+
+_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _deadline_ms(timeout_s: float) -> int:

@@ -135,6 +135,12 @@ class Lanes:
             self._asked = None
         lane.close()
 
+    def leave(self) -> None:
+        """In a child that was forked: the lanes are its parent's, and so is what their epoll waits for."""
+        self.wanted = False
+        self._lanes.clear()
+        self._epoll = None
+
     def close(self) -> None:
         while self._lanes:
             self.drop(self._lanes.popitem()[1])

@@ -118,6 +118,12 @@ class Sharing:
     def can_map(self, tensor: Tensor) -> bool:
         return self.lease is not None and isinstance(tensor.where, Slot)
 
+    def leave(self) -> None:
+        """In a child that was forked: hang up there, which its parent does not notice."""
+        if self.lease is not None:
+            self.lease.close()
+            self.lease = None
+
     def close(self) -> None:
         """Unmap all of it, and hang up: the server takes that for the end of this client."""
         for arena in self._arenas.values():

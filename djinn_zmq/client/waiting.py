@@ -78,7 +78,7 @@ class WaitingConnection(Connection):
 
     def _wait_part(self, request: int, timeout_s: float | None = None) -> Message | None:
         if self._closed:
-            raise Closed("the connection is closed")
+            raise Closed(self._closed)
         call = self._calls.get(request)
         if call is not None:
             limit = call.waits_until()

@@ -492,3 +492,41 @@ def test_spinning_ends_answer_as_sleeping_ones_do(serve):
         assert tiny.run(FRANCE).top(1)[0].token == "paris"
     with pytest.raises(errors.RequestError, match="spin_us is -1"):
         Settings(spin_us=-1)
+
+
+FORKED = """
+import os, sys, djinn_zmq as djinn
+server = djinn.connect(sys.argv[1])
+tiny = server.model("tiny")
+point = tiny.run("the capital of france is", stop_at=2).checkpoint
+if not os.fork():
+    for ask in (point.resume, tiny.ping, server.status):
+        try:
+            print("asked", ask(), flush=True)
+        except djinn.DjinnError as exc:
+            print(exc, flush=True)
+    server.close()
+    sys.stdin.read()
+    print("ended", flush=True)
+    sys.exit()
+os.read(int(sys.argv[2]), 1)
+print(point.resume().top(1)[0].token, flush=True)
+os.read(int(sys.argv[2]), 1)
+"""
+
+
+def test_a_child_that_was_forked_leaves_the_connection_to_its_parent(served):
+    go, gone = os.pipe()
+    command = [sys.executable, "-c", FORKED, served.endpoint, str(go)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, pass_fds=[go], **pipes) as parent:
+        for _ in range(3):
+            assert "belongs to the process that it was forked from" in parent.stdout.readline()
+        os.write(gone, b"g")
+        assert parent.stdout.readline() == "paris\n"
+        parent.kill()
+        until(lambda: not served.status().sessions, "its end is seen, though the child lives")
+        parent.stdin.close()
+        assert parent.stdout.read() == "ended\n"
+    os.close(go)
+    os.close(gone)
