@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq.errors import Unreachable
+from tests.end_to_end.strangers import Raw
 
 ANSWER_S = 20.0
 WAIT_S = 30.0
+PAUSE_S = 0.005
 
 
 @dataclass
@@ -81,11 +84,29 @@ def children_of(pid: int) -> list[int]:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Until *condition* holds, which asks a server: each look at it is an exchange."""
+    """Until *condition* holds, which asks a server. Between two looks, which are an exchange each, the
+    CPU is for those who are to make it true."""
     limit = time.monotonic() + WAIT_S
     while not (found := condition()):
         assert time.monotonic() < limit, f"not within {WAIT_S:g} s: {what}"
+        time.sleep(PAUSE_S)
     return found
+
+
+@contextmanager
+def once_running(server: Running, act: Callable[[], Any]) -> Iterator[None]:
+    """Beside the block: *act* as soon as somebody's run is on its way."""
+
+    def watch() -> None:
+        with server.connect() as watcher:
+            tiny = watcher.model("tiny")
+            until(lambda: tiny.ping() == "running", "a run is on its way")
+            act()
+
+    with ThreadPoolExecutor(1) as thread:
+        acted = thread.submit(watch)
+        yield
+        acted.result()
 
 
 @contextmanager
@@ -154,6 +175,19 @@ def serve(tmp_path) -> Callable[..., object]:
     """Start servers with options of the test's choice: `with serve("--model=x") as server`."""
     count = iter(range(100))
     return lambda *options, **more: running(tmp_path / f"s{next(count)}", *options, **more)
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[..., Raw]]:
+    """Connect by hand: `raw(endpoint, key)`."""
+    with ExitStack() as stack:
+
+        def connect(endpoint: str, key: Path | None = None) -> Raw:
+            one = Raw(endpoint, key)
+            stack.callback(one.close)
+            return one
+
+        yield connect
 
 
 @pytest.fixture

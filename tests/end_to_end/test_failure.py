@@ -13,7 +13,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq import errors
 from djinn_zmq.client.forwards import Asked
-from tests.end_to_end.conftest import until
+from tests.end_to_end.conftest import once_running, until
 
 FRANCE = "the capital of france is"
 LONG = np.ones((48, 256), int)  # a run of it takes about a second on one thread
@@ -75,12 +75,12 @@ def test_a_run_on_the_way_when_its_engine_dies_is_answered_and_can_be_asked_agai
         tiny = server.model("tiny")
         point = tiny.run(FRANCE, stop_at=2).checkpoint
         pid = server.status().engines[0].pid
-        killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
-        killer.start()
-        with pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"):
-            for _ in range(100):
+        with (
+            once_running(mortal, lambda: os.kill(pid, signal.SIGKILL)),
+            pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"),
+        ):
+            while True:
                 tiny.run(LONG)
-        killer.join()
         assert point.resume().top(1)[0].token == "paris"
 
 
@@ -121,12 +121,12 @@ def test_a_killed_server_takes_its_engine_along_and_a_waiting_client_gets_an_err
         with running.connect() as server:
             tiny = server.model("tiny")
             engine = os.pidfd_open(server.status().engines[0].pid)
-            killer = threading.Timer(0.2, running.process.kill)
-            killer.start()
-            with pytest.raises(errors.Lost, match="is gone"):
-                for _ in range(100):
+            with (
+                once_running(running, running.process.kill),
+                pytest.raises(errors.Lost, match="is gone"),
+            ):
+                while True:
                     tiny.run(LONG)
-            killer.join()
             assert _ended(engine)
             with pytest.raises(errors.Lost):
                 server.ping()

@@ -24,7 +24,7 @@ from djinn_zmq.wire import codec, messages, tiers
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
-from tests.end_to_end.conftest import until
+from tests.end_to_end.conftest import once_running, until
 from tests.end_to_end.test_failure import holdings, only_the_link_is_mapped
 
 FRANCE = "the capital of france is"
@@ -276,12 +276,12 @@ def test_a_killed_engine_costs_a_waiting_request_and_the_next_lane_is_made_by_it
         point = tiny.run(FRANCE, stop_at=2).checkpoint
         (first,) = lanes_of(server)
         pid = mortal.engine_pid()
-        killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
-        killer.start()
-        with pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"):
-            for _ in range(100):
+        with (
+            once_running(mortal, lambda: os.kill(pid, signal.SIGKILL)),
+            pytest.raises(errors.Lost, match=rf"pid {pid}\) was killed by signal 9.*are kept"),
+        ):
+            while True:
                 tiny.run(LONG)
-        killer.join()
         assert point.resume().top(1)[0].token == "paris"
         until(lambda: tiny.ping() and lanes_of(server), "there is a lane again")
         assert first.closed and first not in lanes_of(server)
