@@ -1,6 +1,7 @@
 """The engines together, with no process behind them: what is left when one cannot be started."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from djinn_zmq.errors import ArenaFull, Lost
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open
@@ -21,6 +23,12 @@ TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, 
 class NoArenas:
     def retire(self, *_: object, **__: object) -> list[int]:
         return []
+
+
+def fleet_of(registry: Registry, reply: Callable[..., None]) -> Fleet:
+    arenas: Any = NoArenas()
+    returned = Returned(None)
+    return Fleet(["cpu"], "auto", Settings(), registry, arenas, Journal(), returned, reply)
 
 
 def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -> None:
@@ -35,7 +43,7 @@ def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -
         for number in list(peer.sessions):
             registry.close(registry.sessions[number])
 
-    fleet = Fleet(["cpu"], "auto", Settings(), registry, NoArenas(), Journal(), reply)
+    fleet = fleet_of(registry, reply)
     (engine,) = fleet.engines
     engine.sources["tiny"] = "tiny"
     engine.state = states.Engine.LOADING
@@ -52,8 +60,7 @@ def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -
 def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arenas: Any = NoArenas()
-    fleet = Fleet(["cpu"], "auto", Settings(), Registry(1), arenas, Journal(), lambda *_: None)
+    fleet = fleet_of(Registry(1), lambda *_: None)
     (engine,) = fleet.engines
     before = len(os.listdir("/proc/self/fd"))
     engine.start()
