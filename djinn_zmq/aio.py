@@ -116,9 +116,11 @@ class AsyncConnection(Connection):
         try:
             while not reply.done():
                 left_s = None if limit_s is None else limit_s + call.held_s - time.monotonic()
-                await asyncio.wait(
-                    {reply}, timeout=left_s if left_s is None else max(LOOK_S, left_s)
-                )
+                if left_s is not None:
+                    left_s = max(LOOK_S, left_s) if self.met else LOOK_S
+                await asyncio.wait({reply}, timeout=left_s)
+                if not reply.done() and self.left_alone():
+                    raise Lost(f"the server at {self.endpoint} is gone")
                 if not reply.done() and call.late(limit_s):
                     raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
             return reply.result()

@@ -1,6 +1,7 @@
 """The client's end of the bus: one DEALER, messages out, messages in."""
 
 import os
+import socket as pysocket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # a room that only those with a key need
     from djinn_zmq.bus.keys import ClientKeys
 
 Frames = tuple[bytes, list[memoryview]]
+
+PROBE_S = 0.2
 
 
 class Dealer:
@@ -38,6 +41,7 @@ class Dealer:
             )
         if scheme == "ipc" and not os.path.exists(rest):
             raise Unreachable(f"no server at {endpoint}: start one with 'djinn serve'")
+        self._endpoint = endpoint
         # A context of its own: closing this client cannot wait for another's messages.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
@@ -88,6 +92,26 @@ class Dealer:
         if len(buffers) > BUFFERS_LIMIT:
             raise ProtocolError(f"a message of {len(buffers)} buffers: at most {BUFFERS_LIMIT}")
         return first.bytes, buffers
+
+    def refused(self) -> bool:
+        """Does nobody listen there? A killed server's socket file stays, and libzmq tries on in silence.
+
+        Asks by another connection: not for a server that answers, which would have to see it off.
+        """
+        scheme, _, rest = self._endpoint.partition("://")
+        host, _, port = rest.rpartition(":")
+        try:
+            if scheme == "ipc":
+                with pysocket.socket(pysocket.AF_UNIX) as probe:
+                    probe.settimeout(PROBE_S)
+                    probe.connect(rest)
+            else:
+                pysocket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except (OSError, ValueError):  # a network's own silence, or a path of libzmq's own kind
+            return False
+        return False
 
     def close(self) -> None:
         if not self.socket.closed:

@@ -46,6 +46,7 @@ Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
 PROGRESS_CREDIT = 1000
+FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
 # Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
@@ -76,8 +77,9 @@ class Connection:
         self._want_shared = checks.flag("shared", shared)
         self._dealer = Dealer(endpoint, settings, keys)
         _connections.add(self)
-        self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
+        self._dealer.socket.rcvtimeo = int(FIRST_LOOK_S * 1000)
         self._monitor = self._dealer.monitor
+        self.met = False  # has the server answered?
         self._gone = False  # disconnected, and not connected again since
         # Random, so that a client that comes back never asks under a number of its past life.
         self._last_request = int.from_bytes(os.urandom(5), "little") << 20
@@ -347,6 +349,10 @@ class Connection:
 
     # ---- the first exchange
 
+    def left_alone(self) -> bool:
+        """Is the socket file to which the first question went one that a killed server left?"""
+        return not self.met and self.endpoint.startswith("ipc://") and self._dealer.refused()
+
     def hello(self, timeout_s: float) -> Operation[messages.Welcome]:
         """Meet the server, and share memory with it where it is the same user's.
 
@@ -358,10 +364,17 @@ class Connection:
                 Op.HELLO, messages.Hello(__version__, os.getpid()), timeout_s=timeout_s
             )
         except (Busy, Lost) as exc:  # Busy: refused before the question was sent
+            what = f"no server answers at {self.endpoint}"
+            if self._dealer.refused():
+                raise Unreachable(
+                    f"{what}: nobody listens there; start one with 'djinn serve'"
+                ) from exc
             raise Unreachable(
-                f"no server answers at {self.endpoint} within {timeout_s:g} s: start one with "
-                "'djinn serve', or check the endpoint and the key"
+                f"{what} within {timeout_s:g} s: start one with 'djinn serve', or check the endpoint "
+                "and the key"
             ) from exc
+        self.met = True
+        self._dealer.socket.rcvtimeo = int(LOOK_S * 1000)
         welcome: messages.Welcome = reply.meta
         if welcome.lease_path and self._want_shared:
             try:

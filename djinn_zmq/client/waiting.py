@@ -100,7 +100,7 @@ class WaitingConnection(Connection):
 
     def _look(self, request: int, call: Call, limit_s: float | None) -> None:
         """Nothing has come for a while, or news have: is there still somebody who will answer?"""
-        if not self.alive():
+        if not self.alive() or self.left_alone():
             self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
         elif call.late(limit_s):
             self.give_up(request)

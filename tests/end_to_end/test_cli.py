@@ -1,5 +1,6 @@
 """The commands, as a user types them: what they say, their exit status, and what they leave."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import djinn_zmq as djinn
+from djinn_zmq import aio
 from djinn_zmq.cli.main import COMMANDS, main
 from djinn_zmq.errors import AccessDenied, DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
 from djinn_zmq.server import command
@@ -551,8 +553,12 @@ def test_the_files_of_a_killed_server_are_taken_over_by_the_next(start, home):
     wait_gone(engine)
     stale = sorted(os.listdir(home / "djinn"))
     assert stale[0] == "djinn.sock"
-    with pytest.raises(Unreachable, match="no server answers"):
-        djinn.connect(endpoint, timeout_s=0.2)
+    begin = time.monotonic()
+    with pytest.raises(Unreachable, match=f"no server answers at {endpoint}: nobody listens there"):
+        djinn.connect(endpoint, timeout_s=60)
+    with pytest.raises(Unreachable, match="nobody listens there"):
+        asyncio.run(connecting(endpoint))
+    assert time.monotonic() - begin < 30  # not until the time given is over
     second = start("--port", 0)
     second.wait_for("djinn: serving at")
     with djinn.connect(endpoint) as server:
@@ -563,6 +569,11 @@ def test_the_files_of_a_killed_server_are_taken_over_by_the_next(start, home):
         assert server.status().engines[0].pid not in (0, engine)
     assert second.end() == 0
     assert os.listdir(home / "djinn") == []
+
+
+async def connecting(endpoint: str) -> None:
+    async with aio.connect(endpoint, timeout_s=60):
+        raise AssertionError("connected to nobody")
 
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["serving", "starting"])

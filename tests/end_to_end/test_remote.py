@@ -180,6 +180,8 @@ def test_once_its_server_is_gone_every_request_of_a_client_says_so(serve):
 
 def test_a_server_that_is_not_there_is_reported_within_the_timeout():
     begin = time.monotonic()
-    with pytest.raises(Unreachable, match="no server answers at tcp://127.0.0.1:1 within 0.5 s"):
+    with pytest.raises(
+        Unreachable, match="no server answers at tcp://127.0.0.1:1: nobody listens there"
+    ):
         djinn.connect("tcp://127.0.0.1:1", timeout_s=0.5)
     assert time.monotonic() - begin < WAIT_S
