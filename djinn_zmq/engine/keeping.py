@@ -1,7 +1,6 @@
 """What an engine keeps: checkpoints and large logits, in slots of arenas it shares with the server.
 
-The engine leases the slots of its own arenas; the server numbers them and keeps their descriptors,
-so everything here outlives this process. A successor adopts what the server hands it.
+Their memory outlives this process (`arenas.py`): a successor adopts what the server hands it.
 """
 
 import contextlib
@@ -9,7 +8,6 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.engine.arenas import Arenas
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
@@ -27,25 +26,20 @@ from djinn_zmq.engine.slabs import Slabs, Spare
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.errors import (
-    AccessDenied,
-    ArenaFull,
     BadFile,
     Lost,
     OnDevice,
     ProtocolError,
     UnknownCheckpoint,
 )
-from djinn_zmq.memory.arena import Arena, OwnArena, Pool
 from djinn_zmq.memory.files import FORMAT
-from djinn_zmq.settings import MIB, Settings
-from djinn_zmq.wire.messages import Granted, Kept, Retire, Share, Want
+from djinn_zmq.settings import Settings
+from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, Where, view
 from djinn_zmq.wire.tensors import Device as DeviceWhere
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-ARENAS = 4
-LEAST_ARENA = 1 * MIB
 LOCAL_OWNER = f"uid:{os.getuid()}"
 NO_FACTS: Mapping[str, str] = MappingProxyType({})
 
@@ -113,33 +107,29 @@ class Keeping:
     ) -> None:
         """device: whose tensors are kept; a CPU where none is given."""
         self.device = device or Cpu()
-        limit = settings.host_memory
-        # Several even of a small one: an arena is one owner's.
-        nbytes = min(settings.arena, max(limit // ARENAS, LEAST_ARENA))
-        self.pool = Pool(limit, nbytes, self._share, f"engine-{index}", self._retire)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.arenas = Arenas(settings, lease, index, self.device, self._awake)
+        self.pool = self.arenas.pool
         self.entries: dict[int, Entry] = {}
         self.moves: list[tuple[Entry, str, int]] = []  # what moved, how, ns: still to be told
         self._adopted_bodies: dict[Where, Body] = {}
-        self._lease = lease
-        self._foreign: dict[int, tuple[Arena, str]] = {}  # with whose tensors they carry
-        # One: several take turns at the process's one memory map. 2.8 GiB/s of fresh pages on a 16-core
-        # machine, registered with CUDA, against 1.4 to 2.5 with four.
-        self._grower = ThreadPoolExecutor(1, "djinn-arenas")
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         budget = settings.device_memory
         slabs = Slabs(self.device.budget() if budget is None else budget, self.device.allocate)
         folder = Path(settings.state) if settings.state and settings.disk else None
-        self.disk = Disk(folder, settings.disk, lambda: os.eventfd_write(self._wake, 1))
-        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved, self._grow)
+        self.disk = Disk(folder, settings.disk, self._awake)
+        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved, self.arenas.grow)
         self.holds = Holds(self.tiers)
         # Of the device's budget, which a CPU has only where somebody said so.
         self.vault = Vault(self.device, self.tiers, slabs.limit or None)
         self.tiers.more_room = lambda: self.holds.give_room() or self.vault.drop_copies()
-        self.prepare()
+        self.arenas.prepare()
 
     def fileno(self) -> int:
         """Readable when something has been done beside us: then `settle`."""
         return self._wake
+
+    def _awake(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     def settle(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -150,58 +140,6 @@ class Keeping:
 
     def _moved(self, body: Body, how: str, elapsed_ns: int) -> None:
         self.moves += ((self.entries[number], how, elapsed_ns) for number in body.checkpoints)
-
-    # ---- arenas
-
-    def _share(self, arena: OwnArena) -> int:
-        granted, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
-        self.device.attach(arena)
-        return granted.arena
-
-    def _grow(self, nbytes: int) -> "Future[OwnArena]":
-        """One more arena, its pages taken in a thread that sleeps in system calls. It is registered by
-        us, at 2 ms for 64 MiB: a thread that registers holds CUDA's lock, and layers wait for it."""
-        future = self._grower.submit(self.pool.make, nbytes)
-        future.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
-        return future
-
-    def _retire(self, arena: OwnArena) -> None:
-        """*arena* is empty and makes room for one of another owner's."""
-        self.device.detach(arena)
-        self._lease.send(Retire(arena.number))
-
-    def _arena(self, number: int) -> Arena:
-        own = self.pool.arenas.get(number)
-        return self._foreign_arena(number)[0] if own is None else own
-
-    def _foreign_arena(self, number: int) -> tuple[Arena, str]:
-        """An arena that somebody else leases, and whose tensors it carries. Mapped on first use."""
-        found = self._foreign.get(number)
-        if found is None:
-            granted, fd = self._lease.ask(Want(number))
-            if fd is None:
-                raise Lost(f"arena {number} came without a descriptor")
-            found = self._foreign[number] = (Arena(number, fd), granted.owner)
-            self.device.attach(found[0])
-        return found
-
-    def on_packet(self, packet: object) -> None:
-        """News from the server on the lease socket."""
-        if isinstance(packet, Retire) and packet.arena in self._foreign:
-            arena, _ = self._foreign.pop(packet.arena)
-            self.device.detach(arena)
-            arena.close()
-        elif not isinstance(packet, (Retire, Granted)):
-            raise ProtocolError(f"{type(packet).__name__} is not for an engine")
-
-    def prepare(self) -> None:
-        """Make the first arena while nobody waits for it: its pages take a tenth of a second.
-
-        A predecessor's arenas, still to be adopted, may have all the room: then there is none yet.
-        """
-        if not self.pool.arenas:
-            with contextlib.suppress(ArenaFull):
-                self.pool.grow(1)
 
     # ---- tensors in and out
 
@@ -244,7 +182,7 @@ class Keeping:
         if isinstance(tensor.where, DeviceWhere):
             data = self.holds.find(tensor, owner)
         else:
-            self._check_owner(tensor, owner)
+            self.arenas.check_owner(tensor, owner)
             data = self._bytes(tensor, buffers)
         body = self._body_like(like)
         self.tiers.place(body, data)
@@ -354,14 +292,14 @@ class Keeping:
         data = self._bytes(tensor, buffers)
         out = self.device.fetch(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
         if isinstance(tensor.where, Slot):
-            self._arena(tensor.where.arena).check(tensor.where)
+            self.arenas.find(tensor.where.arena).check(tensor.where)
         return out
 
     def _bytes(self, tensor: Tensor, buffers: Sequence[bytes | memoryview]) -> np.ndarray:
         """uint8 (nbytes,) over a wire tensor's bytes. A slot too small for what is claimed is
         refused here, before that much is allocated."""
         if isinstance(tensor.where, Slot):
-            arena = self._arena(tensor.where.arena)
+            arena = self.arenas.find(tensor.where.arena)
             return np.frombuffer(arena.view(tensor.where, tensor.nbytes), np.uint8)
         return view(tensor, buffers).reshape(-1).view(np.uint8)
 
@@ -372,7 +310,7 @@ class Keeping:
 
         Raises AccessDenied for a slot of somebody else's: whoever guesses one must not read it.
         """
-        self._check_owner(tensor, owner)
+        self.arenas.check_owner(tensor, owner)
         return self.load(tensor, buffers)
 
     def see_sent(
@@ -382,7 +320,7 @@ class Keeping:
         if isinstance(tensor.where, DeviceWhere):
             data = self.holds.find(tensor, owner)
             return data.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        self._check_owner(tensor, owner)
+        self.arenas.check_owner(tensor, owner)
         data = self._bytes(tensor, buffers)
         return self.device.see(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
 
@@ -396,18 +334,11 @@ class Keeping:
 
     def sent(self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str) -> np.ndarray:
         """What a client sent, copied to host memory: to be checked before a device sees it."""
-        self._check_owner(tensor, owner)
+        self.arenas.check_owner(tensor, owner)
         data = self._bytes(tensor, buffers).copy()
         if isinstance(tensor.where, Slot):
-            self._arena(tensor.where.arena).check(tensor.where)
+            self.arenas.find(tensor.where.arena).check(tensor.where)
         return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-    def _check_owner(self, tensor: Tensor, owner: str) -> None:
-        if not isinstance(tensor.where, Slot):
-            return
-        number = tensor.where.arena
-        if number in self.pool.arenas or self._foreign_arena(number)[1] != owner:
-            raise AccessDenied(f"arena {number} is not yours to send tensors in")
 
     def find(self, number: int, owner: str) -> Entry:
         """The kept tensor *number*, if *owner* may see it."""
@@ -471,7 +402,7 @@ class Keeping:
         args = (tensor.dtype, tensor.shape, tensor.nbytes, kept.session, owner, kept.layer)
         body = self._body(*args, ids, facts)
         if isinstance(where, Slot):
-            arena = self._own(where.arena)
+            arena = self.arenas.own(where.arena)
             body.host = arena.adopt(where, tensor.nbytes, kept.session)
             arena.zone = body.zone
         if "disk" in kept.tiers and self.disk.folder is not None:
@@ -495,16 +426,6 @@ class Keeping:
         body.disk = number
         self.disk.used += body.nbytes
 
-    def _own(self, number: int) -> OwnArena:
-        """A predecessor's arena, ours to lease from now on."""
-        if number not in self.pool.arenas:
-            _, fd = self._lease.ask(Want(number))
-            if fd is None:
-                raise Lost(f"arena {number} came without a descriptor")
-            arena = self.pool.arenas[number] = OwnArena(number, fd)
-            self.device.attach(arena)
-        return self.pool.arenas[number]
-
     def finish_adopting(self) -> None:
         """Slots of adopted arenas that nobody claimed were in the dead engine's hands: free them."""
         self._adopted_bodies.clear()
@@ -513,14 +434,11 @@ class Keeping:
 
     def close(self) -> None:
         self.disk.close()
-        self._grower.shutdown()
         self.entries.clear()
         self.holds.close()
         self.moves.clear()
         self._adopted_bodies.clear()
         self.tiers.close()
         self.vault.close()
-        self.pool.close()
-        for foreign, _ in self._foreign.values():
-            foreign.close()
+        self.arenas.close()
         os.close(self._wake)

@@ -240,7 +240,7 @@ class EngineLoop:
         if isinstance(packet, messages.Broken):
             self._lanes.close(packet.lane)
         else:
-            self._keeping.on_packet(packet)
+            self._keeping.arenas.on_packet(packet)
 
     def _on_broken_lane(self, number: int, text: str) -> None:
         self._lease.send(messages.Broken(number, text))
@@ -332,7 +332,7 @@ class EngineLoop:
             self._link.send(b"", codec.failure(message.header, named))
             return
         self._models[asked.name] = model
-        self._keeping.prepare()
+        self._keeping.arenas.prepare()
         reply = messages.Loaded(model.info)
         self._link.send(b"", codec.encode(Op.LOAD, reply, flags=Flag.REPLY))
 

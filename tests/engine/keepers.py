@@ -110,7 +110,7 @@ class Late(Cpu):
 def end(keeping: Keeping) -> None:
     """As `EngineLoop.close` does, or the kernel."""
     keeping.close()
-    keeping._lease.close()
+    keeping.arenas._lease.close()
 
 
 @contextmanager

@@ -123,17 +123,17 @@ def test_a_retired_arena_is_let_go_and_its_slots_are_lost(
         keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
     before = open_descriptors()
     server.arenas.end_staging(OWNER)
-    keeping.on_packet(Retire(slot.arena))
+    keeping.arenas.on_packet(Retire(slot.arena))
     assert open_descriptors() == before - 5  # two and a map of the server's, one and a map here
     with pytest.raises(Lost, match=f"arena {slot.arena} is gone"):
         keeping.load_sent(tensor, (), OWNER)
 
 
 def test_news_of_arenas_never_seen_is_no_news(keeping: Keeping) -> None:
-    keeping.on_packet(Retire(12345))
-    keeping.on_packet(Granted(1))
+    keeping.arenas.on_packet(Retire(12345))
+    keeping.arenas.on_packet(Granted(1))
     with pytest.raises(ProtocolError, match="Join is not for an engine"):
-        keeping.on_packet(Join(b"token"))
+        keeping.arenas.on_packet(Join(b"token"))
 
 
 # ---- what is refused

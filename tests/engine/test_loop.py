@@ -123,7 +123,7 @@ def test_news_that_a_question_took_are_not_waited_for_where_the_socket_spoke_of_
     def asks(loop: EngineLoop) -> Iterator[None]:
         growing = loop._keeping.tiers.growing
         assert growing.begin(1, "another zone")
-        loop._keeping._grower.submit(int).result()  # behind what makes it, and tells of it
+        loop._keeping.arenas._grower.submit(int).result()  # behind what makes it, and tells of it
         made.set()
         assert told.wait(WAIT_S)
         yield from ()
