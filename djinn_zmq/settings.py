@@ -17,7 +17,7 @@ SOCKET_NAME = "djinn.sock"
 LONGEST_SOCKET_PATH = 107  # bytes: sun_path without its final NUL
 ENDPOINT_VARIABLE = "DJINN_ENDPOINT"
 MAY_BE_ZERO = ("device_memory", "disk", "spin_us")
-LONGEST = {"spin_us": 1_000_000, "grace_s": 7 * 86_400}  # a second; a week
+LONGEST = {"spin_us": 1_000_000, "grace_s": 7 * 86_400, "stop_s": 86_400}  # a second; a week; a day
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Settings:
     sessions_limit: int = 1024  # open sessions of one owner
     queue_limit: int = 256  # requests of one session that wait for an engine
     high_water: int = 4096  # messages queued on a socket towards one peer
+    stop_s: float = 30.0  # for which an orderly stop may write to the state directory
     grace_s: float = 10.0  # a remote client that drops its connection may come back in this time
     engine_restarts: int = 5  # deaths within a minute after which an engine stays down
     spin_us: int = 0  # how long a server or an engine stays awake after a message; 0: not at all

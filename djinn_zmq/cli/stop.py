@@ -21,7 +21,8 @@ WAIT_S = 10.0
     help="Which server. [default: $DJINN_ENDPOINT, else your own]",
 )
 def stop(endpoint: str | None) -> None:
-    """Stop your server: running requests are refused, engines end, sockets are removed.
+    """Stop your server: running requests are refused, engines end, sockets are removed. With --state,
+    checkpoints that are not there yet are written before.
 
     Only over its ipc socket, and only for the user who runs it.
     """
@@ -34,16 +35,17 @@ def stop(endpoint: str | None) -> None:
     server = connect(endpoint)
     try:
         pid = server.status().pid
+        within_s = 0.0
         with contextlib.suppress(Lost):  # it may be gone before its answer has left
-            server.stop()
+            within_s = server.stop()
     finally:
         server.close()
-    _wait_for_end(pid)
+    _wait_for_end(pid, WAIT_S + within_s)
     click.echo(f"stopped the server with pid {pid}")
 
 
-def _wait_for_end(pid: int) -> None:
-    """Until the process is gone. Raises RunError where it is still there after WAIT_S seconds."""
+def _wait_for_end(pid: int, wait_s: float) -> None:
+    """Until the process is gone. Raises RunError where it is still there after *wait_s*."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -51,7 +53,7 @@ def _wait_for_end(pid: int) -> None:
     try:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
-        if not poll.poll(WAIT_S * 1000):
-            raise RunError(f"the server (pid {pid}) has not ended after {WAIT_S:.0f} s")
+        if not poll.poll(wait_s * 1000):
+            raise RunError(f"the server (pid {pid}) has not ended after {wait_s:.0f} s")
     finally:
         os.close(handle)

@@ -148,11 +148,13 @@ class Server:
         return attached
 
     def stop(self) -> Any:
-        """End the server. Only for the user who runs it, over its ipc socket."""
+        """End the server. Only for the user who runs it, over its ipc socket. Returns for how many seconds
+        it may still write checkpoints to its state directory."""
         return self.drive(self._stop())
 
-    def _stop(self) -> Operation[None]:
-        yield Call(Op.STOP, messages.Stop())
+    def _stop(self) -> Operation[float]:
+        reply = yield Call(Op.STOP, messages.Stop())
+        return reply.meta.within_s
 
     def close(self) -> Any:
         """End this client's sessions and close the connection."""

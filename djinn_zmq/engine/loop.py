@@ -29,6 +29,7 @@ from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.shelving import shelve
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
@@ -39,6 +40,7 @@ from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import (
     Busy,
     Cancelled,
+    Closed,
     DjinnError,
     Lost,
     PromptError,
@@ -55,12 +57,13 @@ from djinn_zmq.wire.codec import EXAMPLE_LIMIT, NOBODYS, OF_ANSWERS, OP, Header,
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import view
-from djinn_zmq.wire.tiers import AwayReply
+from djinn_zmq.wire.tiers import AwayReply, Shelve, Shelved
 
 _log = logging.getLogger(__name__)
 
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
+STOPS = "the server stops"
 GIVE_WAY_S = 50e-6
 FILLING_S = 1e-3
 
@@ -84,6 +87,7 @@ class EngineLoop:
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
         self._adopting = False
+        self._stopping = False
         self._example: Piece = b""  # a request, of those that came
         self._poll = Poll(settings.spin_us)
         self._poll.meanwhile = self._rehearse
@@ -112,6 +116,7 @@ class EngineLoop:
             Op.LET_GO: self._let_go_of_held,
             Op.TELL: self._debugging.tell,
             Op.UNCLAIMED: self._unclaimed,
+            Op.SHELVE: self._shelve,
         }
         self._requests = {
             Op.PING: self._ping,
@@ -302,6 +307,8 @@ class EngineLoop:
                 self._answers.refuse(envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, begin_ns: int) -> None:
+        if self._stopping:
+            raise Closed(STOPS)
         header = message.header
         session = self._sessions.get(header.session)
         if session is None:
@@ -386,6 +393,23 @@ class EngineLoop:
 
     def _unclaimed(self, message: Message) -> None:
         self._keeping.disk.unclaimed = message.meta.nbytes
+
+    def _shelve(self, message: Message) -> None:
+        self._stopping = True
+        for number in self._sessions:
+            for active in self._turns.of(number):
+                self._work.end(active, Closed(STOPS))
+            self._stays.end(number, Closed(STOPS))
+        self._work.chores.append(self._shelving(message.meta))
+
+    def _shelving(self, asked: Shelve) -> Iterator[None]:
+        left: dict[int, str] = {}
+        try:
+            left = yield from shelve(self._keeping.tiers, asked)
+        finally:
+            self._telling.moves()
+            reply = Shelved(tuple(left.items()))
+            self._link.send(b"", codec.encode(Op.SHELVE, reply, flags=Flag.REPLY))
 
     def _finish_adopting(self, header: Header) -> None:
         if header.op not in (Op.ADOPT, Op.ENTER):

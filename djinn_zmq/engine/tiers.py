@@ -437,6 +437,24 @@ class Tiers:
         if tier == "disk" and body.host is not None:
             self._drop_host(body)
 
+    def file(self, body: Body) -> Iterator[None]:
+        """Give *body* a file, if it has none, beside its other copies and whoever uses them. Raises ArenaFull."""
+        while body.moving:
+            self.settle()
+            yield
+        body.users += 1
+        try:
+            if body.host is None and not body.disk:
+                yield from self._to_host(body, must=True)
+            if not body.disk:
+                yield from self._to_disk(body)
+        finally:
+            self.leave(body)
+
+    def recent(self) -> Iterator[Body]:
+        """All of them, the most recently used first."""
+        return reversed(self._bodies)
+
     def _to_disk(self, body: Body) -> Iterator[None]:
         while not body.settled:
             yield

@@ -56,7 +56,7 @@ class Work:
             self.chores.remove(chore)
         except Exception as exc:  # noqa: BLE001  nobody is to be answered
             self.end_if_broken(exc)
-            _log.exception("bringing back a session's checkpoints failed")
+            _log.exception("moving checkpoints that nobody waits for failed")
             self.chores.remove(chore)
 
     def _work(self, active: Active) -> None:

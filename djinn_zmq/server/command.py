@@ -194,13 +194,22 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory for checkpoints that no memory has room for, and that outlive the server. "
+    help="Directory for checkpoints that no memory has room for, and for those that open sessions have at "
+    "a stop: they outlive the server. "
     "[default: none, there is no disk tier]",
 )
 @click.option(
     "--disk",
     type=click.IntRange(min=1),
     help="Room in --state, in MiB, for each engine. [default: half of what is free there]",
+)
+@click.option(
+    "--stop-s",
+    type=click.FloatRange(0, LONGEST["stop_s"], min_open=True),
+    default=_default("stop_s"),
+    show_default=True,
+    help="Seconds for which a stop may write checkpoints to --state that are not there yet; a second "
+    "Ctrl-C ends that.",
 )
 @click.option(
     "--grace-s",
@@ -244,6 +253,7 @@ def serve(
     host_memory: int | None,
     state: Path | None,
     disk: int | None,
+    stop_s: float,
     grace_s: float,
     threads: int | None,
     spin_us: int,
@@ -274,6 +284,7 @@ def serve(
             state=None if state is None else str(private_dir(state.absolute())),
             disk=_disk(state, disk, len(devices)),
             threads=threads,
+            stop_s=stop_s,
             grace_s=grace_s,
             spin_us=spin_us,
         )

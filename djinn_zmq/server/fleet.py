@@ -13,6 +13,7 @@ from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.server.returned import Returned
+from djinn_zmq.server.shelving import Shelving
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.attach import Happened, LetGo, Tell
@@ -21,7 +22,7 @@ from djinn_zmq.wire.messages import Adopt, Drop, Enter, Flag, Keep, Leave, Opene
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.talks import Held
 from djinn_zmq.wire.tensors import Slot
-from djinn_zmq.wire.tiers import Moved, Unclaimed
+from djinn_zmq.wire.tiers import Moved, Shelved, Unclaimed
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Fleet:
         self._settings = settings
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
+        self.shelving = Shelving(self.engines, registry, settings)
         self._tells = False  # are engines to tell of runs?
         registry.on_move = self._enter
 
@@ -179,6 +181,8 @@ class Fleet:
                 session.kv = meta.nbytes
                 if meta.how:
                     self._tell_held(session, meta)
+        elif isinstance(meta, Shelved):
+            self.shelving.heard(engine, meta)
         elif isinstance(meta, Moved):
             self._on_moved(meta)
         elif isinstance(meta, Happened):
@@ -277,6 +281,7 @@ class Fleet:
     def on_death(self, engine: Engine) -> Lost:
         """Answer what it owed, start another, and hand it all that survived. Returns the answer."""
         owed, reason = engine.bury()
+        self.shelving.gone(engine)
         self._journal.tell("engine", reason)
         loading = engine.detail if engine.state is states.Engine.FAILED else ""
         again = "" if loading else "; it is being started again, saved checkpoints are kept"

@@ -260,4 +260,4 @@ class Requests:
         if peer.uid != os.getuid():
             raise AccessDenied("only the user who runs the server may stop it, over its ipc socket")
         self._stop()
-        return DONE
+        return messages.Stopping(self._settings.stop_s if self._settings.disk else 0.0), ()

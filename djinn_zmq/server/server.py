@@ -7,6 +7,7 @@ engine lease sockets     descriptors          their end of file is an engine's d
 ZAP                      new tcp clients      allowed keys only
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -85,7 +86,7 @@ class Server:
         self._lock = _locked(path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_read, self._wake_write = pysocket.socketpair()
-        self._stopping = False
+        self._stops = 0  # how often it was told to
         self._knocks = Knocks()
         self._admission = Admission(self._context, keys) if keys is not None else None
         self.registry = Registry(settings.sessions_limit)
@@ -155,7 +156,7 @@ class Server:
             self._start(engine)
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
-        while not self._stopping:
+        while not self._stops:
             if self.registry.due_s == self._knocks.due_s == NEVER:
                 self._poll.turn(None)
                 continue
@@ -163,13 +164,24 @@ class Server:
             self._poll.turn(max(0.0, due_s - time.monotonic() + 0.001))
             if time.monotonic() >= due_s:
                 self._do_what_is_due()
+        if self.settings.disk:
+            self._shelve()
+
+    def _shelve(self) -> None:
+        """Have what is kept written, for a time, or until it is said once more to stop."""
+        shelving = self.fleet.shelving
+        shelving.begin()
+        until_s = time.monotonic() + self.settings.stop_s
+        while self._stops < 2 and shelving.waiting and (left_s := until_s - time.monotonic()) > 0:
+            self._poll.turn(left_s)
+        shelving.name()
 
     def stop(self) -> None:
-        """End `serve`. May be called from a signal handler."""
-        if self._stopping:  # a second Ctrl-C may come when the sockets are closed already
-            return
-        self._stopping = True
-        self._wake_write.send(b"\0")
+        """End `serve`, for the second time at once. May be called from a signal handler."""
+        self._stops += 1
+        if self._stops <= 2:  # one more may come when the sockets are closed already
+            with contextlib.suppress(OSError):
+                self._wake_write.send(b"\0")
 
     def stop_on_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -225,6 +237,8 @@ class Server:
                 raise ProtocolError(f"a message may have {codec.BUFFERS_LIMIT} buffers")
             if header.flags & OF_ANSWERS:
                 raise ProtocolError("a reply nobody asked for")
+            if self._stops:
+                raise Closed("the server stops")
             if op in TO_ENGINE or (op == PING and header.session):
                 self._forward(peer, header, frame, buffers)
             elif op in TO_SERVER:
@@ -331,7 +345,8 @@ class Server:
         self.requests.forget_peer(peer)
         self.lanes.end_of_peer(peer)
         self.fleet.retire(self.arenas.drop(peer))
-        for number in list(peer.sessions):
+        # What a stop has found is kept, whoever ends meanwhile.
+        for number in () if self._stops else tuple(peer.sessions):
             session = self.registry.sessions[number]
             if peer.uid is None and peer.trusted:
                 self.registry.keep_open(session, self.settings.grace_s)

@@ -147,7 +147,7 @@ class Close(msgspec.Struct, **message(Op.CLOSE)):
 
 
 class Done(msgspec.Struct, **message(Op.CLOSE)):
-    """The reply that says only: done. CLOSE, RELEASE, STOP, BREAKS, GO_ON."""
+    """The reply that says only: done. CLOSE, RELEASE, BREAKS, GO_ON."""
 
 
 class Read(msgspec.Struct, **message(Op.READ)):
@@ -182,6 +182,12 @@ class Chunk(msgspec.Struct, **message(Op.CHUNK)):
 
 class Stop(msgspec.Struct, **message(Op.STOP)):
     pass
+
+
+class Stopping(msgspec.Struct, **message(Op.STOP)):
+    """It stops. within_s: for which it may still write checkpoints to its state directory."""
+
+    within_s: float
 
 
 # ---- client → server → engine
@@ -372,6 +378,7 @@ REQUESTS: dict[int, type[msgspec.Struct]] = {
     Op.RUNS: attach.Runs,
     Op.LET_GO: attach.LetGo,
     Op.UNCLAIMED: tiers.Unclaimed,
+    Op.SHELVE: tiers.Shelve,
     Op.TELL: attach.Tell,
     Op.HAPPENED: attach.Happened,
 }
@@ -384,7 +391,8 @@ REPLIES: dict[int, type[msgspec.Struct]] = {
     Op.CLOSE: Done,
     Op.READ: ReadReply,
     Op.UPLOAD: Uploaded,
-    Op.STOP: Done,
+    Op.STOP: Stopping,
+    Op.SHELVE: tiers.Shelved,
     Op.RUN: RunReply,
     Op.RESUME: RunReply,
     Op.RELEASE: Done,

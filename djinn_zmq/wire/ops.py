@@ -52,6 +52,7 @@ class Op(IntEnum):
     HELD = 27  # engine: a session's keys and values take so many bytes
     MOVED = 40  # engine: that tensor is elsewhere now
     UNCLAIMED = 41  # server: so many bytes in the state directory are nobody's
+    SHELVE = 42  # server: it stops, give what is kept files
     TELL = 47  # server: somebody listens to what runs begin and stop; or nobody does
     LET_GO = 54  # server: a debugger is gone
     HAPPENED = 55  # engine: an event

@@ -174,6 +174,20 @@ class Unclaimed(msgspec.Struct, **message(Op.UNCLAIMED)):
     nbytes: int
 
 
+class Shelve(msgspec.Struct, **message(Op.SHELVE)):
+    """From the server, which stops: end what runs, begin nothing, and give these checkpoints files, as
+    many as so much time and the disk allow."""
+
+    ids: tuple[int, ...]
+    within_s: float
+
+
+class Shelved(msgspec.Struct, **message(Op.SHELVE)):
+    """The engine's answer: done. left: those that could have no file, and why."""
+
+    left: tuple[tuple[int, str], ...]
+
+
 class Moved(msgspec.Struct, **message(Op.MOVED)):
     """From an engine: this is where it is now. how: "evict", "prefetch" or "write" (a file)."""
 

@@ -328,7 +328,7 @@ def test_a_reply_without_its_flag_is_no_request() -> None:
         (Op.CANCEL, messages.Cancelled(True)),
         (Op.TOKENS, messages.TokensReply(empty, ())),
         (Op.RELEASE, messages.Done()),
-        (Op.STOP, messages.Done()),
+        (Op.STOP, messages.Stopping(30.0)),
     ]
     for op, meta in replies:
         decode(encode(op, meta, flags=Flag.REPLY))
