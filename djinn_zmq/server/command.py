@@ -16,6 +16,7 @@ import click
 from djinn_zmq.bus.keys import server_keys
 from djinn_zmq.errors import DjinnError, RequestError
 from djinn_zmq.memory import shared
+from djinn_zmq.server.descriptors import allow_many_descriptors
 from djinn_zmq.server.malloc import keep_freed_memory
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import (
@@ -271,6 +272,7 @@ def serve(
       djinn serve --host 0.0.0.0 --keys ~/.djinn-keys --model smollm2
     """
     keep_freed_memory()
+    allow_many_descriptors()
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(name)s %(message)s",

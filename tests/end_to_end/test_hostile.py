@@ -1,6 +1,7 @@
 """Peers that lie, flood or do not listen: a clean refusal each, and the others go on."""
 
 import os
+import resource
 import socket
 import time
 
@@ -258,6 +259,13 @@ def test_a_peer_that_never_reads_is_dropped_and_the_others_are_served(served):
                     break
             assert tiny.run(FRANCE).top(1)[0].token == "paris"
     deaf.close()
+
+
+def test_server_and_engine_may_have_as_many_descriptors_as_the_system_allows(served):
+    engine = served.engine_pid()
+    for pid in (served.process.pid, engine):
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        assert soft == (1 << 20 if hard == resource.RLIM_INFINITY else hard)
 
 
 def test_the_lease_socket_refuses_strangers_and_nonsense(served):
