@@ -448,7 +448,10 @@ def ask(
         timeout_s=timeout_s,
         progress=session.progress,
     )
-    reply = yield call
+    try:
+        reply = yield call
+    except Unreachable as exc:
+        raise (yield from session.why_late(exc)) from None
     return Run(session, call, reply, parcel.begin_ns, previous, before)
 
 

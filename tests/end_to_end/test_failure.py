@@ -59,6 +59,8 @@ def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(morta
         until(lambda: server.status().engines[0].pid != pid, "the death is noticed")
         assert server.ping() == "serving"
         assert server.status().memory.checkpoints == 5
+        with pytest.raises(errors.Unreachable, match=r"in 0\.05 s: engine 0 is (starting|loading)"):
+            saved[0].resume(timeout_s=0.05)
         for layer, point in saved.items():
             assert point.hidden.fetch().tobytes() == rows[layer]
             assert point.resume().logits.tobytes() == whole
