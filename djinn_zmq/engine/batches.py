@@ -115,23 +115,38 @@ def through(
 
 
 def rows_at_once(
-    model: ServedModel, batch: int, positions: int, asked: int, free: int, past_nbytes: int = 0
+    model: ServedModel,
+    batch: int,
+    positions: int,
+    asked: int,
+    free: int,
+    past_nbytes: int = 0,
+    held_nbytes: int = 0,
 ) -> int:
     """How many branches of (batch, positions) one batch may hold.
 
     asked: bytes that the caller allows; 0: no word. free: bytes that are free on the device.
-    past_nbytes: keys and values that each goes on from.
+    past_nbytes: keys and values that each goes on from. held_nbytes: of what is free, what stays beside all
+    batches until the end.
     Raises SweepTooLarge, with sizes, where not even one fits.
     """
-    limit = min(asked or BATCH_NBYTES, free // 2)
+    limit = min(asked or BATCH_NBYTES, max(0, free - held_nbytes) // 2)
     each = batch * _row_nbytes(model, positions) + past_nbytes
     if each > limit:
+        beside = f", beside {format_bytes(held_nbytes)} of hidden states" if held_nbytes else ""
         raise SweepTooLarge(
-            f"one branch of {batch} × {positions} tokens takes about {format_bytes(each)}: "
+            f"one branch of {batch} × {positions} tokens takes about {format_bytes(each)}{beside}: "
             f"{format_bytes(limit)} may be used, {format_bytes(free)} are free"
         )
     most = min(ROWS_LIMIT, TOKENS_LIMIT // positions) // batch
     return max(1, min(most, limit // each))
+
+
+def hidden_nbytes(model: ServedModel, positions: int) -> int:
+    """Of one hidden state (1, positions, hidden_size)."""
+    plain: Any = model.stepper.model
+    width: int = plain.config.get_text_config().hidden_size
+    return positions * width * int(plain.dtype.itemsize)
 
 
 def _row_nbytes(model: ServedModel, positions: int) -> int:

@@ -29,10 +29,16 @@ class Batching:
         self._rows: dict[tuple[str, int], bool] = {}
 
     def at_once(
-        self, model: ServedModel, shape: tuple[int, ...], memory: int, past_nbytes: int = 0
+        self,
+        model: ServedModel,
+        shape: tuple[int, ...],
+        memory: int,
+        past_nbytes: int = 0,
+        held_nbytes: int = 0,
     ) -> int:
+        """As `rows_at_once`."""
         free = self._keeping.device.free_nbytes()
-        return rows_at_once(model, shape[0], shape[1], memory, free, past_nbytes)
+        return rows_at_once(model, shape[0], shape[1], memory, free, past_nbytes, held_nbytes)
 
     def rows_of(self, model: ServedModel, ids: np.ndarray, job: Job) -> Rows:
         key = (model.info.name, ids.shape[1])

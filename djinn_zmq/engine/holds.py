@@ -138,14 +138,14 @@ class Holds:
         hold = self.lent(tensor, owner)
         return next(one.data for one in hold.slots if one.where == tensor.where)
 
-    def take(self, hold: Hold, where: Device) -> Spare | None:
-        """The spare of *hold* at *where*: nobody's any more, to be taken over. None where that is the
-        writable slot."""
-        for place, spare in enumerate(hold.spares):
-            if spare.slot.where == where:
-                del hold.spares[place], self._lent[where]
-                return spare
-        return None
+    def spare_at(self, hold: Hold, where: Device) -> Spare | None:
+        """The spare of *hold* at *where*; None where that is the writable slot."""
+        return next((spare for spare in hold.spares if spare.slot.where == where), None)
+
+    def take(self, hold: Hold, spare: Spare) -> None:
+        """*spare* is nobody's any more, to be taken over."""
+        hold.spares.remove(spare)
+        del self._lent[spare.slot.where]
 
     def lent(self, tensor: Tensor, owner: str) -> Hold:
         """The hold of the device slot that *tensor* names. Raises as `find`."""

@@ -267,9 +267,11 @@ class Keeping:
     def promote(self, entry: Entry) -> bool:
         """Begin to copy it up to the device. False where it is not in host memory, or there is no
         room for it."""
-        if entry.body.resident and not self.device.reads_host:
-            self.hidden(entry)
-        return entry.body.device is not None
+        body = entry.body
+        if body.host is not None and body.resident and not self.device.reads_host:
+            self.tiers.touch(body)
+            self.tiers.promote(body)
+        return body.device is not None
 
     def bring(self, entry: Entry) -> Iterator[None]:
         """Make it resident. Raises ArenaFull, BadFile."""

@@ -95,13 +95,15 @@ class Stays:
         run, done, hold = new_id(), None, None
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
-            if not keeping.fits(entry.body.nbytes, session.owner):
-                return False
             sent, spare = asked.hidden, None
             if isinstance(sent.where, Device):
                 hold = keeping.holds.lent(sent, session.owner)
-                spare = keeping.holds.take(hold, sent.where)
-            if spare is not None:
+                spare = keeping.holds.spare_at(hold, sent.where)
+            own = spare is not None and spare.lease is not None  # a host slot: it needs no other
+            if not own and not keeping.fits(entry.body.nbytes, session.owner):
+                return False
+            if hold is not None and spare is not None:
+                keeping.holds.take(hold, spare)
                 self._answers.soon(envelope)
                 kept = keeping.take_over(spare, entry, run)
             else:

@@ -308,17 +308,17 @@ class Tiers:
         """The bytes of *body* as a tensor on the device, to be read only, while `users` counts the
         reader. *body* must be resident (`bring`)."""
         dtype = getattr(torch, body.dtype)
-        if body.device is None and body.host is not None and self.slabs.limit:
-            self._promote(body)
+        if body.host is not None:
+            self.promote(body)
         if body.device is not None:
             return body.device.data.view(dtype).reshape(body.shape)
         data = body.scratch if body.host is None else np.frombuffer(body.host.view, np.uint8)
         assert data is not None
         return self._device.see(data, body.shape, dtype)
 
-    def _promote(self, body: Body) -> None:
-        """A device copy for a body that is about to be used, where there is room for one."""
-        if body.rising:
+    def promote(self, body: Body) -> None:
+        """A device copy for a body in host memory that is about to be used, where there is room for one."""
+        if body.device is not None or body.rising:
             return
         slot = self._device_slot(body.nbytes, body.zone)
         if slot is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 import torch
 
-from djinn_zmq.engine.batches import through
+from djinn_zmq.engine.batches import hidden_nbytes, through
 from djinn_zmq.engine.batching import NO_RUN, Batching, check_results, timed
 from djinn_zmq.engine.grids import TraceJob
 from djinn_zmq.engine.jobs import EngineSession, Turns
@@ -48,7 +48,8 @@ class Tracer(Batching):
             layers = _layers(asked.layers, model)
             positions = _positions(asked.positions, lengths[0])
             check_results(asked.results, model)
-            at_once = self.at_once(model, (1, lengths[0]), asked.memory)
+            held = 2 * len(layers) * hidden_nbytes(model, lengths[0])  # until the last cell
+            at_once = self.at_once(model, (1, lengths[0]), asked.memory, held_nbytes=held)
         job = TraceJob(
             session,
             model,

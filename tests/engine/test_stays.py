@@ -192,6 +192,32 @@ def test_what_is_put_into_a_spare_becomes_the_checkpoint_at_once_and_where_it_is
     assert reply.spare == hold.spare not in (None, spare)
 
 
+def test_a_spare_with_a_host_slot_of_its_own_needs_no_room(engine: Engine, hold: Hold) -> None:
+    keeping = engine.keeping
+    assert all(spare.lease is not None for spare in hold.spares)
+    while keeping.fits(64, OWNER):
+        keeping.pool.lease(64, 9)
+    sent = torch.randn(2, 5, 8)
+    assert engine.ask(hidden=put(engine, hold.spare, sent))
+    entry = keeping.entries[engine.said[-1][1].checkpoints[0].id]
+    assert same_bits(keeping.hidden(entry), sent)
+    assert not engine.ask(hidden=sent)  # what has none is a job, which waits for room
+
+
+def test_what_the_device_has_no_room_for_is_a_job_and_is_not_copied_to_it_before(
+    engine: Engine,
+) -> None:
+    keeping, device = engine.keeping, engine.device
+    body = keeping.entries[engine.point].body
+    list(keeping.tiers.evict(body, "host"))
+    device.reads_host = False
+    while keeping.tiers.slabs.lease(64):
+        pass
+    seen = []
+    device.see = lambda *what: seen.append(what)  # on a GPU that is a copy
+    assert not engine.ask() and not seen and body.tiers == ("host",)
+
+
 def test_its_copy_to_host_memory_is_begun_behind_the_answer(engine: Engine, hold: Hold) -> None:
     sent = torch.randn(2, 5, 8)
     assert engine.ask(hidden=put(engine, hold.spare, sent))

@@ -224,6 +224,21 @@ def test_a_sweep_too_large_for_memory_is_cut_into_batches(
     assert grid.cost.batches > 10
 
 
+def test_a_trace_leaves_room_for_the_hidden_states_that_it_keeps(
+    keeping: Keeping, tracer: Tracer
+) -> None:
+    model = served("Bloom")
+    width = model.stepper.model.config.hidden_size
+    kept = (model.info.num_layers + 1) * 2 * 11 * width * 4
+    free = kept + 2 * batches._row_nbytes(model, 11)
+    both = prompts(1), prompts(1) * 2 % VOCAB_SIZE
+    keeping.device.free_nbytes = lambda: free
+    assert trace(tracer, model, *both)[0].cost.batches > 10
+    keeping.device.free_nbytes = lambda: free - 2
+    with pytest.raises(SweepTooLarge, match="one branch .* of hidden states: .* may be used"):
+        trace(tracer, model, *both)
+
+
 def test_a_trace_of_one_prompt_with_itself_runs_nothing_twice(tracer: Tracer) -> None:
     model = served("Llama")
     job, found, _ = trace(tracer, model, prompts(1), prompts(1))
