@@ -54,8 +54,9 @@ class Session:
             return late
         for engine in reply.meta.engines:
             if engine.index == self.engine and engine.state != "ready":
-                doing = f"{engine.state} {engine.detail.removeprefix(engine.state)}".strip()
-                doing = doing.replace(" : ", ": ")
+                doing = engine.detail or engine.state
+                if not doing.startswith(engine.state):
+                    doing = f"{engine.state} {doing}"
                 return Unreachable(f"{late}: engine {engine.index} is {doing}; give it more time")
         return late
 
