@@ -13,6 +13,7 @@ from djinn_zmq.settings import format_bytes
 from djinn_zmq.wire.messages import StatusReply
 
 PROGRAM = 60  # characters of a command line
+ASKED_BY = {"device": "--gpu-memory", "host": "--host-memory", "disk": "--state"}
 
 
 @click.command()
@@ -110,29 +111,35 @@ def report(status: StatusReply, elapsed_s: float) -> str:
                 for one in status.sessions
             ],
         ),
-        _table(
-            ("TIER", "ENGINE", "CHECKPOINTS", "USED", "LIMIT"),
-            [
-                (
-                    one.name,
-                    str(one.engine),
-                    str(one.checkpoints),
-                    format_bytes(one.used),
-                    format_bytes(one.limit) if one.limit else "none",
-                )
-                for one in memory.tiers
-            ]
-            + [
-                ("unclaimed", "-", str(memory.unclaimed), format_bytes(memory.unclaimed_nbytes), "")
-                for _ in range(memory.unclaimed > 0)
-            ],
-        ),
+        _table(("TIER", "ENGINE", "CHECKPOINTS", "USED", "LIMIT", "FULL"), _tiers(status)),
         (
-            f"memory: {memory.checkpoints} checkpoints, {format_bytes(memory.used)} used, "
-            f"{format_bytes(memory.arenas)} mapped, limit {format_bytes(memory.limit)} an engine"
+            f"memory: {memory.checkpoints} checkpoints, each counted in every tier that has a copy; "
+            f"{format_bytes(memory.arenas)} of shared memory mapped so far"
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _tiers(status: StatusReply) -> list[tuple[str, ...]]:
+    """What each engine keeps where, the fastest tier first, and the keys and values of its sessions."""
+    rows = []
+    for engine in status.engines:
+        for one in status.memory.tiers:
+            if one.engine != engine.index:
+                continue
+            limit, full = format_bytes(one.limit), f"{one.used / (one.limit or 1):.0%}"
+            if not one.limit:
+                limit, full = f"none without {ASKED_BY[one.name]}", ""
+            used = format_bytes(one.used)
+            rows.append((one.name, str(one.engine), str(one.checkpoints), used, limit, full))
+        kv = sum(one.kv for one in status.sessions if one.engine == engine.index)
+        if kv:
+            rows.append(("KV", str(engine.index), "-", format_bytes(kv), "", ""))
+    memory = status.memory
+    if memory.unclaimed:
+        nbytes = format_bytes(memory.unclaimed_nbytes)
+        rows.append(("unclaimed", "-", str(memory.unclaimed), nbytes, "", ""))
+    return rows
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
