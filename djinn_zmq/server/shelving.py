@@ -40,9 +40,9 @@ class Shelving:
                 self.waiting.add(engine.index)
         if self.waiting:
             _log.info(
-                "%d checkpoints (%s) are to be written to %s before the end, for at most %g s; a second "
-                "Ctrl-C or SIGTERM leaves them",
-                len(missing),
+                "%s (%s) to be written to %s before the end, for at most %g s; a second Ctrl-C or SIGTERM "
+                "leaves what is left",
+                _counted(missing),
                 format_bytes(sum(record.kept.tensor.nbytes for _, record in missing)),
                 self._settings.state,
                 self._settings.stop_s,
@@ -57,20 +57,19 @@ class Shelving:
 
     def name(self) -> None:
         """Say in the log what outlives the server, and what does not."""
-        kept, left = 0, dict[str, list[int]]()
+        kept, left = list[int](), dict[str, list[int]]()
         for session, record in self._checkpoints():
-            why = _why_not(session, record)
+            why, number = _why_not(session, record), record.kept.id
             if not why and "disk" in record.kept.tiers:
-                kept += 1
+                kept.append(number)
                 continue
-            number = record.kept.id
             left.setdefault(why or self._reasons.get(number, NO_TIME), []).append(number)
         if kept:
-            _log.info("%d checkpoints are kept in %s", kept, self._settings.state)
+            _log.info("kept in %s: %s", self._settings.state, _counted(kept))
         for why, numbers in left.items():
             _log.warning(
-                "%d checkpoints are not kept: %s: %s",
-                len(numbers),
+                "not kept: %s: %s: %s",
+                _counted(numbers),
                 why,
                 ", ".join(f"{number:x}" for number in numbers),
             )
@@ -83,6 +82,10 @@ class Shelving:
             for number, record in session.kept.items():
                 if record.kept.layer >= 0 and number not in inputs:
                     yield session, record
+
+
+def _counted(some: Sequence[object]) -> str:
+    return f"{len(some)} checkpoint{'s' * (len(some) != 1)}"
 
 
 def _why_not(session: Session, record: KeptRecord) -> str:
