@@ -72,10 +72,9 @@ def resume(asked: Asked, place: Place, positions: int, layer: int | None) -> Non
 
 def rows_of(found: list[Spans]) -> list[dict]:
     """The median of each span, in the order of the path."""
-    last = len(found[0]) - 1
     return [
         {
-            "span": f"client's {name}" if place in (0, last) else name,
+            "span": name,
             "median_us": float(np.median([one[place][1] for one in found])) / 1e3,
             "n": len(found),
         }
@@ -86,7 +85,7 @@ def rows_of(found: list[Spans]) -> list[dict]:
 def table_of(by_case: dict[str, list[dict]]) -> str:
     """A case a row, a span a column, in microseconds."""
     names = list(dict.fromkeys(row["span"] for rows in by_case.values() for row in rows))
-    names.sort(key=lambda name: name == "client's decode")  # the last on every path
+    names.sort(key=lambda name: name == "client decode")  # the last on every path
     lines = []
     for title, rows in by_case.items():
         spent = {row["span"]: row["median_us"] for row in rows}

@@ -117,7 +117,9 @@ class Lanes:
         """Until *lane* has something, its engine is gone, or time is up."""
         assert self._epoll is not None
         spoke = self._epoll.poll(timeout_s, AT_ONCE)
-        if len(spoke) == 1 and spoke[0][0] == lane.fileno() and not _comes(lane, SOON_NS):
+        if len(spoke) != 1 or spoke[0][0] != lane.fileno() or not lane.rung_ahead():
+            return  # among them a bell that tells of room, for the rest of what was sent
+        if not _comes(lane, SOON_NS):
             self._epoll.poll(timeout_s, AT_ONCE)
 
     def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:

@@ -10,7 +10,7 @@ import pytest
 
 from djinn_zmq.bus.lane import Ends, Lane
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.client.lanes import Lanes
+from djinn_zmq.client.lanes import CAPACITY, Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.messages import Broken, Granted, Offer
@@ -77,3 +77,13 @@ def test_the_engine_that_was_asked_last_is_woken_while_a_request_is_made(ends):
     engine.hush()
     lanes.wake()
     assert not select.select([engine], [], [], 0)[0]
+
+
+def test_a_bell_that_tells_of_room_is_not_taken_for_one_that_rings_ahead(ends):
+    lanes, engine = ends
+    lane = lanes.of(SESSION)
+    lane.send(b"", bytes(4 * CAPACITY))
+    assert engine.receive() is None  # takes what is there, and rings: there is room for more
+    begin_s = time.monotonic()
+    assert lanes.hear(lane, 10.0) is None
+    assert time.monotonic() - begin_s < 10.0  # there is more to be sent: time was not up

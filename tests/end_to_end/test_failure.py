@@ -214,6 +214,14 @@ def only_the_link_is_mapped(held):
     return sessions == 0 and lanes == [1] * len(lanes)
 
 
+def comes_back(served, before) -> None:
+    try:
+        until(lambda: holdings(served) == before, "all of it comes back")
+    except AssertionError:
+        assert holdings(served) == before  # says what does not
+        raise
+
+
 def test_a_client_killed_while_paused_leaves_nothing_behind(served, client):
     warm = client("sleep")  # the first one makes the server's pools; what they keep is not a leak
     warm.kill()
@@ -222,7 +230,7 @@ def test_a_client_killed_while_paused_leaves_nothing_behind(served, client):
     process = client("sleep")
     assert holdings(served)[:2] == (1, 4)
     process.kill()
-    until(lambda: holdings(served) == before, "all of it comes back")
+    comes_back(served, before)
 
 
 def test_a_client_killed_in_mid_run_leaves_nothing_behind(served, client):
@@ -233,7 +241,7 @@ def test_a_client_killed_in_mid_run_leaves_nothing_behind(served, client):
     process = client("run")
     until(lambda: _engine_state(served) == "running", "its run is on the way")
     process.kill()
-    until(lambda: holdings(served) == before, "all of it comes back")
+    comes_back(served, before)
 
 
 def _engine_state(served) -> str:

@@ -72,7 +72,7 @@ def test_resume_measures_every_kind_of_edit_with_its_spans(tmp_path, served):
     assert len(found.samples) % 6 == 0
     table = found.tables["spans of ipc, edited: row, to: logits"]
     spans = [row["span"] for row in table]
-    assert spans[0] == "client's encode" and spans[-1] == "client's decode"
+    assert spans[0] == "client encode" and spans[-1] == "client decode"
     assert {"wire", "restore", "edit", "compute"} <= set(spans) and "edited: all" in printed
 
 
