@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 import djinn_zmq as djinn
+from djinn_zmq.cli.main import main
 from djinn_zmq.errors import (
     AccessDenied,
     RequestError,
@@ -29,14 +31,8 @@ WAIT_S = 30.0
 BATCH, POSITIONS = 200, 200  # × 64 × 2 bytes: a hidden state of 5.1 MB, five pieces
 
 
-def keys_command(directory: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "djinn_zmq.cli.main", "keys", *words, "--keys", str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+def keys_command(directory: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, ["keys", *words, "--keys", str(directory)])
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +40,9 @@ def keys(tmp_path_factory) -> Path:
     """Keys of a server and of alice and bob, who may come in, and of mallory, who may not."""
     directory = tmp_path_factory.mktemp("keys") / "made"
     for name in ("server", "alice", "bob", "mallory"):
-        assert keys_command(directory, "new", name).returncode == 0
+        assert keys_command(directory, "new", name).exit_code == 0
     for name in ("alice", "bob"):
-        assert keys_command(directory, "allow", str(directory / f"{name}.pub")).returncode == 0
+        assert keys_command(directory, "allow", str(directory / f"{name}.pub")).exit_code == 0
     return directory
 
 
@@ -103,7 +99,7 @@ def test_secret_keys_are_for_their_user_alone_and_public_ones_hold_no_secret(key
 
 
 def test_allowing_a_whole_key_file_copies_only_its_public_half(keys, tmp_path):
-    assert keys_command(tmp_path, "allow", str(keys / "alice.key")).returncode == 0
+    assert keys_command(tmp_path, "allow", str(keys / "alice.key")).exit_code == 0
     assert (tmp_path / "allowed" / "alice.pub").read_text() == (keys / "alice.pub").read_text()
 
 
@@ -123,17 +119,17 @@ def test_what_cannot_be_done_with_keys_is_refused_in_one_sentence(keys, words, c
     if words[0] == "allow":
         words = ["allow", str(keys / words[1])]
     done = keys_command(keys, *words)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 1
     assert complaint in done.stderr
 
 
 def test_keys_in_a_directory_that_cannot_be_made_are_refused_in_one_sentence(keys):
     done = keys_command(keys / "more" / "deeper", "new", "carol")
-    assert done.returncode == 0  # parents are made
+    assert done.exit_code == 0  # parents are made
     (keys / "file").write_text("")
     done = keys_command(keys / "file" / "deeper", "new", "carol")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 
 def test_an_allowed_key_gets_in_and_owns_its_sessions(keyed, keys):
@@ -192,11 +188,11 @@ def test_who_is_not_allowed_reaches_nothing(keyed, keys, tmp_path, who):
 
 def test_a_key_that_is_allowed_while_the_server_runs_gets_in_and_a_removed_one_no_more(keyed, keys):
     tcp, _ = keyed
-    assert keys_command(keys, "new", "carol").returncode == 0
+    assert keys_command(keys, "new", "carol").exit_code == 0
     carol = keys / "carol.key"
     with pytest.raises(Unreachable):
         djinn.connect(tcp, key=carol, timeout_s=300.0)
-    assert keys_command(keys, "allow", str(keys / "carol.pub")).returncode == 0
+    assert keys_command(keys, "allow", str(keys / "carol.pub")).exit_code == 0
     with djinn.connect(tcp, key=carol) as server:
         assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
     (keys / "allowed" / "carol.pub").unlink()
