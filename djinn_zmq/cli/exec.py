@@ -45,6 +45,7 @@ def exec_(
     model classes. torch.compile changes nothing. Not covered: processes the script starts, and models it
     loads without from_pretrained.
     """
+    source = b"" if as_module else _source(script)
     server = connect(endpoint, key=key)
     programs.install(server)
     sys.argv = [script, *arguments]
@@ -53,7 +54,7 @@ def exec_(
             sys.path[0] = os.getcwd()
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            _run_file(script)
+            _run_file(script, source)
     except SystemExit:
         raise
     except BaseException as exc:  # noqa: BLE001  the script's own, shown as python would
@@ -63,11 +64,14 @@ def exec_(
         sys.exit(INTERRUPTED if isinstance(exc, KeyboardInterrupt) else 1)
 
 
-def _run_file(script: str) -> None:
+def _source(script: str) -> bytes:
     try:
-        source = Path(script).read_bytes()
+        return Path(script).read_bytes()
     except OSError as exc:
         raise click.ClickException(f"can't open file '{script}': {exc.strerror}") from exc
+
+
+def _run_file(script: str, source: bytes) -> None:
     main: Any = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = script, __builtins__
     sys.modules["__main__"] = main

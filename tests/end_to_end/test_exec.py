@@ -9,6 +9,9 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from djinn_zmq.cli.main import main
 
 pytest.importorskip("transformers")
 
@@ -165,7 +168,7 @@ def test_a_programs_error_is_shown_where_it_was_made(run) -> None:
 
 
 def test_exec_says_what_is_missing_and_teaches(run) -> None:
-    process = run("", through=[*DJINN, "exec", "--server", "ipc:///tmp/nobody.sock"])
+    process = run("pass", through=[*DJINN, "exec", "--server", "ipc:///tmp/nobody.sock"])
     assert "djinn serve" in said(process)[1]
     out = subprocess.run(
         [*DJINN, "exec", "--help"], check=True, capture_output=True, text=True
@@ -173,3 +176,11 @@ def test_exec_says_what_is_missing_and_teaches(run) -> None:
     out = " ".join(out.split())
     for word in ("from_pretrained", "NotServed", "djinn debug", "Not covered"):
         assert word in out
+
+
+def test_a_script_that_is_not_there_is_refused_in_one_sentence_before_a_server_is_asked() -> None:
+    done = CliRunner().invoke(main, ["exec", "--server", "ipc:///tmp/nobody.sock", "no.py"])
+    assert (done.exit_code, done.output) == (
+        1,
+        "Error: can't open file 'no.py': No such file or directory\n",
+    )
