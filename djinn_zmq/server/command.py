@@ -16,6 +16,7 @@ import click
 from djinn_zmq.bus.keys import server_keys
 from djinn_zmq.errors import DjinnError, RequestError
 from djinn_zmq.memory import shared
+from djinn_zmq.server.catalog import shape_names
 from djinn_zmq.server.descriptors import allow_many_descriptors
 from djinn_zmq.server.malloc import keep_freed_memory
 from djinn_zmq.server.server import Server
@@ -162,7 +163,7 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
     "shapes",
     multiple=True,
     metavar="SHAPE",
-    help="Serve a model of this shape with random weights (llama-2-13b, small …); repeatable.",
+    help=f"Serve a model of this shape with random weights ({', '.join(shape_names())}); repeatable.",
 )
 @click.option(
     "--dtype",
