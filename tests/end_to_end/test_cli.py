@@ -117,7 +117,20 @@ def start(environment) -> Iterator:
 def run(environment):
     """`djinn …` to its end: (exit status, what it said on stdout, on stderr)."""
 
-    def run(*arguments, module="djinn_zmq.cli.main", **more) -> tuple[int, str, str]:
+    def run(*arguments, **more) -> tuple[int, str, str]:
+        clean = {"DJINN_ENDPOINT": None} | environment | more
+        done = CliRunner(env=clean).invoke(main, list(map(str, arguments)))
+        assert isinstance(done.exception, SystemExit | None), done.exception
+        return done.exit_code, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def run_alone(environment):
+    """The same of a process of its own. module: as in `python -m`."""
+
+    def run_alone(*arguments, module="djinn_zmq.cli.main", **more) -> tuple[int, str, str]:
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             env=environment | more,
@@ -130,25 +143,25 @@ def run(environment):
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr
 
-    return run
+    return run_alone
+
+
+def one_sentence(outcome: tuple[int, str, str]) -> str:
+    """What a command says that ends at once, with exit status 1 and a single sentence."""
+    status, said, complaint = outcome
+    assert (status, said) == (1, ""), (status, said, complaint)
+    assert complaint.startswith("Error: ") and len(complaint.splitlines()) == 1, complaint
+    return complaint
 
 
 @pytest.fixture
 def refused(run):
-    """A command that ends at once, with exit status 1 and a single sentence, which it returns."""
-
-    def refused(*arguments, **more) -> str:
-        status, said, complaint = run(*arguments, **more)
-        assert (status, said) == (1, ""), (status, said, complaint)
-        assert complaint.startswith("Error: ") and len(complaint.splitlines()) == 1, complaint
-        return complaint
-
-    return refused
+    return lambda *arguments, **more: one_sentence(run(*arguments, **more))
 
 
 @pytest.fixture
-def refused_server(refused):
-    return lambda *options, **more: refused(*options, module="djinn_zmq.server", **more)
+def refused_server(run_alone):
+    return lambda *options: one_sentence(run_alone(*options, module="djinn_zmq.server"))
 
 
 def wait_gone(pid: int) -> None:
@@ -512,13 +525,13 @@ def test_an_endpoint_that_leads_nowhere_is_refused_in_one_sentence(refused, endp
 # ---- ending
 
 
-def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run, home):
+def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run_alone, home):
     started = start("--port", free_port())
     started.wait_for("djinn: serving at")
     endpoint = f"ipc://{home}/djinn/djinn.sock"
     with djinn.connect(endpoint) as server:
         engine = engine_of(endpoint)
-        code, said, complaint = run("stop")
+        code, said, complaint = run_alone("stop")
         assert (code, said, complaint) == (
             0,
             f"stopped the server with pid {started.process.pid}\n",
@@ -530,7 +543,7 @@ def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run, home
     assert started.words.endswith("djinn: stopped\n")
     wait_gone(engine)
     assert os.listdir(home / "djinn") == []
-    assert run("ps")[0] == 1
+    assert run_alone("ps")[0] == 1
 
 
 def test_stop_over_tcp_is_refused(served, refused):
@@ -686,8 +699,8 @@ def test_a_command_that_does_not_exist_is_a_usage_error(run):
     assert run("--version")[1].startswith("djinn, version ")
 
 
-def test_the_demo_does_the_main_job_and_holds_what_it_shows(run, home):
-    status, said, complaint = run("demo")
+def test_the_demo_does_the_main_job_and_holds_what_it_shows(run_alone, home):
+    status, said, complaint = run_alone("demo")
     assert status == 0, (said, complaint)
     assert complaint == ""
     assert said.count("✓") >= 4 and "✗" not in said
