@@ -30,9 +30,8 @@ class Events:
         several = checks.several("kinds", kinds, "a kind, or several", alone=(str,))
         self._server = server
         self._kinds = tuple(checks.one_of("kinds", kind, EVENT_KINDS) for kind in several)
-        self._base = checks.whole(
-            "after", after, least=0
-        )  # all up to here have been given, or are ready
+        # All up to here have been given, or are ready.
+        self._base = checks.whole("after", after, least=0)
         self._seen: dict[bytes, int] = {}  # by topic: the last event since
         self._taken: set[int] = set()  # those published since
         self._ready: deque[Event] = deque()

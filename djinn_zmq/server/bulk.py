@@ -40,9 +40,8 @@ def read(
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
     else:
         raise OnDevice("the checkpoint is on its device alone: prefetch it to the host first")
-    chosen = whole[
-        (*selection(asked.at, tensor.shape), ...)
-    ]  # with "...": one number is a view, too
+    # With "...": one number is a view, too.
+    chosen = whole[(*selection(asked.at, tensor.shape), ...)]
     flat = np.ascontiguousarray(chosen).reshape(-1).view(np.uint8)
     if not 0 <= asked.offset < flat.size:
         raise RequestError(f"offset {asked.offset} of a selection of {flat.size} bytes")
@@ -60,9 +59,8 @@ def _touched(whole: np.ndarray, chosen: np.ndarray, offset: int, nbytes: int) ->
     if not np.may_share_memory(whole, chosen):  # a list's selection is a copy: of anything
         return 0, whole.nbytes
     first, last = offset // whole.itemsize, (offset + nbytes - 1) // whole.itemsize
-    at = np.unravel_index(
-        [first, last], chosen.shape or (1,)
-    )  # steps are positive: these are the ends
+    # Steps are positive: these are the ends.
+    at = np.unravel_index([first, last], chosen.shape or (1,))
     begin, end = np.dot(chosen.strides or (whole.itemsize,), at)
     start = chosen.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
     return start + int(begin), start + int(end) + whole.itemsize

@@ -76,9 +76,8 @@ class Shelving:
 
     def _checkpoints(self) -> Iterator[tuple[Session, KeptRecord]]:
         for session in self._registry.sessions.values():
-            inputs = {
-                record.kept.base for record in session.kept.values()
-            }  # nobody else knows of them
+            # Nobody but their checkpoint knows of inputs.
+            inputs = {record.kept.base for record in session.kept.values()}
             for number, record in session.kept.items():
                 if record.kept.layer >= 0 and number not in inputs:
                     yield session, record
