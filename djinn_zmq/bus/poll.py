@@ -19,12 +19,10 @@ from typing import Any, Protocol
 import zmq
 from zmq.backend import zmq_poll
 
-from djinn_zmq.bus.lane import Lane
+from djinn_zmq.bus.lane import SOON_NS, Lane
 
 MANY = 64  # messages a source may hand over before the others are looked at
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
-
-SOON_NS = 100_000  # how long we stay awake for a lane that was rung ahead; a message is made in half of it
 
 # Client, server, engine and whoever else computes: with fewer CPUs, who stays awake for one of them keeps
 # another from running. There nobody rings ahead over a link either.
@@ -131,10 +129,7 @@ class Poll:
                 self._unheard.add(fd)
 
     def _wait_awake(self, fd: int) -> None:
-        """Where *fd* is a lane that was rung ahead: until it has something, or too long.
-
-        Not with a `sched_yield` between two looks: one takes as long as twenty of them.
-        """
+        """Where *fd* is a lane that was rung ahead: until it has something, or too long."""
         lane = self._lanes.get(fd)
         if lane is None or fd in self._vain and not lane.unfinished():
             return
@@ -143,13 +138,8 @@ class Poll:
             self._early.discard(fd)
         elif lane.rung_ahead():
             self.meanwhile()
-            unfinished, clock = lane.unfinished, time.perf_counter_ns
-            limit_ns = clock() + SOON_NS
-            while not unfinished():
-                if clock() > limit_ns:
-                    self._vain.add(fd)
-                    return
-            self._early.add(fd)
+            seen = self._early if lane.comes(SOON_NS, give_way=False) else self._vain
+            seen.add(fd)
 
     def _silent_ones(self) -> list[int]:
         """Those of the unheard that have something."""

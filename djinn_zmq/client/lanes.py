@@ -5,12 +5,11 @@ to the engine. Where there can be none (a server of another user or machine, an 
 starting) the bus serves, and the next request tries again.
 """
 
-import os
 import select
 import time
 from collections.abc import Callable, Iterator
 
-from djinn_zmq.bus.lane import CAPACITY, Lane
+from djinn_zmq.bus.lane import CAPACITY, SOON_NS, Lane
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import ArenaFull, DjinnError, Lost
 from djinn_zmq.settings import Settings
@@ -18,7 +17,6 @@ from djinn_zmq.wire.codec import Whole
 from djinn_zmq.wire.messages import Broken, Offer
 
 AT_ONCE = 16  # descriptors told of at once; for epoll's default of 1023 each wait allocates 12 KiB
-SOON_NS = 100_000  # how long we stay awake for an engine that has rung ahead of its answer
 RETRY_S = 0.2  # between two offers that the server could not pass on
 
 
@@ -108,7 +106,7 @@ class Lanes:
         or something came on the lease socket."""
         frames = lane.receive()
         if frames is None:
-            if not (self._spin_ns and _comes(lane, self._spin_ns)):
+            if not (self._spin_ns and lane.comes(self._spin_ns, give_way=True)):
                 self._sleep(lane, timeout_s)
             frames = lane.receive()
         return frames
@@ -119,7 +117,7 @@ class Lanes:
         spoke = self._epoll.poll(timeout_s, AT_ONCE)
         if len(spoke) != 1 or spoke[0][0] != lane.fileno() or not lane.rung_ahead():
             return  # among them a bell that tells of room, for the rest of what was sent
-        if not _comes(lane, SOON_NS):
+        if not lane.comes(SOON_NS, give_way=True):
             self._epoll.poll(timeout_s, AT_ONCE)
 
     def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:
@@ -141,6 +139,7 @@ class Lanes:
         """In a child that was forked: the lanes are its parent's, and so is what their epoll waits for."""
         self.wanted = False
         self._lanes.clear()
+        self._asked = None
         self._epoll = None
 
     def close(self) -> None:
@@ -149,13 +148,3 @@ class Lanes:
         if self._epoll is not None:
             self._epoll.close()
             self._epoll = None
-
-
-def _comes(lane: Lane, within_ns: int) -> bool:
-    """Look at *lane* again and again, until it has something or time is up."""
-    limit_ns = time.perf_counter_ns() + within_ns
-    while not lane.unfinished():
-        if time.perf_counter_ns() > limit_ns:
-            return False
-        os.sched_yield()  # perhaps to the engine
-    return True
