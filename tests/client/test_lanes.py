@@ -87,3 +87,13 @@ def test_a_bell_that_tells_of_room_is_not_taken_for_one_that_rings_ahead(ends):
     begin_s = time.monotonic()
     assert lanes.hear(lane, 10.0) is None
     assert time.monotonic() - begin_s < 10.0  # there is more to be sent: time was not up
+
+
+def test_a_forked_child_that_left_the_lanes_wakes_no_engine_of_its_parents(ends):
+    lanes, engine = ends
+    lane = lanes.of(SESSION)
+    engine.hush()
+    lanes.leave()
+    lanes.wake()
+    assert not select.select([engine], [], [], 0)[0]
+    lane.close()
