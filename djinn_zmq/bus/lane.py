@@ -45,6 +45,9 @@ MORE = 1 << 31
 CONTINUED = 1 << 30
 WHOLE = struct.Struct("<Q")
 SOON_NS = 100_000  # how long to stay awake for who has rung ahead: a message is made in half of it
+# For client, server, engine and whoever else computes. With fewer, who stays awake for one of them keeps
+# another from running, unless it gives way between two looks.
+CPU_EACH = len(os.sched_getaffinity(0)) >= 4
 BELL = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 EVENTFD, EPOLL = "anon_inode:[eventfd]", "anon_inode:[eventpoll]"  # what they are links to
 
@@ -201,16 +204,15 @@ class Lane:
         """Its bell has rung: for nothing that is there already, neither a message nor room?"""
         return not self._backlog and not self.unfinished()
 
-    def comes(self, within_ns: int, *, give_way: bool) -> bool:
-        """Look again and again, until there is something or time is up. give_way: to whoever wants this
-        CPU, between two looks: that takes as long as twenty of them."""
+    def comes(self, within_ns: int) -> bool:
+        """Look again and again, until there is something or time is up."""
         unfinished, clock = self.unfinished, time.perf_counter_ns
         limit_ns = clock() + within_ns
         while not unfinished():
             if clock() > limit_ns:
                 return False
-            if give_way:
-                os.sched_yield()
+            if not CPU_EACH:
+                os.sched_yield()  # takes as long as twenty looks
         return True
 
     def receive(self) -> Whole | None:

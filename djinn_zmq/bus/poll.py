@@ -10,7 +10,6 @@ A lane's bell is waited for edge-triggered and never read: one call less for eac
 message, it finds nothing yet: then we stay awake for what is certain to follow, and need no second wake-up.
 """
 
-import os
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +18,10 @@ from typing import Any, Protocol
 import zmq
 from zmq.backend import zmq_poll
 
-from djinn_zmq.bus.lane import SOON_NS, Lane
+from djinn_zmq.bus.lane import CPU_EACH, SOON_NS, Lane
 
 MANY = 64  # messages a source may hand over before the others are looked at
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
-
-# Client, server, engine and whoever else computes: with fewer CPUs, who stays awake for one of them keeps
-# another from running. There nobody rings ahead over a link either.
-STAYS_AWAKE = len(os.sched_getaffinity(0)) >= 4
 
 POLLIN = int(zmq.POLLIN)
 
@@ -55,7 +50,7 @@ class Poll:
         self._lanes: dict[int, Lane] = {}
         self._spin_ns = spin_us * 1000
         self.may_spin = True
-        self.stays_awake = STAYS_AWAKE
+        self.stays_awake = CPU_EACH  # nor does anybody ring ahead over a link where it is false
         # Called before that wait: a few microseconds' work that makes the message's own quicker.
         self.meanwhile: Callable[[], object] = lambda: None
         self._early: set[int] = set()  # lanes whose last message was seen before its own ring
@@ -138,7 +133,7 @@ class Poll:
             self._early.discard(fd)
         elif lane.rung_ahead():
             self.meanwhile()
-            seen = self._early if lane.comes(SOON_NS, give_way=False) else self._vain
+            seen = self._early if lane.comes(SOON_NS) else self._vain
             seen.add(fd)
 
     def _silent_ones(self) -> list[int]:

@@ -106,7 +106,7 @@ class Lanes:
         or something came on the lease socket."""
         frames = lane.receive()
         if frames is None:
-            if not (self._spin_ns and lane.comes(self._spin_ns, give_way=True)):
+            if not (self._spin_ns and lane.comes(self._spin_ns)):
                 self._sleep(lane, timeout_s)
             frames = lane.receive()
         return frames
@@ -117,7 +117,7 @@ class Lanes:
         spoke = self._epoll.poll(timeout_s, AT_ONCE)
         if len(spoke) != 1 or spoke[0][0] != lane.fileno() or not lane.rung_ahead():
             return  # among them a bell that tells of room, for the rest of what was sent
-        if not lane.comes(SOON_NS, give_way=True):
+        if not lane.comes(SOON_NS):
             self._epoll.poll(timeout_s, AT_ONCE)
 
     def on_broken(self, news: Broken) -> tuple[Lane, Lost] | None:

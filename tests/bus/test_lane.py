@@ -331,3 +331,24 @@ def test_a_closed_lane_leaves_no_map_and_no_descriptor() -> None:
     maps = Path("/proc/self/maps").read_text()
     assert "djinn-lane" not in maps
     create(CAPACITY).close()
+
+
+@pytest.mark.parametrize("cpu_each", [True, False])
+def test_who_stays_awake_for_a_message_gives_way_only_where_there_is_no_cpu_for_each(
+    lanes, cpu_each, monkeypatch
+) -> None:
+    first, second = lanes
+    yields = 0
+
+    def given_way() -> None:
+        nonlocal yields
+        yields += 1
+
+    monkeypatch.setattr("djinn_zmq.bus.lane.CPU_EACH", cpu_each)
+    monkeypatch.setattr("os.sched_yield", given_way)
+    assert not second.comes(1_000_000)
+    assert bool(yields) != cpu_each
+    first.send(b"", b"message")
+    yields = 0
+    assert second.comes(60_000_000_000)
+    assert not yields  # it is there at the first look
