@@ -101,7 +101,9 @@ def decompose(
     results.not_measured += built.not_measured
     count = taken[ladder.RESUME].n
     own_s = {rung: own[-count:] for rung, own in built.own_s.items()}
-    found = ladder.decompose(taken, built.spans[-count:], own_s, built.nbytes)
+    found = ladder.decompose(
+        taken, built.spans[-count:], own_s, built.inside_s[-count:], built.nbytes
+    )
     results.settings["nbytes"] = found.nbytes
     results.tables["steps"] = found.rows()
     results.checks.append(

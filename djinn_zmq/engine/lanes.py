@@ -7,6 +7,7 @@ the server drops it.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
@@ -22,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 PING = bytes([Op.PING])
 TAG = b"l"  # first byte of a lane's envelope; the server's begin with others
-Take = Callable[[bytes, str, bytes, Sequence[Piece]], None]  # envelope, owner, frame, buffers
+# Envelope, owner, frame, buffers, and when it was there.
+Take = Callable[[bytes, str, bytes, Sequence[Piece], int], None]
 
 
 class Lanes:
@@ -55,10 +57,11 @@ class Lanes:
         try:
             frames = lane.receive()
             if frames is not None:
+                begin_ns = time.perf_counter_ns()
                 _, frame, buffers = frames
                 if frame[OP] == PING:
                     lane.ring()  # ahead of the answer: its client wakes while that is made
-                self._take(envelope, owner, frame, buffers)
+                self._take(envelope, owner, frame, buffers, begin_ns)
         except ProtocolError as exc:
             self._break(envelope, str(exc))
         return lane.unfinished()

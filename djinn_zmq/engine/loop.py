@@ -213,10 +213,11 @@ class EngineLoop:
         frames = self._link.receive()
         if frames is None:
             return False
+        begin_ns = time.perf_counter_ns()
         envelope, frame, buffers = frames
         if frame[OP] == PING:
             self._answers.soon(envelope)
-        self._take(envelope, codec.peek(frame), frame, buffers)
+        self._take(envelope, codec.peek(frame), frame, buffers, begin_ns)
         return self._link.lane.unfinished()
 
     def _hear_server(self) -> None:
@@ -251,7 +252,7 @@ class EngineLoop:
         self._lease.send(messages.Broken(number, text))
 
     def _take_on_lane(
-        self, envelope: bytes, owner: str, frame: bytes, buffers: Sequence[Piece]
+        self, envelope: bytes, owner: str, frame: bytes, buffers: Sequence[Piece], begin_ns: int
     ) -> None:
         """A message of a client's own, not passed on by the server: check what the server would."""
         header = NOBODYS
@@ -276,12 +277,17 @@ class EngineLoop:
             if not header.flags & Flag.ONE_WAY:
                 self._answers.refuse(envelope, header, exc)
         else:
-            self._take(envelope, header, frame, buffers)
+            self._take(envelope, header, frame, buffers, begin_ns)
 
     def _take(
-        self, envelope: bytes, header: Header, frame: bytes, buffers: Sequence[Piece]
+        self,
+        envelope: bytes,
+        header: Header,
+        frame: bytes,
+        buffers: Sequence[Piece],
+        begin_ns: int,
     ) -> None:
-        begin_ns = time.perf_counter_ns()
+        """begin_ns: when it was there."""
         try:
             message = codec.decode(frame, buffers, header)
             if self._adopting:
@@ -422,7 +428,8 @@ class EngineLoop:
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         state = "running" if self._turns else "idle"
-        self._answers.answer(envelope, message.header, messages.Pong(state))
+        pong = messages.Pong(state, time.perf_counter_ns() - begin_ns)
+        self._answers.answer(envelope, message.header, pong)
 
     def _run(
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int

@@ -1,5 +1,6 @@
-"""What an engine does when the last span of a run is closed, and no span can tell of any more: it tells
-the server what it keeps, and makes the answer.
+"""What an engine does when the last span of a run is closed, and no span can tell of any more: it makes the
+answer, and tells the server before that what it keeps, unless it has done so while the span was open, as
+where a resume stops where it begins.
 
 The very messages of one resume are made here and put into a lane, and those of a no-op beside them.
 """
@@ -16,6 +17,7 @@ from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.stops import wanted_of
+from djinn_zmq.probe.rounds import Case
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
@@ -41,33 +43,33 @@ def answering(
     link = Link(Lane(ends, settings, first=False))
     server = _Taking(theirs)
 
-    def answer(op: Op, meta: Any, buffers: Sequence[Any] = ()) -> None:
+    def answer(op: Op, meta: Any, buffers: Sequence[Any]) -> None:
         frame = codec.encode(op, meta, flags=Flag.REPLY, request=1 << 40, session=model.session_id,
                              buffers=len(buffers))  # fmt: skip
         link.send(ENVELOPE, frame, buffers)
 
-    def resumes() -> int:
+    def tell() -> None:
         if notice is not None:
             link.post(codec.encode(Op.KEEP, notice, session=model.session_id))
-        answer(Op.RESUME, reply.meta, reply.buffers)
-        return 1 if notice is None else 2
 
-    def no_ops() -> int:
-        answer(Op.PING, messages.Pong("idle"))
-        return 1
-
-    def clocked(make: Callable[[], int]) -> Clocked:
+    def clocked(op: Op, meta: Any, buffers: Sequence[Any], before: Case, within: Case) -> Clocked:
         def call() -> float:
+            before()
             begin_ns = time.perf_counter_ns()
-            count = make()
+            within()
+            answer(op, meta, buffers)
             made_ns = time.perf_counter_ns()
-            server.take(count)
+            server.take()
             return ((time.perf_counter_ns() if passed_on else made_ns) - begin_ns) / 1e9
 
         return call
 
+    told = (tell, _nothing) if ready else (_nothing, tell)
     try:
-        yield clocked(resumes), clocked(no_ops)
+        yield (
+            clocked(Op.RESUME, reply.meta, reply.buffers, *told),
+            clocked(Op.PING, messages.Pong("idle", 10_000), (), _nothing, _nothing),
+        )
     finally:
         server.close()
         theirs.close()
@@ -80,28 +82,32 @@ class _Taking:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._taken = 0
+        self._answered = False
         self._poll = Poll()
         self._poll.watch_lane(link.lane, self._take_one)
 
-    def take(self, count: int) -> None:
-        """Until *count* messages have been taken."""
-        self._taken = 0
-        while self._taken < count:
+    def take(self) -> None:
+        """Until an answer has been taken, and what was told before it."""
+        self._answered = False
+        while not self._answered:
             self._poll.turn(0)
 
     def _take_one(self) -> bool:
         pieces = self._link.receive()
         if pieces is not None:
-            self._taken += 1
             if pieces[0]:
                 codec.peek(pieces[1])
+                self._answered = True
             else:
                 codec.decode(pieces[1])
         return self._link.lane.unfinished()
 
     def close(self) -> None:
         self._poll.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _resume(point: Checkpoint, model: Model, ready: bool) -> Operation[Message]:

@@ -17,6 +17,8 @@ adds to a no-op is not a difference of wholes but what is measured where it is s
     client         all that this process does itself, for a resume and for a no-op, by its own clock
     answer         the very messages that the engine makes behind its last span, made here, beyond a
                    no-op's; where there is no lane, the server's reading of its notice too
+    taken in       what the engine has a no-op for until it makes its answer, as the no-op's reply says:
+                   the spans tell of a resume's own, so it counts once
     wake-up        who is woken after a longer sleep wakes later
     the others     the spans in the resume's own reply, measured inside the engine
 
@@ -67,6 +69,7 @@ ABOUT = {
     "edit": "the edits made",
     "compute": "layers and head",
     "copy": "what is kept, into its slot",
+    "taken in": "a no-op's, which the spans tell of as well",
     "answer": "made, and the server told, beyond a no-op's",
     "wake-up": "who is woken after a longer sleep wakes later",
 }
@@ -155,12 +158,13 @@ def decompose(
     taken: Mapping[str, Samples],
     spans: Sequence[Spans],
     own_s: Mapping[str, Sequence[float]],
+    inside_s: Sequence[float],
     nbytes: int = 0,
 ) -> Decomposition:
     """Steps from what each rung took, and from the spans of the resumes.
 
     own_s: by rung, what this process spent itself in each call; of a resume, and of the no-op below
-    it. nbytes: that every rung carried up.
+    it. inside_s: what the engine had that no-op for. nbytes: that every rung carried up.
     """
     steps = []
     below = 0.0
@@ -172,6 +176,8 @@ def decompose(
     client = float(np.median(own_s[RESUME])) - float(np.median(own_s[there[-1]]))
     steps.append(Step("client", client, len(own_s[RESUME])))
     steps += [Step(name, seconds, len(spans)) for name, seconds in _medians(spans).items()]
+    inside = -float(np.median(inside_s))
+    steps.append(Step("taken in", inside, len(inside_s)))
     for name, more, less in (("answer", ANSWER, PONG), ("wake-up", LATE, BELL)):
         beyond_s = taken[more].median_s - taken[less].median_s
         steps.append(Step(name, beyond_s, taken[more].n))

@@ -46,7 +46,7 @@ class Ladder:
     """cases: rung → one call. pids: of the bare echoes. nbytes: that each rung carries up.
 
     spans: of every resume made so far. own_s: by rung, what this process spent itself in each call,
-    apart from waiting for the answer.
+    apart from waiting for the answer. inside_s: what the engine had each no-op behind a resume for.
     """
 
     nbytes: int
@@ -55,6 +55,7 @@ class Ladder:
     not_measured: list[NotMeasured] = field(default_factory=list)
     spans: list[Spans] = field(default_factory=list)
     own_s: dict[str, list[float]] = field(default_factory=dict)
+    inside_s: list[float] = field(default_factory=list)
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def standing(
         resumed = lane or model
         own_s = ladder.own_s = {BETWEEN: [], RESUME: []}
         behind = _behind(resuming(point, resumed, ready=True))
-        no_op = _no_op(resumed, array, resumed.session_id, own_s[BETWEEN])
+        no_op = _no_op(resumed, array, resumed.session_id, own_s[BETWEEN], ladder.inside_s)
         ladder.cases[BETWEEN] = Task(no_op, behind)
         answer, pong = stack.enter_context(
             answering(point, resumed, ready=ready, passed_on=lane is None)
@@ -240,26 +241,33 @@ def _upload_call(dealer: zmq.Socket[bytes], data: memoryview) -> Case:
 
 
 def _no_op(
-    model: Model, array: np.ndarray | None, session: int, own_s: list[float] | None = None
+    model: Model,
+    array: np.ndarray | None,
+    session: int,
+    own_s: list[float] | None = None,
+    inside_s: list[float] | None = None,
 ) -> Case:
     """A ping, behind whatever brings *array* to where a resume would find it. session: 0: only to
-    the server. own_s: gets what each took beside the waiting for its answer."""
+    the server. own_s: gets what each took beside the waiting for its answer; inside_s: what the
+    engine had it for."""
 
     def operation() -> Any:
         parcel = Parcel(model.connection, model.session_id)
         if array is not None:
             yield from parcel.place(array)
         asked = Call(Op.PING, messages.Ping(), session=session)
-        yield asked
+        reply = yield asked
         parcel.settle()
-        return asked
+        return asked, reply.meta
 
     def call() -> None:
         begin_ns = time.perf_counter_ns()
-        asked = model.drive(operation())
+        asked, pong = model.drive(operation())
         if own_s is not None:
             elapsed_ns = time.perf_counter_ns() - begin_ns
             own_s.append((elapsed_ns - (asked.arrived_ns - asked.sent_ns)) / 1e9)
+        if inside_s is not None:
+            inside_s.append(pong.inside_ns / 1e9)
 
     return call
 

@@ -113,7 +113,11 @@ class Ping(msgspec.Struct, **message(Op.PING)):
 
 
 class Pong(msgspec.Struct, **message(Op.PING)):
+    """inside_ns: from when the engine had the request until it made this answer, as a run's spans; 0 where
+    the server answers."""
+
     state: str  # the engine's, where the ping went to one
+    inside_ns: int = 0
 
 
 class Status(msgspec.Struct, **message(Op.STATUS)):

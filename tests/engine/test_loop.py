@@ -84,7 +84,7 @@ def take_share(server: LeaseSocket) -> None:
     close_all(fds)
 
 
-def answer_to_a_ping(lane: Lane, envelope: bytes) -> object:
+def answer_to_a_ping(lane: Lane, envelope: bytes) -> Pong | None:
     """What comes back over *lane*, of all that comes, under *envelope*; None: nothing in time."""
     lane.send(envelope, codec.encode(Op.PING, Ping(), request=9, session=5))
     read, write = os.pipe()
@@ -112,7 +112,7 @@ def test_a_lane_that_is_introduced_while_the_engine_asks_for_something_is_listen
         server.send(Listen(3, "a user"), *lane_ends)  # crosses the answer
         lane_ends.close()
         server.send(Granted(7))  # and nothing else wakes the engine
-        assert answer_to_a_ping(lane, b"") == Pong("idle")
+        assert answer_to_a_ping(lane, b"").state == "idle"
     lane.close()
 
 
@@ -134,4 +134,14 @@ def test_news_that_a_question_took_are_not_waited_for_where_the_socket_spoke_of_
         told.set()
         take_share(server)
         server.send(Granted(2))
-        assert answer_to_a_ping(link.lane, b"i") == Pong("idle")
+        assert answer_to_a_ping(link.lane, b"i").state == "idle"
+
+
+def test_a_no_op_says_how_long_the_engine_had_it() -> None:
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        yield from ()
+
+    with engine_that(asks) as (link, _):
+        begin_ns = time.perf_counter_ns()
+        pong = answer_to_a_ping(link.lane, b"i")
+        assert 0 < pong.inside_ns < time.perf_counter_ns() - begin_ns
