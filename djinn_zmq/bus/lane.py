@@ -46,8 +46,11 @@ CONTINUED = 1 << 30
 WHOLE = struct.Struct("<Q")
 SOON_NS = 100_000  # how long to stay awake for who has rung ahead: a message is made in half of it
 # For client, server, engine and whoever else computes. With fewer, who stays awake for one of them keeps
-# another from running, unless it gives way between two looks.
+# another from running.
 CPU_EACH = len(os.sched_getaffinity(0)) >= 4
+# How often to look before giving way: for 20 us. Needed with many CPUs, too: where all are busy (torch's
+# threads stay awake for a while after their work) who was rung runs in the place of who rang.
+LOOKS = 64 if CPU_EACH else 1
 BELL = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 EVENTFD, EPOLL = "anon_inode:[eventfd]", "anon_inode:[eventpoll]"  # what they are links to
 
@@ -208,12 +211,12 @@ class Lane:
         """Look again and again, until there is something or time is up."""
         unfinished, clock = self.unfinished, time.perf_counter_ns
         limit_ns = clock() + within_ns
-        while not unfinished():
-            if clock() > limit_ns:
-                return False
-            if not CPU_EACH:
-                os.sched_yield()  # takes as long as twenty looks
-        return True
+        while clock() < limit_ns:
+            for _ in range(LOOKS):
+                if unfinished():
+                    return True
+            os.sched_yield()
+        return False
 
     def receive(self) -> Whole | None:
         """The next message, or None when there is no whole one now. Its bytes are the caller's own.

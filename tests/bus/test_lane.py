@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -333,22 +334,24 @@ def test_a_closed_lane_leaves_no_map_and_no_descriptor() -> None:
     create(CAPACITY).close()
 
 
-@pytest.mark.parametrize("cpu_each", [True, False])
-def test_who_stays_awake_for_a_message_gives_way_only_where_there_is_no_cpu_for_each(
-    lanes, cpu_each, monkeypatch
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_who_stays_awake_for_a_message_gives_way_to_who_makes_it_every_so_many_looks(
+    lanes, at_once, monkeypatch
 ) -> None:
     first, second = lanes
-    yields = 0
+    counted: Counter[str] = Counter()
+    unfinished = second.unfinished
 
-    def given_way() -> None:
-        nonlocal yields
-        yields += 1
+    def look() -> bool:
+        counted["looks"] += 1
+        return unfinished()
 
-    monkeypatch.setattr("djinn_zmq.bus.lane.CPU_EACH", cpu_each)
-    monkeypatch.setattr("os.sched_yield", given_way)
+    second.unfinished = look
+    monkeypatch.setattr("djinn_zmq.bus.lane.LOOKS", at_once)
+    monkeypatch.setattr("os.sched_yield", lambda: counted.update(["yields"]))
     assert not second.comes(1_000_000)
-    assert bool(yields) != cpu_each
+    assert counted["yields"] and counted["looks"] == at_once * counted["yields"]
     first.send(b"", b"message")
-    yields = 0
+    counted.clear()
     assert second.comes(60_000_000_000)
-    assert not yields  # it is there at the first look
+    assert counted == {"looks": 1}  # it is there: nobody has to make it
