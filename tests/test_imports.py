@@ -39,7 +39,7 @@ BELOW["cli"] = BELOW["probe"] | {"probe"}
 # What each room may import from outside. Rooms that are not named are free.
 OUTSIDE: dict[str, set[str]] = {room: set() for room in GROUND}
 OUTSIDE["wire"] = {"msgspec", "numpy", "ml_dtypes"}
-OUTSIDE["memory"] = {"numpy"}
+OUTSIDE["memory"] = {"numpy", "zlib_ng"}
 OUTSIDE["bus"] = {"zmq", "numpy"}
 
 HEAVY = {"torch", "transformers", "accelerate", "cupy"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import ml_dtypes
@@ -52,6 +53,22 @@ def test_a_file_that_safetensors_wrote_anew_is_read_and_one_of_its_own_has_no_ch
     theirs.save_file(tensors, where, metadata=FACTS)
     with pytest.raises(BadFile, match="has no checksums"):
         files.read(where)
+
+
+def test_checksums_are_those_that_the_protocol_says(tmp_path: Path) -> None:
+    where = tmp_path / "large.safetensors"
+    large = np.arange(3 * files.SUMMED // 4 + 7, dtype=np.float32).reshape(1, 1, -1)
+    ids = IDS[:1, :1]
+    files.write(where, {"hidden": large, "ids": ids}, FACTS)
+    facts = dict(files.read(where).metadata)
+    for name, array in (("hidden", large), ("ids", ids)):
+        data = array.tobytes()
+        parts = [data[at : at + 256 * 1024] for at in range(0, len(data), 256 * 1024)]
+        assert facts[f"crc32.{name}"] == "".join(f"{zlib.crc32(part):08x}" for part in parts)
+    said = facts.pop("crc32")
+    tensors = [["hidden", "F32", list(large.shape)], ["ids", "I64", [1, 1]]]
+    text = json.dumps([facts, tensors], sort_keys=True, separators=(",", ":"))
+    assert said == f"{zlib.crc32(text.encode()):08x}"
 
 
 @pytest.mark.parametrize("name", ["hidden", "ids"])
