@@ -17,6 +17,7 @@ raced for; and a bell that nobody sleeps on costs 0.4 us. To wake takes 10 us, a
 bell is also rung ahead, where a message is certain to follow, and who is woken so finds nothing yet.
 
     record, a whole message     kind 0: a msgpack array [envelope, frame 0, [buffer, ...]]
+    record, frame 0 alone       ALONE: it, of a message without envelope and buffers, as most are
     record, first of several    MORE: u64 nbytes of that array, then the beginning of it
     record, one that goes on    CONTINUED, with MORE where others follow: more of it
 
@@ -43,6 +44,7 @@ CAPACITY = 256 * KIB  # bytes of each ring between a client and an engine: bulk 
 LINK_CAPACITY = 4 * MIB  # and between server and engine, where frames of 1 MiB pass
 MORE = 1 << 31
 CONTINUED = 1 << 30
+ALONE = 1 << 29
 WHOLE = struct.Struct("<Q")
 SOON_NS = 100_000  # how long to stay awake for who has rung ahead: a message is made in half of it
 # For client, server, engine and whoever else computes. With fewer, who stays awake for one of them keeps
@@ -154,9 +156,11 @@ class Lane:
         ring: False leaves the bell to the next `send`, or to `ring`: the other side is not woken yet.
         Raises Busy where the backlog is full, ProtocolError where the other side lies about room.
         """
-        data = join((envelope, frame, buffers))
-        if self._backlog or len(data) > self._fragment or not self._out.put(0, data):
-            self._put_back(data)
+        kind, data = ALONE, frame
+        if envelope or buffers or len(frame) > self._fragment:
+            kind, data = 0, join((envelope, frame, buffers))
+        if self._backlog or len(data) > self._fragment or not self._out.put(kind, data):
+            self._put_back(kind, data)
             return
         self.unrung = not ring
         if ring:
@@ -165,15 +169,15 @@ class Lane:
             except BlockingIOError:
                 pass  # its count is full, by whatever mischief: it is being rung already
 
-    def _put_back(self, data: bytes) -> None:
+    def _put_back(self, kind: int, data: bytes) -> None:
         if len(self._backlog) > self._high_water:
             raise Busy("the queue of the lane is full: its other end does not read")
-        self._backlog.extend(self._in_records(data))
+        self._backlog.extend(self._in_records(kind, data))
         self.flush()
 
-    def _in_records(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+    def _in_records(self, kind: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(data) <= self._fragment:
-            yield 0, data
+            yield kind, data
             return
         data = WHOLE.pack(len(data)) + data
         for at in range(0, len(data), self._fragment):
@@ -227,6 +231,8 @@ class Lane:
             self.flush()
         while (record := self._in.take()) is not None:
             kind, data = record
+            if kind == ALONE and not self._coming:
+                return b"", data, []
             if kind or self._coming:  # one of several, as few are
                 whole = self._collect(kind, data)
                 if whole is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from djinn_zmq.bus.lane import CONTINUED, MORE, WHOLE, Ends, Lane, create, wait
+from djinn_zmq.bus.lane import ALONE, CONTINUED, MORE, WHOLE, Ends, Lane, create, wait
 from djinn_zmq.errors import Busy, ProtocolError
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.ring import size_of
@@ -228,6 +228,9 @@ def test_waiting_ends_where_the_other_side_is_gone(lanes: tuple[Lane, Lane]) -> 
         (MORE, WHOLE.pack(2**64 - 1) + b"x"),
         (MORE | 1, WHOLE.pack(CAPACITY) + b"x"),
         (2**32 - 1, b"x"),
+        (ALONE | 1, b"x"),
+        (ALONE | MORE, WHOLE.pack(CAPACITY) + b"x"),
+        (ALONE | CONTINUED, b"x"),
     ],
 )
 def test_records_that_are_no_message_are_refused(
@@ -247,6 +250,24 @@ def test_a_message_that_never_ends_is_refused_before_it_is_collected(
     for kind, data in (MORE, whole[: CAPACITY // 4]), (MORE | CONTINUED, whole[CAPACITY // 4 :]):
         assert first._out.put(kind, data)
     with pytest.raises(ProtocolError, match="ends before its last record, or after it"):
+        second.receive()
+
+
+def test_a_frame_alone_is_a_record_as_it_is_and_never_among_those_of_another_message(
+    lanes: tuple[Lane, Lane],
+) -> None:
+    first, second = lanes
+    first.send(b"", b"frame")
+    assert second._in.take() == (ALONE, b"frame")
+    first.send(b"", bytes(CAPACITY // 4))
+    assert second.receive() == (b"", bytes(CAPACITY // 4), [])
+    first.send(b"", bytes(CAPACITY // 4 + 1))  # too long for one record
+    while (message := second.receive()) is None:
+        first.flush()
+    assert message == (b"", bytes(CAPACITY // 4 + 1), [])
+    part = (WHOLE.pack(CAPACITY) + bytes(CAPACITY))[: CAPACITY // 4]
+    assert first._out.put(MORE, part) and first._out.put(ALONE, b"frame")
+    with pytest.raises(ProtocolError, match="out of turn"):
         second.receive()
 
 
