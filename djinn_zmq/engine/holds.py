@@ -182,7 +182,7 @@ class Holds:
         waits = done is not None and bool(hold.slots)
         for slot in hold.slots:
             del self._lent[slot.where]
-            self._tiers.give_back_after(slot, done or (lambda: True), lambda: not hold.readers)
+            self._tiers.leaving.free_after(slot, done or (lambda: True), lambda: not hold.readers)
         for spare in hold.spares:
             self._give_back_lease(spare)
         hold.spares.clear()

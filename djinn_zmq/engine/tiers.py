@@ -13,14 +13,10 @@ Whatever waits (for the disk, or for the device's copies) is a generator that yi
 others get their turns.
 """
 
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,27 +25,15 @@ from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.growing import Grow, Growing
+from djinn_zmq.engine.leaving import Leaving
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs, Spare
 from djinn_zmq.engine.storing import Storing
+from djinn_zmq.engine.writing import Moved, Writing
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease, Pool
 from djinn_zmq.settings import format_bytes
-from djinn_zmq.wire.tensors import over
-
-_log = logging.getLogger(__name__)
 
 WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
-
-
-@dataclass(frozen=True, slots=True)
-class _Writing:
-    body: Body
-    numbers: list[int]  # the checkpoints it had when the writing began
-    future: "Future[Any]"
-    begin_ns: int
-
-
-Moved = Callable[[Body, str, int], None]  # a body, what was done ("evict", "prefetch"), nanoseconds
 
 
 class Tiers:
@@ -70,11 +54,9 @@ class Tiers:
         self.growing = Growing(pool, grow)
         self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
         self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
-        self._writing: list[_Writing] = []
         self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
-        self._leaving: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # done? → free it
-        # The same of what clients could write into. They end when they like: nobody waits for that.
-        self._lent: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+        self.leaving = Leaving(device, slabs)
+        self._writing = Writing(disk, moved)
         self.storing = Storing(device, pool)
 
     @property
@@ -135,8 +117,8 @@ class Tiers:
 
     def fill(self) -> None:
         """Go on with copies to host slots."""
-        if self.storing.settle() and self._leaving:
-            self._free_left()
+        if self.storing.settle():
+            self.leaving.settle()
 
     def stored(self, body: Body) -> Iterator[None]:
         """Wait until the host slot of *body*, where it has one, can be read."""
@@ -165,7 +147,7 @@ class Tiers:
                 continue
             if self._drop_one() or self.more_room():
                 continue
-            if not self._writing and not self._write_one() and not self._leaving:
+            if not self._writing and not self._write_one() and not self.leaving.soon:
                 return
             yield
             self.settle()
@@ -192,8 +174,8 @@ class Tiers:
         if not self.slabs.limit:
             return None
         slot = self.slabs.lease(nbytes, zone)
-        if slot is None and (self._leaving or self._lent):
-            self._free_left()
+        if slot is None and self.leaving:
+            self.leaving.settle()
             slot = self.slabs.lease(nbytes, zone)
         while slot is None:
             victim = next(
@@ -241,57 +223,18 @@ class Tiers:
     def _write_one(self) -> bool:
         """Begin to write the first body that has no file yet. False: there is none, or no room."""
         for body in self._oldest():
-            if body.host and not body.disk and not body.unwritable and self.disk.fits(body.nbytes):
-                self._write(body)
+            if self._writing.wanted(body):
+                self._writing.begin(body)
                 return True
         return False
-
-    def _write(self, body: Body) -> None:
-        assert body.host is not None
-        hidden = over(body.host.view, body.dtype, body.shape)
-        arrays = {"hidden": hidden, "ids": body.ids}
-        body.moving = True
-        self.disk.used += body.nbytes
-        numbers = sorted(body.checkpoints)
-        future = self.disk.save(numbers, arrays, body.facts)
-        self._writing.append(_Writing(body, numbers, future, time.perf_counter_ns()))
 
     def settle(self) -> None:
         """Take note of what has been done beside us: files written, slots free to be used again,
         an arena made."""
         self.growing.take()
-        for writing in [one for one in self._writing if one.future.done()]:
-            self._writing.remove(writing)
-            self._written(writing)
-        self._free_left()
-
-    def _free_left(self) -> None:
-        """Free what was released while the device was busy with it, or a client, and they are done."""
-        for these in (self._leaving, self._lent):
-            for leaving in [one for one in these if one[0]()]:
-                these.remove(leaving)
-                leaving[1]()
-
-    def _written(self, writing: _Writing) -> None:
-        body = writing.body
-        body.moving = False
-        if (error := writing.future.exception()) is not None:
-            self.disk.used -= body.nbytes
-            self.disk.trouble = str(error)
-            _log.warning("a checkpoint could not be written to the disk: %s", error)
-            body.unwritable = True
-        else:
-            self._file_as(body, writing.numbers)
-            self._moved(body, "write", time.perf_counter_ns() - writing.begin_ns)
-        self._free_unless_needed(body)
-
-    def _file_as(self, body: Body, numbers: list[int]) -> None:
-        """The file is there under *numbers*; meanwhile some may have gone and others come."""
-        for number in body.checkpoints.difference(numbers):
-            self.disk.link(numbers[0], number)
-        for number in set(numbers) - body.checkpoints:
-            self.disk.remove(number)
-        body.disk = min(body.checkpoints, default=numbers[0])
+        for body in self._writing.settle():
+            self._free_unless_needed(body)
+        self.leaving.settle()
 
     def write_behind(self) -> None:
         """Keep some of the host tier free to be dropped at once, so that runs need not wait."""
@@ -382,7 +325,7 @@ class Tiers:
         finally:
             body.moving = False
             if lease is not None and not whole:  # free when the thread is through
-                self._leaving.append((future.done, partial(self.pool.give_back, lease.slot)))
+                self.leaving.free_when(future.done, partial(self.pool.give_back, lease.slot))
 
     def _to_device(self, body: Body) -> Iterator[None]:
         if not self.slabs.limit:
@@ -405,7 +348,7 @@ class Tiers:
         finally:
             body.rising = False
             if body.device is not slot:
-                self._leaving.append((done, partial(self.slabs.give_back, slot.where)))
+                self.leaving.free_when(done, partial(self.slabs.give_back, slot.where))
         self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
 
     def evict(self, body: Body, tier: str) -> Iterator[None]:
@@ -462,7 +405,7 @@ class Tiers:
             raise RequestError("this server has no disk tier: serve with --state DIR")
         if not self.disk.fits(body.nbytes):
             raise self.disk.full(body.nbytes)
-        self._write(body)
+        self._writing.begin(body)
         while body.moving:
             self.settle()
             yield
@@ -485,36 +428,13 @@ class Tiers:
 
     def spare_beside(self, slot: DeviceSlot, session: int, zone: str) -> Spare | None:
         """One more like *slot*, in its slab; None where that has no room. Nothing gives way for it."""
-        if self._leaving or self._lent:
-            self._free_left()
+        if self.leaving:
+            self.leaving.settle()
         beside = self.slabs.lease_beside(slot.where, slot.nbytes)
         if beside is None:
             return None
         ready = self.pool.ready(slot.nbytes, zone)
         return Spare(beside, self.pool.lease(slot.nbytes, session, zone=zone) if ready else None)
-
-    def give_back_after(self, slot: DeviceSlot, *conditions: Callable[[], bool]) -> None:
-        """*slot* could be written into by a client: free it when *conditions* hold, that of its end among
-        them, and the device is through with all that was begun by then: nothing orders behind that what
-        the next client does."""
-        computed: Callable[[], bool] | None = None
-
-        def done() -> bool:
-            nonlocal computed
-            if computed is None:
-                if not all(condition() for condition in conditions):
-                    return False
-                computed = self._device.computed()
-            return computed()
-
-        if done():
-            self.slabs.give_back(slot.where)
-        else:
-            self._lent.append((done, partial(self.slabs.give_back, slot.where)))
-
-    def free_when(self, done: Callable[[], bool], give_back: Callable[[], None]) -> None:
-        """Call *give_back* when *done* says so."""
-        self._leaving.append((done, give_back))
 
     # ---- sessions
 
@@ -574,7 +494,7 @@ class Tiers:
         if body.host is not None:
             self._when_settled(body, partial(self.pool.give_back, body.host.slot))
         if body.mapped and body.device is not None:
-            self.give_back_after(body.device, *body.mapped, body.busy or _done)
+            self.leaving.free_after(body.device, *body.mapped, body.busy or _done)
         elif body.device is not None:
             self._when_settled(body, partial(self.slabs.give_back, body.device.where))
 
@@ -583,15 +503,14 @@ class Tiers:
         if body.settled or body.busy is None:
             give_back()
         else:
-            self._leaving.append((body.busy, give_back))
+            self.leaving.free_when(body.busy, give_back)
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""
         self.growing.close()
         self._bodies.clear()
         self._writing.clear()
-        self._leaving.clear()
-        self._lent.clear()
+        self.leaving.clear()
         self.storing.clear()
 
 

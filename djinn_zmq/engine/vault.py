@@ -109,7 +109,7 @@ class Vault:
         if stored.storing is None or stored.storing():
             give_back()
         else:  # the device writes there still
-            self.tiers.free_when(stored.storing, give_back)
+            self.tiers.leaving.free_when(stored.storing, give_back)
         stored.lease = stored.storing = None
         self.on_host -= stored.nbytes
 
