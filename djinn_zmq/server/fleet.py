@@ -279,18 +279,10 @@ class Fleet:
     # ---- the death of an engine
 
     def on_death(self, engine: Engine) -> Lost:
-        """Answer what it owed, start another, and hand it all that survived. Returns the answer."""
+        """Start another, answer what it owed, and hand that one all that survived. Returns the answer."""
         owed, reason = engine.bury()
         self.shelving.gone(engine)
         self._journal.tell("engine", reason)
-        loading = engine.detail if engine.state is states.Engine.FAILED else ""
-        again = "" if loading else "; it is being started again, saved checkpoints are kept"
-        answer = Lost(f"{reason}{again}")
-        for envelope, header in owed:
-            session = self._registry.sessions.get(header.session)
-            if session is not None:
-                session.waiting -= 1
-            self._reply(envelope, codec.failure(header, answer), ())
         survivors = [record for _, record in self._registry.kept_by(engine.index)]
         arenas = frozenset(
             record.kept.tensor.where.arena
@@ -303,7 +295,16 @@ class Fleet:
                 engine.start()
             except (DjinnError, OSError) as exc:  # memory, most likely: of what it died
                 engine.give_up(str(exc))
-        if engine.state is states.Engine.FAILED:
+        # Only now is it known what to say; a start that works takes milliseconds here.
+        failed = engine.state is states.Engine.FAILED
+        what_now = "it is being started again, saved checkpoints are kept"
+        answer = Lost(engine.detail if failed else f"{reason}; {what_now}")
+        for envelope, header in owed:
+            session = self._registry.sessions.get(header.session)
+            if session is not None:
+                session.waiting -= 1
+            self._reply(envelope, codec.failure(header, answer), ())
+        if failed:
             for index, name in [key for key in self._opening if key[0] == engine.index]:
                 self._fail_openings(self.engines[index], name, ModelRefused(engine.detail))
             return answer

@@ -14,7 +14,7 @@ from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open
+from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open, Ping
 from djinn_zmq.wire.ops import Op
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
@@ -60,18 +60,25 @@ def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -
 def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fleet = fleet_of(Registry(1), lambda *_: None)
+    answers: list[bytes] = []
+    fleet = fleet_of(Registry(1), lambda _, frame, __: answers.append(frame))
     (engine,) = fleet.engines
     before = len(os.listdir("/proc/self/fd"))
     engine.start()
     os.kill(engine.pid, 9)
+    engine.owed[7, 1] = b"i1", codec.peek(codec.encode(Op.PING, Ping(), request=1, session=7))
 
     def refuses(*_: object) -> None:
         raise ArenaFull("8.0 MiB of shared memory asked, the system has 1.0 MiB free")
 
     monkeypatch.setattr(Link, "create", refuses)  # what killed it may have left no more
-    fleet.on_death(engine)
+    told = fleet.on_death(engine)
     assert engine.state is states.Engine.FAILED
+    # What it owed, over the bus and on lanes, is answered with what is known: no other is on its way.
+    (error,) = (codec.error_of(codec.decode(frame, ())) for frame in answers)
+    assert str(error) == str(told)
+    assert "being started again" not in str(told)
+    assert "was killed by signal 9; it cannot be started again: 8.0 MiB" in str(told)
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(Lost, match=r"engine 0 is down: .*cannot be started again: 8.0 MiB"):
         fleet.load("tiny", "tiny")
