@@ -83,3 +83,41 @@ def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
     with pytest.raises(Lost, match=r"engine 0 is down: .*cannot be started again: 8.0 MiB"):
         fleet.load("tiny", "tiny")
     fleet.stop()
+
+
+def test_an_engine_that_stayed_down_is_started_once_more_when_it_is_asked_for_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry, nothing = Registry(1), Any
+    fleet = fleet_of(registry, lambda *_: None)
+    (engine,) = fleet.engines
+    started: list[int] = []
+    fleet.on_start = lambda engine: started.append(engine.pid)
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    session = registry.open(peer, "tiny", 0)
+    engine.start()
+    engine.sources["tiny"] = "tiny"
+    os.kill(engine.pid, 9)
+
+    def refuses(*_: object) -> None:
+        raise ArenaFull("8.0 MiB of shared memory asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "create", refuses)
+        said = str(fleet.on_death(engine))
+        assert "ask again in 60 s or later, then it is started once more" in said
+        engine.retry_s = 0.0  # the pause is over
+        with pytest.raises(Lost) as again:
+            engine.pass_on(b"i1", b"", ())
+        assert str(again.value) == said  # and the next pause begins
+    registry.close(session)
+    with pytest.raises(Lost, match="is down"):
+        fleet.load("tiny", "tiny")
+    assert not started
+    engine.retry_s = 0.0
+    fleet.load("tiny", "tiny")
+    assert engine.state is states.Engine.STARTING
+    assert started == [engine.pid]
+    held = [codec.peek(frame).op for _, frame, _ in engine._held]
+    assert held == [Op.LOAD]  # nothing of a session that has ended before
+    fleet.stop()
