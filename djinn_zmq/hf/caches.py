@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from djinn_zmq.client.forwards import Change, Past
 from djinn_zmq.errors import NotServed
 from djinn_zmq.hf.tensors import to_numpy
+from djinn_zmq.settings import counted
 from djinn_zmq.wire.forwards import Crop, Repeat
 
 
@@ -116,7 +117,7 @@ class RemoteCache(DynamicCache):
         return len(self._layers[0])
 
     def __repr__(self) -> str:
-        return f"<cache on the server: {self._length} positions of {self._rows} rows>"
+        return f"<cache on the server: {counted(self._length, 'position')} of {counted(self._rows, 'row')}>"
 
     # ---- what generation does to it
 
