@@ -16,7 +16,7 @@ from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import Busy, Lost, StartError
-from djinn_zmq.settings import Settings
+from djinn_zmq.settings import MIB, Settings, format_bytes
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Broken, EngineInfo, Load, ModelInfo, Ready, Retire
@@ -28,6 +28,7 @@ CRASH_WINDOW_S = 60.0
 RETRY_S = 60.0  # one that was given up is not tried again before
 READY = states.Engine.READY
 HELD_LIMIT = 4096  # messages kept for an engine that is coming up
+HELD_BYTES = 64 * MIB  # of clients' messages among them
 
 Outgoing = tuple[bytes, bytes, Sequence[bytes | memoryview]]  # envelope, frame, buffers
 
@@ -61,6 +62,7 @@ class Engine:
         self._death = ""  # how the last process ended
         self._settings = settings
         self._held: deque[Outgoing] = deque()
+        self._held_bytes = 0  # of clients'
         self._deaths: deque[float] = deque()
         self._process: subprocess.Popen[bytes] | None = None
         self.link: Link | None = None
@@ -116,7 +118,7 @@ class Engine:
         self.advance("ready")
         self.device_memory = ready.device_memory
         self.detail = ""
-        held, self._held = self._held, deque()
+        held, self._held, self._held_bytes = self._held, deque(), 0
         for envelope, frame, buffers in held:
             self._put(envelope, frame, buffers)
 
@@ -160,10 +162,23 @@ class Engine:
             self.link.send(envelope, frame, buffers)
         elif self.state is states.Engine.FAILED:
             pass  # who follows, if anybody does, is told all that still counts
-        elif len(self._held) < HELD_LIMIT:
-            self._held.append((envelope, frame, buffers))
         else:
+            self._hold(envelope, frame, buffers)
+
+    def _hold(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        """Keep a message until the engine is up. Raises Busy where too many wait, or too much of clients'."""
+        if len(self._held) >= HELD_LIMIT:
             raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
+        if envelope:
+            nbytes = len(frame) + sum(map(len, buffers))
+            if self._held_bytes + nbytes > HELD_BYTES:
+                raise Busy(
+                    f"engine {self.index} is {self.state}: a message of {format_bytes(nbytes)}, "
+                    f"{format_bytes(HELD_BYTES - self._held_bytes)} free of {format_bytes(HELD_BYTES)} for "
+                    "what waits for it; ask again when it is up"
+                )
+            self._held_bytes += nbytes
+        self._held.append((envelope, frame, buffers))
 
     def load(self, name: str, source: str) -> None:
         """Ask for a model. Its LOAD reply, or failure, comes over the link."""
@@ -191,6 +206,7 @@ class Engine:
         self.models.clear()
         self.loading = None
         self._held.clear()
+        self._held_bytes = 0
         self._close_ends()
         now = time.monotonic()
         self._deaths.append(now)

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import ArenaFull, Lost
+from djinn_zmq.errors import ArenaFull, Busy, Lost
+from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
-from djinn_zmq.settings import Settings
+from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open, Ping
+from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping
 from djinn_zmq.wire.ops import Op
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
@@ -121,3 +123,24 @@ def test_an_engine_that_stayed_down_is_started_once_more_when_it_is_asked_for_af
     held = [codec.peek(frame).op for _, frame, _ in engine._held]
     assert held == [Op.LOAD]  # nothing of a session that has ended before
     fleet.stop()
+
+
+def test_what_waits_for_an_engine_is_bounded_in_bytes_and_smaller_messages_still_pass() -> None:
+    engine = Engine(0, "cpu", "auto", Settings())
+    engine.state = states.Engine.STARTING
+    engine.link, ends = Link.create(Settings())
+    frame = codec.encode(Op.PING, Ping(), request=1, session=7)
+    bulk = [bytes(MIB)] * 24
+    for request in (1, 2):
+        engine.forward(b"i1", replace(codec.peek(frame), request=request), frame, bulk)
+    refused = r"engine 0 is starting: a message of 24\.0 MiB, 16\.0 MiB free of 64\.0 MiB"
+    with pytest.raises(Busy, match=refused):
+        engine.forward(b"i2", replace(codec.peek(frame), request=3), frame, bulk)
+    assert len(engine.owed) == 2  # it is owed nothing more
+    engine.forward(b"i2", replace(codec.peek(frame), request=3), frame, bulk[:15])
+    engine.tell(Op.LEAVE, Leave(), session=7)
+    engine.bury()  # what waited is gone with it: others may wait
+    engine.advance("start")
+    engine.forward(b"i2", replace(codec.peek(frame), request=4), frame, bulk)
+    ends.close()
+    engine.stop(0)
