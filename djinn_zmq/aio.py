@@ -32,7 +32,7 @@ from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import check, private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, keys_of, reporter
-from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, Unreachable
+from djinn_zmq.errors import Busy, Closed, DjinnError, Lost
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Progress
@@ -115,14 +115,13 @@ class AsyncConnection(Connection):
         limit_s, reply = call.waits_until(), self._futures[request]
         try:
             while not reply.done():
-                left_s = None if limit_s is None else limit_s + call.held_s - time.monotonic()
-                if left_s is not None:
-                    left_s = max(LOOK_S, left_s) if self.met else LOOK_S
+                left_s = None if limit_s is None else self._left_s(call, limit_s)
                 await asyncio.wait({reply}, timeout=left_s)
                 if not reply.done() and self.left_alone():
                     raise Lost(f"the server at {self.endpoint} is gone")
                 if not reply.done() and call.late(limit_s):
-                    raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+                    self._forget(request)  # what comes while the server is asked is given back
+                    raise await self.run(self.why_late(call))
             return reply.result()
         except asyncio.CancelledError:
             if not self.closed:
@@ -136,16 +135,32 @@ class AsyncConnection(Connection):
         finally:
             self._forget(request)
 
+    def _left_s(self, call: Call, limit_s: float) -> float:
+        """For how long to wait before it is looked at once more whether *call* is late."""
+        return max(LOOK_S, limit_s + call.held_s - time.monotonic()) if self.met else LOOK_S
+
     async def _part(self, request: int, timeout_s: float | None = None) -> Message | None:
         self._look_again()
         if request in self._coming:
             raise Busy("the next part of this answer is awaited already")
         if not self.has_news(request):
-            self._coming[request] = self._loop.create_future()
+            coming = self._coming[request] = self._loop.create_future()
+            call = self._calls[request]
+            limit_s = call.waits_until()
+            until_s = None if timeout_s is None else time.monotonic() + timeout_s
             try:
-                await asyncio.wait_for(self._coming[request], timeout_s)
-            except TimeoutError:
-                return None
+                while not coming.done():
+                    left_s = None if limit_s is None else self._left_s(call, limit_s)
+                    if until_s is not None:
+                        left_s = max(0.0, until_s - time.monotonic())
+                    await asyncio.wait({coming}, timeout=left_s)
+                    if coming.done():
+                        break
+                    if until_s is not None and time.monotonic() >= until_s:
+                        return None
+                    if call.late(limit_s):
+                        self.give_up(request)
+                        raise await self.run(self.why_late(call))
             except asyncio.CancelledError:
                 self.abandon(request)
                 self._look_again()

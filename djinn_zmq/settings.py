@@ -130,3 +130,10 @@ def format_bytes(nbytes: int) -> str:
             return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
+
+
+def counted(number: int, noun: str) -> str:
+    """(1, "branch") -> '1 branch', (2, "branch") -> '2 branches'."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"

@@ -9,7 +9,7 @@ import pytest
 
 from djinn_zmq import settings
 from djinn_zmq.errors import AccessDenied, RequestError
-from djinn_zmq.settings import GIB, KIB, MIB, Settings, format_bytes
+from djinn_zmq.settings import GIB, KIB, MIB, Settings, counted, format_bytes
 
 LIMITED = {field.name for field in dataclasses.fields(Settings)} - {"state"}
 NEEDED = LIMITED - set(settings.MAY_BE_ZERO)
@@ -153,3 +153,8 @@ def test_the_cache_is_the_environments_or_the_users_own(monkeypatch: pytest.Monk
 )
 def test_bytes_are_written_with_their_unit(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+def test_one_is_counted_without_an_s_and_none_with_it() -> None:
+    assert [counted(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert [counted(n, "branch") for n in (1, 2)] == ["1 branch", "2 branches"]

@@ -116,6 +116,7 @@ def _survive_the_engine(model: Model, checkpoint: Checkpoint, plain: Run) -> Run
         run = checkpoint.resume(timeout_s=BACK_S)
     click.echo(f"  a new engine had it after {time.perf_counter() - begin:.1f} s")
     _same_bits(run, plain)
+    checkpoint.resume()  # makes a new lane, once: the time of the next one is a resume's own
     return checkpoint.resume()
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from djinn_zmq.cli import endpoint as on_endpoint
 from djinn_zmq.client.server import connect
-from djinn_zmq.settings import format_bytes
+from djinn_zmq.settings import counted, format_bytes
 from djinn_zmq.wire.messages import StatusReply
 
 PROGRAM = 60  # characters of a command line
@@ -113,7 +113,7 @@ def report(status: StatusReply, elapsed_s: float) -> str:
         ),
         _table(("TIER", "ENGINE", "CHECKPOINTS", "USED", "LIMIT", "FULL"), _tiers(status)),
         (
-            f"memory: {memory.checkpoints} checkpoints, each counted in every tier that has a copy; "
+            f"memory: {counted(memory.checkpoints, 'checkpoint')}, each counted in every tier that has a copy; "
             f"{format_bytes(memory.arenas)} of shared memory mapped so far"
         ),
     ]

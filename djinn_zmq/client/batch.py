@@ -15,6 +15,7 @@ from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import DjinnError, RequestError
+from djinn_zmq.settings import counted
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class Batch(Sequence[Run]):
         )
 
     def __repr__(self) -> str:
-        return f"<batch of {len(self)} runs>"
+        return f"<batch of {counted(len(self), 'run')}>"
 
 
 def made(session: Session, operations: Sequence[Operation[Run]]) -> Operation[Batch]:
@@ -127,7 +128,7 @@ def edits_of_each(edits: Edit | Sequence[Edits] | None, count: int) -> list[Sequ
     each = checks.several("edits", edits, "for each prompt its own, a list or None; or one for all")
     if len(each) != count:
         raise RequestError(
-            f"edits for {len(each)} prompts, there are {count}: for each its own, a list or None"
+            f"edits for {counted(len(each), 'prompt')}, not for {count}: for each its own, a list or None"
         )
     return [
         () if own is None else list(own) if isinstance(own, (list, tuple)) else [own]

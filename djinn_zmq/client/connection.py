@@ -46,6 +46,7 @@ Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
 PROGRESS_CREDIT = 1000
+ASK_S = 1.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
@@ -114,6 +115,25 @@ class Connection:
             frame = codec.encode(Op.CANCEL, meta, request=number, session=session)
             call = self._calls.get(request)
             self._send(frame, (), None if call is None else call.lane)
+
+    def why_late(self, call: Call) -> Operation[Unreachable]:
+        """The error for *call*, whose time has passed: with what the server says of an engine that is not
+        there to answer in time."""
+        late = f"no answer from {self.endpoint} in {call.timeout_s:g} s"
+        index = self.lanes.engine_of(call.session) if call.op in ON_LANES else None
+        if index is None:
+            return Unreachable(late)
+        try:
+            reply = yield Call(Op.STATUS, messages.Status(), timeout_s=ASK_S)
+        except DjinnError:
+            return Unreachable(late)
+        for engine in reply.meta.engines:
+            if engine.index == index and engine.state != "ready":
+                doing = engine.detail or engine.state
+                if not doing.startswith(engine.state):
+                    doing = f"{engine.state} {doing}"
+                return Unreachable(f"{late}: engine {index} is {doing}; give it more time")
+        return Unreachable(late)
 
     # ---- answers in parts
 

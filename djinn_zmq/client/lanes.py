@@ -50,6 +50,10 @@ class Lanes:
         """*session* is served by the engine of that index."""
         self._engines[session] = engine
 
+    def engine_of(self, session: int) -> int | None:
+        """Which engine serves *session*; None where none is known to."""
+        return self._engines.get(session)
+
     def forget(self, session: int) -> None:
         """*session* ends: what is still asked of it goes to the server, which knows that first."""
         self._engines.pop(session, None)

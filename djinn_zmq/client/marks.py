@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.client.connection import Connection
+from djinn_zmq.settings import counted
 
 
 class Mark:
@@ -32,4 +33,4 @@ class Mark:
         return self
 
     def __repr__(self) -> str:
-        return f"<mark after {len(self.ids)} tokens>"
+        return f"<mark after {counted(len(self.ids), 'token')}>"

@@ -18,6 +18,7 @@ from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.tiers import Returned
 from djinn_zmq.errors import NoSessions, PromptError
+from djinn_zmq.settings import counted
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
@@ -290,6 +291,6 @@ class Model:
 
     def __repr__(self) -> str:
         return (
-            f"<model {self.name}: {self.info.architecture}, {self.num_layers} layers, "
+            f"<model {self.name}: {self.info.architecture}, {counted(self.num_layers, 'layer')}, "
             f"hidden size {self.hidden_size}, {self.dtype} on {self.device}>"
         )

@@ -448,10 +448,7 @@ def ask(
         timeout_s=timeout_s,
         progress=session.progress,
     )
-    try:
-        reply = yield call
-    except Unreachable as exc:
-        raise (yield from session.why_late(exc)) from None
+    reply = yield call
     return Run(session, call, reply, parcel.begin_ns, previous, before)
 
 

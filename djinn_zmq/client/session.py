@@ -7,13 +7,12 @@ import numpy as np
 
 from djinn_zmq.client.calls import Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
-from djinn_zmq.errors import DjinnError, RequestError, Unreachable
+from djinn_zmq.errors import RequestError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.messages import ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
 
-ASK_S = 1.0  # what is asked of the server after an answer did not come
 PIECES_AT_ONCE = 256  # int64 ids of one request: as many fit inside a meta
 
 
@@ -45,20 +44,6 @@ class Session:
             "a plain run's checkpoint has no past to generate from: run its prompt in a session, "
             "model.session()"
         )
-
-    def why_late(self, late: Unreachable) -> Operation[Unreachable]:
-        """*late*, with what the server says of an engine that is not there to answer in time."""
-        try:
-            reply = yield Call(Op.STATUS, messages.Status(), timeout_s=ASK_S)
-        except DjinnError:
-            return late
-        for engine in reply.meta.engines:
-            if engine.index == self.engine and engine.state != "ready":
-                doing = engine.detail or engine.state
-                if not doing.startswith(engine.state):
-                    doing = f"{engine.state} {doing}"
-                return Unreachable(f"{late}: engine {engine.index} is {doing}; give it more time")
-        return late
 
     def pieces_of(self, ids: np.ndarray) -> Operation[list[str]]:
         """Each id's text, asked for once; "" where the model has no tokenizer."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from djinn_zmq.client import checks
 from djinn_zmq.errors import LayerError, StopError
+from djinn_zmq.settings import counted
 from djinn_zmq.wire import stops as wire
 from djinn_zmq.wire.messages import Wanted
 
@@ -49,7 +50,7 @@ class _Joined(Condition):
             self.on_wire = tuple(here + there for here in one.on_wire for there in other.on_wire)
         count = sum(map(len, self.on_wire))
         if count > wire.TESTS_LIMIT:
-            raise StopError(f"a condition of {count} tests: at most {wire.TESTS_LIMIT}")
+            raise StopError(f"a condition of {counted(count, 'test')}: at most {wire.TESTS_LIMIT}")
         self._shown = f"({one!r} {sign} {other!r})"
 
     def __repr__(self) -> str:

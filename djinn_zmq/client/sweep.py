@@ -19,7 +19,7 @@ from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import RequestError
-from djinn_zmq.settings import KIB
+from djinn_zmq.settings import KIB, counted
 from djinn_zmq.wire import messages
 from djinn_zmq.wire import sweeps as wire
 from djinn_zmq.wire.codec import BUFFERS_LIMIT, Message
@@ -62,8 +62,8 @@ class Cost:
     def __str__(self) -> str:
         same = f", {self.unchanged} of them unchanged" if self.unchanged else ""
         return (
-            f"{self.branches} branches{same}, in {self.batches} batches: {self.layers} of "
-            f"{self.layers_full} layers executed, {self.skipped:.0%} skipped"
+            f"{counted(self.branches, 'branch')}{same}, in {counted(self.batches, 'batch')}: {self.layers} of "
+            f"{counted(self.layers_full, 'layer')} executed, {self.skipped:.0%} skipped"
         )
 
 
@@ -209,7 +209,7 @@ class Sweep(Bundles[Outcome, Cost]):
         yield
 
     def __repr__(self) -> str:
-        return f"<sweep of {self.total} branches, {self.done} done>"
+        return f"<sweep of {counted(self.total, 'branch')}, {self.done} done>"
 
 
 def _requests(

@@ -29,6 +29,7 @@ from djinn_zmq.client.run import NO_IDS, Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import Closed, PromptError, RequestError
+from djinn_zmq.settings import counted
 from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
@@ -347,4 +348,4 @@ class Session(Channel):
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<session on {self.model.name}: {len(self.standing.ids)} tokens>"
+        return f"<session on {self.model.name}: {counted(len(self.standing.ids), 'token')}>"

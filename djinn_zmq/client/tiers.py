@@ -14,6 +14,7 @@ from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import BadFile, RequestError
+from djinn_zmq.settings import counted
 from djinn_zmq.wire import tiers
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES
@@ -78,7 +79,7 @@ class Tiered:
             )
         if self._kept.past:
             raise RequestError(
-                f"the checkpoint goes on from the keys and values of {self._kept.past} tokens, which "
+                f"the checkpoint goes on from the keys and values of {counted(self._kept.past, 'token')}, which "
                 "are not in it: save one of a plain run of all its tokens"
             )
         from djinn_zmq.memory import files  # on first use: few clients write any

@@ -17,6 +17,7 @@ from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.sweep import Cost, Outcome, cost_of, outcomes_of, results_of, token_ids
 from djinn_zmq.errors import LayerError, PromptError, RequestError
+from djinn_zmq.settings import counted
 from djinn_zmq.wire import sweeps as wire
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.ops import Op
@@ -96,7 +97,10 @@ class Grid:
         return f"{','.join(map(str, group))}: {text}" if text else ",".join(map(str, group))
 
     def __repr__(self) -> str:
-        return f"<grid of {len(self.layers)} layers × {len(self.positions)} positions>"
+        return (
+            f"<grid of {counted(len(self.layers), 'layer')} × "
+            f"{counted(len(self.positions), 'position')}>"
+        )
 
 
 class Trace(Bundles[Cell, Grid]):

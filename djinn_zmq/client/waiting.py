@@ -6,7 +6,7 @@ from collections import deque
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, T
 from djinn_zmq.client.connection import WINDOW, Connection, Frames
-from djinn_zmq.errors import Closed, DjinnError, Lost, Unreachable
+from djinn_zmq.errors import Closed, DjinnError, Lost
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import Message
 
@@ -104,7 +104,7 @@ class WaitingConnection(Connection):
             self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
         elif call.late(limit_s):
             self.give_up(request)
-            raise Unreachable(f"no answer from {self.endpoint} in {call.timeout_s:g} s")
+            raise self.drive(self.why_late(call))
 
     def _hear(self, lane: Lane | None, timeout_s: float = LOOK_S) -> Frames | None:
         """The next message where an answer is to come; None after *timeout_s*, or with news."""

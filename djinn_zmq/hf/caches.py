@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from djinn_zmq.client.forwards import Change, Past
 from djinn_zmq.errors import NotServed
-from djinn_zmq.hf.tensors import to_numpy
+from djinn_zmq.hf.tensors import as_tensor, to_numpy, whole
+from djinn_zmq.settings import counted
 from djinn_zmq.wire.forwards import Crop, Repeat
 
 
@@ -116,7 +117,7 @@ class RemoteCache(DynamicCache):
         return len(self._layers[0])
 
     def __repr__(self) -> str:
-        return f"<cache on the server: {self._length} positions of {self._rows} rows>"
+        return f"<cache on the server: {counted(self._length, 'position')} of {counted(self._rows, 'row')}>"
 
     # ---- what generation does to it
 
@@ -127,16 +128,17 @@ class RemoteCache(DynamicCache):
             self._rows = len(rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        rows = torch.as_tensor(indices)
+        rows = as_tensor("indices", indices, whole=True)
         self.reorder_cache(rows.nonzero() if rows.dtype == torch.bool else rows % (self._rows or 1))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._length and repeats != 1:
-            self.changes.append(Repeat(int(repeats)))
-            self._rows *= int(repeats)
+        times = whole("repeats", repeats, least=1)
+        if self._length and times != 1:
+            self.changes.append(Repeat(times))
+            self._rows *= times
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = -int(tokens_to_remove)
+        count = -whole("tokens_to_remove", tokens_to_remove)
         if count < 0:
             raise NotServed(
                 f"crop({tokens_to_remove}): a negative number, of the positions to leave out at the end"

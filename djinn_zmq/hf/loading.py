@@ -4,9 +4,11 @@ import os
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
-from djinn_zmq.errors import NotServed
+from djinn_zmq.errors import NotServed, RequestError
 from djinn_zmq.hf.models import RemoteCausalLM
 
 # Arguments that say where files are found and how they are read: here the server has done so.
@@ -21,6 +23,7 @@ ANSWERING = frozenset({
     "use_cache", "output_hidden_states", "output_attentions", "return_dict", "pad_token_id",
     "bos_token_id", "eos_token_id",
 })  # fmt: skip
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 ORIGIN = frozenset({"_name_or_path", "transformers_version", "architectures", "_commit_hash"})
 
 
@@ -34,26 +37,30 @@ def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:
     if isinstance(config, (str, os.PathLike)):
         raise NotServed(f'from_pretrained("{name}", config={config!r}): a config of another name')
     if config is not None:
+        if not hasattr(config, "to_dict"):
+            raise RequestError(f"config={checks.shown(config)}: a config of transformers'")
         own = made.config.to_dict()
         for key, value in config.to_dict().items():
             if own.get(key) != value and key not in ORIGIN:
                 named.setdefault(key, value)
     for key in ("dtype", "torch_dtype"):
         dtype = named.pop(key, None)
-        if dtype not in (None, "auto"):
-            made.to(_dtype(dtype))
+        if dtype is not None and not _equal(dtype, "auto"):
+            made.to(_dtype(key, dtype))
     attention = named.pop("attn_implementation", None)
     if attention is not None:
         made.set_attn_implementation(attention)
     generation = named.pop("generation_config", None)
     if generation is not None:
+        if not isinstance(generation, GenerationConfig):
+            raise RequestError(f"generation_config={checks.shown(generation)}: a GenerationConfig")
         made.generation_config = generation
     for key, value in named.items():
         if key in ANSWERING:
             setattr(made.config, key, value)
-        elif not any(value is one or value == one for one in _same(key, made)):
+        elif not any(value is one or _equal(value, one) for one in _same(key, made)):
             raise NotServed(
-                f'from_pretrained("{name}", {key}={value!r}): the model is served as it is; without '
+                f'from_pretrained("{name}", {key}={checks.shown(value)}): the model is served as it is; without '
                 "djinn exec it can be had so"
             )
     if device is not None:
@@ -68,6 +75,13 @@ def _same(key: str, made: Any) -> tuple[Any, ...]:
     return (getattr(made.config, key),) if hasattr(made.config, key) else (None, False, {})
 
 
+def _equal(value: Any, other: Any) -> bool:
+    try:
+        return bool(value == other)
+    except (TypeError, ValueError, RuntimeError):  # an array's elements, each by itself
+        return False
+
+
 def _device(device_map: Any) -> Any:
     if isinstance(device_map, dict):
         places = set(map(str, device_map.values()))
@@ -76,10 +90,20 @@ def _device(device_map: Any) -> Any:
                 f"device_map={device_map!r}: a served model's outputs are on one device"
             )
         device_map = next(iter(device_map.values()))
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if isinstance(device_map, str) and device_map in SPREAD:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device_map)
+    try:
+        return torch.device(device_map)
+    except (TypeError, ValueError, RuntimeError) as exc:
+        raise RequestError(
+            f'device_map={checks.shown(device_map)}: a device, "auto", or a dict with one device'
+        ) from exc
 
 
-def _dtype(dtype: Any) -> Any:
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+def _dtype(key: str, dtype: Any) -> torch.dtype:
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise RequestError(f'{key}={checks.shown(dtype)}: a torch.dtype, its name, or "auto"')
+    return found

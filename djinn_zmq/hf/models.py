@@ -14,12 +14,13 @@ import transformers
 from transformers import GenerationMixin, PreTrainedModel, modeling_outputs
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.forwards import Asked, Forwarded
 from djinn_zmq.client.model import Model
 from djinn_zmq.errors import NotServed, RequestError
 from djinn_zmq.hf.caches import Elsewhere, RemoteCache
-from djinn_zmq.hf.opening import config_of, server_of
-from djinn_zmq.hf.tensors import to_numpy, to_torch
+from djinn_zmq.hf.opening import config_of, served_of, server_of
+from djinn_zmq.hf.tensors import flag, to_numpy, to_torch, whole
 
 CACHES = ("cache", "past_key_values")  # what transformers' versions call it
 WEIGHTS = "the weights are on the server"
@@ -48,7 +49,10 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def of(cls, served: Model, name: str | None = None) -> "RemoteCausalLM":
         """The model *served* in transformers' terms. name: what it says it was loaded from."""
-        config, generation = config_of(served, name or served.name)
+        served = served_of("served", served)
+        config, generation = config_of(
+            served, served.name if name is None else checks.text("name", name)
+        )
         made: RemoteCausalLM = class_of(served.info.architecture)(config, served)
         if generation is not None:
             made.generation_config = generation
@@ -64,10 +68,10 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
         config = self.config
         ids = given.pop("input_ids", None)
         cache = _one(given, CACHES)
-        use_cache = _or(given.pop("use_cache", None), getattr(config, "use_cache", True))
-        hidden = _or(given.pop("output_hidden_states", None), config.output_hidden_states)
-        attentions = _or(given.pop("output_attentions", None), config.output_attentions)
-        as_dict = _or(given.pop("return_dict", None), config.return_dict)
+        use_cache = _flag(given, "use_cache", getattr(config, "use_cache", True))
+        hidden = _flag(given, "output_hidden_states", config.output_hidden_states)
+        attentions = _flag(given, "output_attentions", config.output_attentions)
+        as_dict = _flag(given, "return_dict", config.return_dict)
         mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
         behind = given.pop("cache_position", None)
@@ -102,7 +106,9 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
             None if mask is None else to_numpy("attention_mask", mask),
             None if positions is None else to_numpy("position_ids", positions, torch.int64),
             None if labels is None else to_numpy("labels", labels),
-            to_numpy("logits_to_keep", keep) if isinstance(keep, torch.Tensor) else int(keep),
+            to_numpy("logits_to_keep", keep)
+            if isinstance(keep, torch.Tensor)
+            else whole("logits_to_keep", keep),
             cache is not None,
             hidden,
         )
@@ -323,5 +329,7 @@ def _one(given: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _flag(given: dict[str, Any], name: str, default: Any) -> bool:
+    """The flag *name*, taken out of *given*; *default* where there is none."""
+    value = given.pop(name, None)
+    return flag(name, default if value is None else value)

@@ -4,6 +4,7 @@ They are made by transformers itself, of the files that the server sends.
 """
 
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +14,33 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import Server, connect
-from djinn_zmq.errors import NoTokenizer, ProtocolError
+from djinn_zmq.errors import NoTokenizer, ProtocolError, RequestError
 
 GENERATION = "generation_config.json"
 
 
-@functools.cache
 def server_of(endpoint: str | None, key: str | None) -> Server:
     """This process's connection to a server; it ends with the process."""
+    if endpoint is not None:
+        checks.text("endpoint", endpoint)
+    return _connected(endpoint, None if key is None else str(checks.path("key", key)))
+
+
+@functools.cache
+def _connected(endpoint: str | None, key: str | None) -> Server:
     return connect(endpoint, key=key)
+
+
+def served_of(what: str, model: Any) -> Model:
+    """*model* itself. Raises RequestError for what is none, naming the argument *what*."""
+    if not isinstance(model, Model):
+        raise RequestError(
+            f"{what}={checks.shown(model)}: a model of djinn's, as server.model(name) gives it"
+        )
+    return model
 
 
 def write_card(model: Model, folder: Path) -> str:
@@ -61,8 +78,9 @@ def tokenizer_of(model: Model | str, *, endpoint: str | None = None, key: str | 
 
     model: a `Model`, or a name on the server at *endpoint*, by default your own. Raises NoTokenizer.
     """
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         model = server_of(endpoint, key).model(model)
+    model = served_of("model", model)
     if not model.has_tokenizer:
         raise NoTokenizer(f'"{model.name}" has no tokenizer')
     with card_of(model) as (folder, _):

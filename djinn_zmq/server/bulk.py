@@ -4,8 +4,11 @@ Neither passes through an engine. A READ is answered from the arena where the te
 is copied once, from the socket into a leased slot that the engine then reads in place.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,30 +43,104 @@ def read(
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
     else:
         raise OnDevice("the checkpoint is on its device alone: prefetch it to the host first")
-    # With "...": one number is a view, too.
-    chosen = whole[(*selection(asked.at, tensor.shape), ...)]
-    flat = np.ascontiguousarray(chosen).reshape(-1).view(np.uint8)
-    if not 0 <= asked.offset < flat.size:
-        raise RequestError(f"offset {asked.offset} of a selection of {flat.size} bytes")
-    data = flat[asked.offset : asked.offset + asked.nbytes].tobytes()
+    chosen = Chosen.of(whole, selection(asked.at, tensor.shape))
+    if not 0 <= asked.offset < chosen.nbytes:
+        raise RequestError(f"offset {asked.offset} of a selection of {chosen.nbytes} bytes")
+    data = chosen.cut(asked.offset, min(asked.offset + asked.nbytes, chosen.nbytes))
     if isinstance(where, Slot):
         arenas.recheck(where)
     elif saved is not None:
-        files.check(saved, saved.hidden, whole, *_touched(whole, chosen, asked.offset, len(data)))
+        files.check(saved, saved.hidden, whole, *chosen.touched(whole, asked.offset, len(data)))
     piece = Tensor("uint8", (len(data),), Frame(0))
     return ReadReply(tensor.dtype, chosen.shape, piece), [data]
 
 
-def _touched(whole: np.ndarray, chosen: np.ndarray, offset: int, nbytes: int) -> tuple[int, int]:
-    """Between which bytes of *whole* lie those from *offset* on of *chosen*, a selection of it."""
-    if not np.may_share_memory(whole, chosen):  # a list's selection is a copy: of anything
-        return 0, whole.nbytes
-    first, last = offset // whole.itemsize, (offset + nbytes - 1) // whole.itemsize
-    # Steps are positive: these are the ends.
-    at = np.unravel_index([first, last], chosen.shape or (1,))
-    begin, end = np.dot(chosen.strides or (whole.itemsize,), at)
-    start = chosen.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    return start + int(begin), start + int(end) + whole.itemsize
+@dataclass(slots=True, eq=False)
+class Chosen:
+    """A selection that is copied a piece at a time: a view of the whole, and of one axis the places that a
+    list chose, which as an index would copy all of it."""
+
+    view: np.ndarray
+    axis: int = -1
+    places: np.ndarray | None = None  # int64
+
+    @classmethod
+    def of(cls, whole: np.ndarray, at: tuple[Any, ...]) -> "Chosen":
+        """at: of `selection`, so with one list at most, which no slice parts from an int."""
+        for place, part in enumerate(at):
+            if isinstance(part, list):
+                axis = sum(not isinstance(one, int) for one in at[:place])
+                view = whole[(*at[:place], slice(None), *at[place + 1 :], ...)]
+                return cls(view, axis, np.array(part, np.int64))
+        return cls(whole[(*at, ...)])  # with "...": one number is a view, too
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        extents = list(self.view.shape)
+        if self.places is not None:
+            extents[self.axis] = len(self.places)
+        return tuple(extents)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.view.itemsize
+
+    def cut(self, begin: int, end: int) -> bytes:
+        """Bytes *begin* to *end* of it, in C order; nothing but the elements that have them is copied."""
+        size = self.view.itemsize
+        first, last = begin // size, -(-end // size)
+        parts = [part.reshape(-1).view(np.uint8) for part in _runs(self, first, last)]
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return data[begin - first * size : end - first * size].tobytes()
+
+    def row(self, number: int) -> "Chosen":
+        if self.axis == 0 and self.places is not None:
+            return Chosen(self.view[self.places[number], ...])
+        return Chosen(self.view[number, ...], self.axis - 1, self.places)
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        if self.places is None:
+            return np.ascontiguousarray(self.view[begin:end])
+        if self.axis == 0:
+            return np.ascontiguousarray(self.view[self.places[begin:end]])
+        between = (slice(None),) * (self.axis - 1)
+        return np.ascontiguousarray(self.view[(slice(begin, end), *between, self.places)])
+
+    def touched(self, whole: np.ndarray, offset: int, nbytes: int) -> tuple[int, int]:
+        """Between which bytes of *whole* lie those from *offset* on of the selection."""
+        view, item = self.view, whole.itemsize
+        first, last = offset // item, (offset + nbytes - 1) // item
+        # Steps are positive: these are the ends.
+        at = np.array(np.unravel_index([first, last], self.shape or (1,)))
+        if self.places is not None:  # a list's may be anywhere
+            axis, places = self.axis, self.places
+            if (at[:axis, 0] == at[:axis, 1]).all():
+                places = places[at[axis, 0] : at[axis, 1] + 1]
+            at[axis] = places.min(), places.max()
+            at[axis + 1 :, 0] = 0
+            at[axis + 1 :, 1] = np.array(view.shape[axis + 1 :]) - 1
+        begin, end = np.dot(view.strides or (item,), at)
+        start = view.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+        return start + int(begin), start + int(end) + item
+
+
+def _runs(chosen: Chosen, begin: int, end: int) -> Iterator[np.ndarray]:
+    """Elements *begin* to *end* of *chosen*, in C order, as contiguous arrays: whole rows at once, and of the
+    rows at both ends the part that is wanted."""
+    if chosen.places is None and chosen.view.flags.c_contiguous:
+        yield chosen.view.reshape(-1)[begin:end]
+        return
+    each = math.prod(chosen.shape[1:])
+    while begin < end:
+        number, inside = divmod(begin, each)
+        whole_rows = end // each - number
+        if inside == 0 and whole_rows:
+            yield chosen.rows(number, number + whole_rows)
+            begin += whole_rows * each
+        else:
+            stop = min(end - number * each, each)
+            yield from _runs(chosen.row(number), inside, stop)
+            begin = number * each + stop
 
 
 @dataclass(slots=True, eq=False)

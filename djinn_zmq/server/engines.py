@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import Busy, Lost, StartError
-from djinn_zmq.settings import Settings
+from djinn_zmq.settings import MIB, Settings, format_bytes
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Broken, EngineInfo, Load, ModelInfo, Ready, Retire
@@ -25,8 +25,10 @@ from djinn_zmq.wire.ops import Op
 _log = logging.getLogger(__name__)
 
 CRASH_WINDOW_S = 60.0
+RETRY_S = 60.0  # one that was given up is not tried again before
 READY = states.Engine.READY
 HELD_LIMIT = 4096  # messages kept for an engine that is coming up
+HELD_BYTES = 64 * MIB  # of clients' messages among them
 
 Outgoing = tuple[bytes, bytes, Sequence[bytes | memoryview]]  # envelope, frame, buffers
 
@@ -54,8 +56,13 @@ class Engine:
         self.loading: str | None = None
         # (session, request) → who asked last, which is who is answered, and what.
         self.owed: dict[tuple[int, int], tuple[bytes, Header]] = {}
+        self.retry_s = 0.0  # FAILED: from then on it may be started once more (monotonic)
+        # FAILED, and asked for: starts it once more, or raises Lost.
+        self.on_wanted: Callable[[Engine], None] = lambda engine: None
+        self._death = ""  # how the last process ended
         self._settings = settings
         self._held: deque[Outgoing] = deque()
+        self._held_bytes = 0  # of clients'
         self._deaths: deque[float] = deque()
         self._process: subprocess.Popen[bytes] | None = None
         self.link: Link | None = None
@@ -111,7 +118,7 @@ class Engine:
         self.advance("ready")
         self.device_memory = ready.device_memory
         self.detail = ""
-        held, self._held = self._held, deque()
+        held, self._held, self._held_bytes = self._held, deque(), 0
         for envelope, frame, buffers in held:
             self._put(envelope, frame, buffers)
 
@@ -146,17 +153,32 @@ class Engine:
     def pass_on(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         """Pass on a client's message. Raises as `forward` does."""
         if self.state is states.Engine.FAILED:
-            raise Lost(f"engine {self.index} is down: {self.detail}")
+            self.on_wanted(self)
         self._put(envelope, frame, buffers)
 
     def _put(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         if self.state in (states.Engine.READY, states.Engine.LOADING):
             assert self.link is not None
             self.link.send(envelope, frame, buffers)
-        elif len(self._held) < HELD_LIMIT:
-            self._held.append((envelope, frame, buffers))
+        elif self.state is states.Engine.FAILED:
+            pass  # who follows, if anybody does, is told all that still counts
         else:
+            self._hold(envelope, frame, buffers)
+
+    def _hold(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+        """Keep a message until the engine is up. Raises Busy where too many wait, or too much of clients'."""
+        if len(self._held) >= HELD_LIMIT:
             raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
+        if envelope:
+            nbytes = len(frame) + sum(map(len, buffers))
+            if self._held_bytes + nbytes > HELD_BYTES:
+                raise Busy(
+                    f"engine {self.index} is {self.state}: a message of {format_bytes(nbytes)}, "
+                    f"{format_bytes(HELD_BYTES - self._held_bytes)} free of {format_bytes(HELD_BYTES)} for "
+                    "what waits for it; ask again when it is up"
+                )
+            self._held_bytes += nbytes
+        self._held.append((envelope, frame, buffers))
 
     def load(self, name: str, source: str) -> None:
         """Ask for a model. Its LOAD reply, or failure, comes over the link."""
@@ -184,6 +206,7 @@ class Engine:
         self.models.clear()
         self.loading = None
         self._held.clear()
+        self._held_bytes = 0
         self._close_ends()
         now = time.monotonic()
         self._deaths.append(now)
@@ -192,20 +215,33 @@ class Engine:
         said, self.farewell = self.farewell, ""
         reason = f"engine {self.index} (pid {self.pid}) {said or _ending(status)}"
         if len(self._deaths) > self._settings.engine_restarts:
-            self.advance("give up")
-            self.detail = f"{reason}, {len(self._deaths)} times in {CRASH_WINDOW_S:.0f} s"
+            self._death = f"{reason}, {len(self._deaths)} times in {CRASH_WINDOW_S:.0f} s"
+            self._fail()
         else:
             self.advance("die")
-            self.detail = reason
+            self._death = reason
+        self.detail = self._death
         _log.warning("%s", self.detail)
         return owed, reason
 
     def give_up(self, reason: str) -> None:
         """It cannot be started again, for *reason*: it stays down."""
         self._close_ends()
-        self.advance("give up")
-        self.detail = f"{self.detail}; it cannot be started again: {reason}"
+        self._fail()
+        self.detail = f"{self._death}; it cannot be started again: {reason}"
         _log.error("engine %d cannot be started again: %s", self.index, reason)
+
+    def _fail(self) -> None:
+        self.advance("give up")
+        self.retry_s = time.monotonic() + RETRY_S
+
+    def why_down(self) -> str:
+        """Of a FAILED one: why, and how it comes back."""
+        left_s = max(1.0, self.retry_s - time.monotonic())
+        return (
+            f"engine {self.index} is down: {self.detail}; ask again in {left_s:.0f} s or later, then it is "
+            "started once more"
+        )
 
     def stop(self, timeout_s: float) -> None:
         """End the process: its lease socket closes, it has *timeout_s*, then it is killed."""

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,10 @@ class Fleet:
         self._opening: dict[tuple[int, str], list[Opening]] = {}
         self.shelving = Shelving(self.engines, registry, settings)
         self._tells = False  # are engines to tell of runs?
+        self.on_start: Callable[[Engine], None] = lambda engine: None  # a process runs
         registry.on_move = self._enter
+        for engine in self.engines:
+            engine.on_wanted = self._try_again
 
     def stop(self) -> None:
         for engine in self.engines:
@@ -74,12 +78,15 @@ class Fleet:
     # ---- models and sessions
 
     def load(self, name: str, source: str) -> Engine:
-        """Have *name* loaded by the engine that has it, or else by the one with fewest models."""
+        """Have *name* loaded by the engine that has it, or else by the one with fewest models.
+
+        Raises Lost where that stays down.
+        """
         engine = min(
             self.engines, key=lambda one: (name not in one.sources, len(one.sources), one.index)
         )
         if engine.state is states.Engine.FAILED:
-            raise Lost(f"engine {engine.index} is down: {engine.detail}")
+            self._try_again(engine)
         if name not in engine.sources:
             engine.load(name, source)
         return engine
@@ -279,18 +286,51 @@ class Fleet:
     # ---- the death of an engine
 
     def on_death(self, engine: Engine) -> Lost:
-        """Answer what it owed, start another, and hand it all that survived. Returns the answer."""
+        """Start another, answer what it owed, and hand that one all that survived. Returns the answer."""
         owed, reason = engine.bury()
         self.shelving.gone(engine)
         self._journal.tell("engine", reason)
-        loading = engine.detail if engine.state is states.Engine.FAILED else ""
-        again = "" if loading else "; it is being started again, saved checkpoints are kept"
-        answer = Lost(f"{reason}{again}")
+        if engine.state is states.Engine.FAILED:
+            self._retire_arenas(engine)
+        else:
+            self._start(engine)
+        # Only now is it known what to say; a start that works takes milliseconds here.
+        failed = engine.state is states.Engine.FAILED
+        what_now = "it is being started again, saved checkpoints are kept"
+        answer = Lost(engine.why_down() if failed else f"{reason}; {what_now}")
         for envelope, header in owed:
             session = self._registry.sessions.get(header.session)
             if session is not None:
                 session.waiting -= 1
             self._reply(envelope, codec.failure(header, answer), ())
+        if failed:
+            for index, name in [key for key in self._opening if key[0] == engine.index]:
+                self._fail_openings(self.engines[index], name, ModelRefused(engine.why_down()))
+            return answer
+        self._restore(engine)
+        return answer
+
+    def _try_again(self, engine: Engine) -> None:
+        """An engine that stayed down is asked for: start it once more. Raises Lost where that fails, and
+        for a pause after it was given up."""
+        if time.monotonic() >= engine.retry_s:
+            self._start(engine)
+        if engine.state is states.Engine.FAILED:
+            raise Lost(engine.why_down())
+        self._restore(engine)
+
+    def _start(self, engine: Engine) -> None:
+        """Start a process behind *engine*, with the arenas that hold something. It fails where that cannot be."""
+        self._retire_arenas(engine)
+        try:
+            engine.start()
+        except (DjinnError, OSError) as exc:  # memory, most likely: of what it died
+            engine.give_up(str(exc))
+        else:
+            self.on_start(engine)
+
+    def _retire_arenas(self, engine: Engine) -> None:
+        """Of its dead process's arenas those stay that hold something."""
         survivors = [record for _, record in self._registry.kept_by(engine.index)]
         arenas = frozenset(
             record.kept.tensor.where.arena
@@ -298,22 +338,15 @@ class Fleet:
             if isinstance(record.kept.tensor.where, Slot)
         )
         self._arenas.retire(engine.index, keep=arenas)
-        if engine.state is not states.Engine.FAILED:
-            try:
-                engine.start()
-            except (DjinnError, OSError) as exc:  # memory, most likely: of what it died
-                engine.give_up(str(exc))
-        if engine.state is states.Engine.FAILED:
-            for index, name in [key for key in self._opening if key[0] == engine.index]:
-                self._fail_openings(self.engines[index], name, ModelRefused(engine.detail))
-            return answer
+
+    def _restore(self, engine: Engine) -> None:
+        """Hand what survived to its new process."""
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
             self._enter(session, session.peer)
             self._hand_over(engine, session)
         for name, source in engine.sources.items():
             engine.load(name, source)
-        return answer
 
     def adopt(self, session: Session, records: Sequence[KeptRecord]) -> None:
         """These files are checkpoints of *session* from now on."""

@@ -115,6 +115,7 @@ class Server:
             self.returned,
             self._reply,
         )
+        self.fleet.on_start = self._watch_engine
         self.lanes = Lanes(self.registry, self.fleet.engines)
         self.requests = Requests(
             self.registry,
@@ -428,8 +429,6 @@ class Server:
         self._poll.unwatch(engine.link.lane)
         self._poll.unwatch(engine.lease.socket)
         self.lanes.end_of_engine(engine, str(self.fleet.on_death(engine)))
-        if engine.link is not None:
-            self._watch_engine(engine)
 
     # ---- the end
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.registry import STRANGER, KeptRecord, Registry, Session
-from djinn_zmq.settings import Settings, format_bytes
+from djinn_zmq.settings import Settings, counted, format_bytes
 from djinn_zmq.wire import states
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Shelve, Shelved
@@ -42,7 +42,7 @@ class Shelving:
             _log.info(
                 "%s (%s) to be written to %s before the end, for at most %g s; a second Ctrl-C or SIGTERM "
                 "leaves what is left",
-                _counted(missing),
+                counted(len(missing), "checkpoint"),
                 format_bytes(sum(record.kept.tensor.nbytes for _, record in missing)),
                 self._settings.state,
                 self._settings.stop_s,
@@ -65,11 +65,11 @@ class Shelving:
                 continue
             left.setdefault(why or self._reasons.get(number, NO_TIME), []).append(number)
         if kept:
-            _log.info("kept in %s: %s", self._settings.state, _counted(kept))
+            _log.info("kept in %s: %s", self._settings.state, counted(len(kept), "checkpoint"))
         for why, numbers in left.items():
             _log.warning(
                 "not kept: %s: %s: %s",
-                _counted(numbers),
+                counted(len(numbers), "checkpoint"),
                 why,
                 ", ".join(f"{number:x}" for number in numbers),
             )
@@ -81,10 +81,6 @@ class Shelving:
             for number, record in session.kept.items():
                 if record.kept.layer >= 0 and number not in inputs:
                     yield session, record
-
-
-def _counted(some: Sequence[object]) -> str:
-    return f"{len(some)} checkpoint{'s' * (len(some) != 1)}"
 
 
 def _why_not(session: Session, record: KeptRecord) -> str:

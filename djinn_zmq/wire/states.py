@@ -31,7 +31,7 @@ class Engine(StrEnum):
     READY = "ready"
     LOADING = "loading"  # a model's weights are being read
     DOWN = "down"  # died; a new one is on its way
-    FAILED = "failed"  # died too often; stays down
+    FAILED = "failed"  # died too often, or cannot be started; stays down for a while
     STOPPED = "stopped"
 
 
@@ -79,7 +79,7 @@ ENGINE: Table[Engine] = {
         "stop": Engine.STOPPED,
     },
     Engine.DOWN: {"start": Engine.STARTING, "stop": Engine.STOPPED},
-    Engine.FAILED: {"stop": Engine.STOPPED},
+    Engine.FAILED: {"start": Engine.STARTING, "stop": Engine.STOPPED},
     Engine.STOPPED: {},
 }
 

@@ -37,3 +37,9 @@ def test_each_engines_tiers_stand_together_with_what_they_are_full_to_and_its_ke
     assert total.startswith(
         "memory: 7 checkpoints, each counted in every tier that has a copy; 128.0"
     )
+
+
+def test_one_of_anything_is_not_several() -> None:
+    memory = MemoryInfo(4 * GIB, 0, 0, 1, ())
+    status = StatusReply("0", 1, 1.0, (), (), (), (), (), memory)
+    assert report(status, 0.0).split("\n\n")[-1].startswith("memory: 1 checkpoint, each")

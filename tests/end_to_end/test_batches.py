@@ -74,7 +74,7 @@ def test_one_that_is_refused_is_named_and_the_others_leave_nothing(server, tiny)
         tiny.batch(["the", [[1, 2], [3]]])
     assert "in prompt 1 of 2, counted from 0" in refused.value.__notes__
     batch = tiny.batch(PROMPTS, stop_at=2)
-    with pytest.raises(RequestError, match="edits for 1 prompts, there are 4"):
+    with pytest.raises(RequestError, match="edits for 1 prompt, not for 4"):
         batch.resume([djinn.Zero()])
     with pytest.raises(EditError, match="does not fit"):
         batch.resume([None, djinn.Add(np.zeros(3)), None, None])

@@ -1,17 +1,20 @@
 """Whoever dies, the others go on, and nothing is left behind."""
 
+import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import djinn_zmq as djinn
-from djinn_zmq import errors
+from djinn_zmq import aio, errors
 from djinn_zmq.client.forwards import Asked
 from tests.end_to_end.conftest import once_running, until
 
@@ -47,6 +50,26 @@ def test_a_client_that_is_dropped_and_not_closed_ends_and_its_process_goes_on(se
     assert (done.returncode, done.stdout) == (0, "paris\n" * 3), done.stderr
 
 
+async def late_answers(endpoint: str, kill: Callable[[], None]) -> list[str]:
+    """What is said of a run, and of the parts of a generation and of a trace, that do not come in time
+    because *kill* was called before."""
+
+    async def generated() -> None:
+        async for _ in session.generate(FRANCE, max_new_tokens=2, timeout_s=0.05):
+            pass
+
+    async def traced() -> None:
+        async for _ in tiny.trace(FRANCE, "the capital of spain is", timeout_s=0.05):
+            pass
+
+    async with aio.connect(endpoint) as server:
+        tiny = await server.model("tiny")
+        session = await tiny.session()
+        kill()
+        asked = [tiny.run(FRANCE, timeout_s=0.05), generated(), traced()]
+        return [str(one) for one in await asyncio.gather(*asked, return_exceptions=True)]
+
+
 def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(mortal):
     with mortal.connect() as server:
         tiny = server.model("tiny")
@@ -55,12 +78,22 @@ def test_checkpoints_outlive_a_killed_engine_and_resume_with_the_same_bits(morta
         saved = tiny.run(FRANCE, save_at=range(5)).checkpoints
         rows = {layer: saved[layer].hidden.fetch().tobytes() for layer in saved}
         pid = server.status().engines[0].pid
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: server.status().engines[0].pid != pid, "the death is noticed")
+
+        def kill():  # and have the next one stay as it is: starting
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: server.status().engines[0].pid != pid, "the death is noticed")
+            os.kill(server.status().engines[0].pid, signal.SIGSTOP)
+
+        late = r"no answer from .* in 0\.05 s: engine 0 is starting: python .*; give it more time"
+        said = asyncio.run(late_answers(mortal.endpoint, kill))
+        assert [bool(re.fullmatch(late, one)) for one in said] == [True] * 3, said
         assert server.ping() == "serving"
         assert server.status().memory.checkpoints == 5
-        with pytest.raises(errors.Unreachable, match=r"in 0\.05 s: engine 0 is (starting|loading)"):
+        with pytest.raises(errors.Unreachable, match=late):
             saved[0].resume(timeout_s=0.05)
+        with pytest.raises(errors.Unreachable, match=late):
+            list(saved[0].sweep([[djinn.Scale(2.0)]], timeout_s=0.05))
+        os.kill(server.status().engines[0].pid, signal.SIGCONT)
         for layer, point in saved.items():
             assert point.hidden.fetch().tobytes() == rows[layer]
             assert point.resume().logits.tobytes() == whole
@@ -114,7 +147,7 @@ def test_an_engine_that_keeps_dying_stays_down_and_says_so(mortal):
                 "another engine, or none any more",
             )
         assert "6 times in 60 s" in engine.detail
-        with pytest.raises(errors.Lost, match="engine 0 is down"):
+        with pytest.raises(errors.Lost, match="engine 0 is down: .*6 times in 60 s; ask again in"):
             server.model("tiny").run(FRANCE)
 
 

@@ -26,6 +26,7 @@ import djinn_zmq as djinn
 from djinn_zmq.client.forwards import Asked
 from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
+from djinn_zmq.hf.loading import loaded
 from djinn_zmq.wire.forwards import Crop, Repeat
 from tests.engine.architectures import tiny_model
 
@@ -492,6 +493,14 @@ def test_experts_computed_otherwise_as_generate_asks_for_on_a_gpu_are_refused_by
         ),
         ({"input_ids": torch.tensor([[1]]), "logits_to_keep": torch.tensor([3])}, "logits_to_keep"),
         ({"input_ids": torch.tensor([1])}, "input_ids of shape"),
+        ({"input_ids": "words"}, "input_ids='words': a tensor, or lists of numbers of one length"),
+        ({"input_ids": [[1], [2, 3]]}, r"input_ids=\[\[1\], \[2, 3\]\]: a tensor, or lists"),
+        ({"input_ids": torch.tensor([[1.5]])}, "input_ids of dtype torch.float32: whole numbers"),
+        ({"input_ids": [[1]], "position_ids": {}}, "position_ids={}: a tensor"),
+        ({"input_ids": [[1]], "position_ids": [[0.5]]}, "position_ids of dtype torch.float32"),
+        ({"input_ids": [[1]], "logits_to_keep": None}, "logits_to_keep=None: a whole number"),
+        ({"input_ids": [[1]], "logits_to_keep": 2.5}, "logits_to_keep=2.5: a whole number"),
+        ({"input_ids": [[1]], "use_cache": torch.ones(2)}, r"use_cache=tensor.*: True or False"),
     ],
 )
 def test_arguments_out_of_range_are_refused_and_the_next_call_is_served(
@@ -551,3 +560,49 @@ def test_the_past_goes_with_the_last_that_names_it(pair, served) -> None:
     del out
     remote(torch.tensor([[1]]), use_cache=False)  # carries what was forgotten
     assert held() == before
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda made, _: RemoteCausalLM.of("tiny"), "served='tiny': a model of djinn's"),
+        (lambda made, _: RemoteCausalLM.of(made.served, ["a"]), r"name=\['a'\]: text"),
+        (lambda made, _: tokenizer_of(None), "model=None: a model of djinn's"),
+        (lambda made, _: tokenizer_of("tiny", endpoint=["a"]), r"endpoint=\['a'\]: text"),
+        (lambda made, _: RemoteCausalLM.from_pretrained("tiny", key={}), "key={}: the path"),
+        (
+            lambda made, _: loaded(made.served, "tiny", {"dtype": "float99"}),
+            "dtype='float99': a torch",
+        ),
+        (
+            lambda made, _: loaded(made.served, "tiny", {"torch_dtype": -1}),
+            "torch_dtype=-1: a torch",
+        ),
+        (
+            lambda made, _: loaded(made.served, "tiny", {"device_map": 2.5}),
+            "device_map=2.5: a device",
+        ),
+        (lambda made, _: loaded(made.served, "tiny", {"config": 7}), "config=7: a config"),
+        (
+            lambda made, _: loaded(made.served, "tiny", {"generation_config": "x"}),
+            "generation_config='x': a GenerationConfig",
+        ),
+        (
+            lambda made, _: loaded(made.served, "tiny", {"revision": np.ones(2)}),
+            r"revision=array.*served as it is",
+        ),
+        (lambda _, past: past.reorder_cache(None), "beam_idx=None: a tensor"),
+        (lambda _, past: past.batch_select_indices([0.5]), "indices of dtype torch.float32: whole"),
+        (lambda _, past: past.batch_repeat_interleave(0), "repeats=0: a whole number, 1 or more"),
+        (lambda _, past: past.batch_repeat_interleave("2"), "repeats='2': a whole number"),
+        (lambda _, past: past.crop(-1.5), "tokens_to_remove=-1.5: a whole number"),
+    ],
+)
+def test_what_is_no_argument_at_all_is_refused_by_its_name_and_with_what_is_allowed(
+    pair, ask, said: str
+) -> None:
+    _, remote = pair("tiny")
+    past = remote(torch.tensor(PROMPT)).past_key_values
+    with pytest.raises(RequestError, match=said):
+        ask(remote, past)
+    assert not past.changes

@@ -79,6 +79,7 @@ def test_a_hidden_state_of_several_pieces_comes_and_goes_whole(served, server, t
         assert (whole.shape, whole.nbytes) == ((BATCH, POSITIONS, 64), point.nbytes)
         assert bits(whole) == bits(here.hidden)
         assert bits(point.hidden[10:190, 1:, ::2]) == bits(whole[10:190, 1:, ::2])
+        assert bits(point.hidden[:, ::-1]) == bits(whole[:, ::-1])
         whole[:, -1] = 0
         mine = here.resume(hidden=whole, logits="all")
         theirs = point.resume(hidden=whole, logits="all")

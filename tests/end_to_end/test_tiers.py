@@ -336,6 +336,8 @@ def test_a_changed_bit_in_the_disk_tier_is_found_whoever_reads_it(served, tiny, 
     assert point.resume().logits.tobytes() == whole  # the copy in memory is used
     assert np.asarray(point.hidden).tobytes() == bits
     point.evict("disk")
+    first = np.frombuffer(bits, point.dtype).reshape(point.shape)[[0, 1], 5]
+    assert np.array_equal(point.hidden[[0, 1], 5], first)  # what is not read is not looked at
     named = rf"{path.name} is damaged: bytes 262144 to 524288 of hidden have the checksum"
     for use in (
         point.resume,
@@ -343,7 +345,7 @@ def test_a_changed_bit_in_the_disk_tier_is_found_whoever_reads_it(served, tiny, 
         point.prefetch,
         lambda: point.hidden[-1, -1],
         lambda: point.hidden[:, -1, ::2],
-        lambda: point.hidden[[0, 1], 5],
+        lambda: point.hidden[[0, -1], -1],
         lambda: point.save(tmp_path / "elsewhere"),
         lambda: tiny.load_checkpoint(path),
     ):

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import ArenaFull, Lost
+from djinn_zmq.errors import ArenaFull, Busy, Lost
+from djinn_zmq.server.engines import Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
-from djinn_zmq.settings import Settings
+from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.messages import Flag, Loaded, ModelInfo, Open
+from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping
 from djinn_zmq.wire.ops import Op
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
@@ -60,19 +62,85 @@ def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -
 def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fleet = fleet_of(Registry(1), lambda *_: None)
+    answers: list[bytes] = []
+    fleet = fleet_of(Registry(1), lambda _, frame, __: answers.append(frame))
     (engine,) = fleet.engines
     before = len(os.listdir("/proc/self/fd"))
     engine.start()
     os.kill(engine.pid, 9)
+    engine.owed[7, 1] = b"i1", codec.peek(codec.encode(Op.PING, Ping(), request=1, session=7))
 
     def refuses(*_: object) -> None:
         raise ArenaFull("8.0 MiB of shared memory asked, the system has 1.0 MiB free")
 
     monkeypatch.setattr(Link, "create", refuses)  # what killed it may have left no more
-    fleet.on_death(engine)
+    told = fleet.on_death(engine)
     assert engine.state is states.Engine.FAILED
+    # What it owed, over the bus and on lanes, is answered with what is known: no other is on its way.
+    (error,) = (codec.error_of(codec.decode(frame, ())) for frame in answers)
+    assert str(error) == str(told)
+    assert "being started again" not in str(told)
+    assert "was killed by signal 9; it cannot be started again: 8.0 MiB" in str(told)
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(Lost, match=r"engine 0 is down: .*cannot be started again: 8.0 MiB"):
         fleet.load("tiny", "tiny")
     fleet.stop()
+
+
+def test_an_engine_that_stayed_down_is_started_once_more_when_it_is_asked_for_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry, nothing = Registry(1), Any
+    fleet = fleet_of(registry, lambda *_: None)
+    (engine,) = fleet.engines
+    started: list[int] = []
+    fleet.on_start = lambda engine: started.append(engine.pid)
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    session = registry.open(peer, "tiny", 0)
+    engine.start()
+    engine.sources["tiny"] = "tiny"
+    os.kill(engine.pid, 9)
+
+    def refuses(*_: object) -> None:
+        raise ArenaFull("8.0 MiB of shared memory asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "create", refuses)
+        said = str(fleet.on_death(engine))
+        assert "ask again in 60 s or later, then it is started once more" in said
+        engine.retry_s = 0.0  # the pause is over
+        with pytest.raises(Lost) as again:
+            engine.pass_on(b"i1", b"", ())
+        assert str(again.value) == said  # and the next pause begins
+    registry.close(session)
+    with pytest.raises(Lost, match="is down"):
+        fleet.load("tiny", "tiny")
+    assert not started
+    engine.retry_s = 0.0
+    fleet.load("tiny", "tiny")
+    assert engine.state is states.Engine.STARTING
+    assert started == [engine.pid]
+    held = [codec.peek(frame).op for _, frame, _ in engine._held]
+    assert held == [Op.LOAD]  # nothing of a session that has ended before
+    fleet.stop()
+
+
+def test_what_waits_for_an_engine_is_bounded_in_bytes_and_smaller_messages_still_pass() -> None:
+    engine = Engine(0, "cpu", "auto", Settings())
+    engine.state = states.Engine.STARTING
+    engine.link, ends = Link.create(Settings())
+    frame = codec.encode(Op.PING, Ping(), request=1, session=7)
+    bulk = [bytes(MIB)] * 24
+    for request in (1, 2):
+        engine.forward(b"i1", replace(codec.peek(frame), request=request), frame, bulk)
+    refused = r"engine 0 is starting: a message of 24\.0 MiB, 16\.0 MiB free of 64\.0 MiB"
+    with pytest.raises(Busy, match=refused):
+        engine.forward(b"i2", replace(codec.peek(frame), request=3), frame, bulk)
+    assert len(engine.owed) == 2  # it is owed nothing more
+    engine.forward(b"i2", replace(codec.peek(frame), request=3), frame, bulk[:15])
+    engine.tell(Op.LEAVE, Leave(), session=7)
+    engine.bury()  # what waited is gone with it: others may wait
+    engine.advance("start")
+    engine.forward(b"i2", replace(codec.peek(frame), request=4), frame, bulk)
+    ends.close()
+    engine.stop(0)

@@ -78,10 +78,11 @@ def test_a_session_that_is_kept_can_be_taken_up_again() -> None:
     assert state is states.Session.CLOSED
 
 
-def test_a_dead_engine_starts_again_unless_it_was_given_up() -> None:
+def test_a_dead_engine_starts_again_and_one_that_was_given_up_may_be_started_once_more() -> None:
     state = states.Engine.STARTING
     for event in ("ready", "load", "die", "start", "ready", "give up"):
         state = states.advance(states.ENGINE, state, event)
-    with pytest.raises(ProtocolError, match='a failed engine cannot "start"'):
-        states.advance(states.ENGINE, state, "start")
+    with pytest.raises(ProtocolError, match='a failed engine cannot "ready"'):
+        states.advance(states.ENGINE, state, "ready")
+    assert states.advance(states.ENGINE, state, "start") is states.Engine.STARTING
     assert states.advance(states.ENGINE, state, "stop") is states.Engine.STOPPED

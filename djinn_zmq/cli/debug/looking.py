@@ -12,7 +12,7 @@ from djinn_zmq.cli.debug.moving import checkpoint_of, show_place
 from djinn_zmq.cli.debug.reading import Mistyped
 from djinn_zmq.client.looks import Lens
 from djinn_zmq.client.run import Checkpoint
-from djinn_zmq.settings import format_bytes
+from djinn_zmq.settings import counted, format_bytes
 
 TOP = 5
 EVENTS = 12
@@ -26,7 +26,7 @@ def where(debugger: Debugger, rest: str) -> None:
     whose = "" if debugger.attached is None else f", session {debugger.attached.target.id:016x}"
     debugger.say(
         drawing.Text(
-            f"{model.name}: {model.num_layers} layers, {model.dtype} on {model.device}{whose}"
+            f"{model.name}: {counted(model.num_layers, 'layer')}, {model.dtype} on {model.device}{whose}"
         )
     )
     tokens = drawing.Text()

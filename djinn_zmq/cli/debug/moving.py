@@ -14,6 +14,7 @@ from djinn_zmq.cli.debug.debugger import Debugger, word
 from djinn_zmq.cli.debug.reading import Mistyped
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.run import Checkpoint, Run
+from djinn_zmq.settings import counted
 
 WAIT_S = 0.2  # an attached program's next stop is looked for this often, Ctrl-C heard between
 TOP = 5
@@ -41,7 +42,7 @@ def model(debugger: Debugger, rest: str) -> None:
     _only_alone(debugger, "model")
     debugger.model = debugger.server.model(rest)
     debugger.stand(None)
-    debugger.say(f"[green]{debugger.model.name}[/]: {debugger.model.num_layers} layers")
+    debugger.say(f"[green]{debugger.model.name}[/]: {counted(debugger.model.num_layers, 'layer')}")
 
 
 @word("continue", "c", usage="")
@@ -97,7 +98,7 @@ def back(debugger: Debugger, rest: str) -> None:
         raise Mistyped("a program's own run goes forwards only: 'branch' tries what else might be")
     history = debugger.here().history
     if len(history) <= count:
-        raise Mistyped(f"there are {len(history) - 1} checkpoints before this one")
+        raise Mistyped(f"back {count}: {counted(len(history) - 1, 'checkpoint')} before this one")
     debugger.stand(history[-1 - count])
     show_place(debugger)
 
