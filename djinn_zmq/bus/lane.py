@@ -175,6 +175,11 @@ class Lane:
         self._backlog.extend(self._in_records(kind, data))
         self.flush()
 
+    def queue(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece] = ()) -> None:
+        """The same as `send` however much waits already: for what is bounded by who says it."""
+        self._backlog.extend(self._in_records(0, join((envelope, frame, buffers))))
+        self.flush()
+
     def _in_records(self, kind: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(data) <= self._fragment:
             yield kind, data

@@ -32,7 +32,8 @@ class Link:
         return cls(lane), theirs
 
     def send(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece] = ()) -> None:
-        """Pass on a message. On the server's end raises Busy where the engine does not read.
+        """Pass on a message. On the server's end raises Busy where the engine does not read and the message is
+        a client's: what the server has to say itself is not lost, and no more than what it keeps.
 
         On the engine's end waits for room, and raises Lost where the server is gone.
         """
@@ -52,7 +53,10 @@ class Link:
         self, why: Busy, envelope: bytes, frame: bytes, buffers: Sequence[Piece]
     ) -> None:
         if self._server is None:
-            raise Busy("the engine's queue is full") from why
+            if envelope:
+                raise Busy("the engine's queue is full") from why
+            self.lane.queue(envelope, frame, buffers)
+            return
         while True:
             self._pause(self._server)
             with contextlib.suppress(Busy):

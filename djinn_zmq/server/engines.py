@@ -62,7 +62,7 @@ class Engine:
         self._death = ""  # how the last process ended
         self._settings = settings
         self._held: deque[Outgoing] = deque()
-        self._held_bytes = 0  # of clients'
+        self._held_asked = self._held_bytes = 0  # of these are clients'
         self._deaths: deque[float] = deque()
         self._process: subprocess.Popen[bytes] | None = None
         self.link: Link | None = None
@@ -118,14 +118,15 @@ class Engine:
         self.advance("ready")
         self.device_memory = ready.device_memory
         self.detail = ""
-        held, self._held, self._held_bytes = self._held, deque(), 0
-        for envelope, frame, buffers in held:
-            self._put(envelope, frame, buffers)
+        assert self.link is not None
+        for envelope, frame, buffers in self._held:  # bounded here, so the link takes them all
+            self.link.lane.queue(envelope, frame, buffers)
+        self._hold_nothing()
 
     # ---- messages
 
     def tell(self, op: Op, meta: Any, *, session: int = 0, request: int = 0) -> None:
-        """A message of the server's own."""
+        """A message of the server's own: kept however many wait, else the server would end by it."""
         self._put(b"", codec.encode(op, meta, session=session, request=request), ())
 
     def wake(self) -> None:
@@ -166,10 +167,10 @@ class Engine:
             self._hold(envelope, frame, buffers)
 
     def _hold(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
-        """Keep a message until the engine is up. Raises Busy where too many wait, or too much of clients'."""
-        if len(self._held) >= HELD_LIMIT:
-            raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
+        """Keep a message until the engine is up. Raises Busy where too many of clients' wait, or too much."""
         if envelope:
+            if self._held_asked >= HELD_LIMIT:
+                raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
             nbytes = len(frame) + sum(map(len, buffers))
             if self._held_bytes + nbytes > HELD_BYTES:
                 raise Busy(
@@ -178,7 +179,12 @@ class Engine:
                     "what waits for it; ask again when it is up"
                 )
             self._held_bytes += nbytes
+            self._held_asked += 1
         self._held.append((envelope, frame, buffers))
+
+    def _hold_nothing(self) -> None:
+        self._held.clear()
+        self._held_asked = self._held_bytes = 0
 
     def load(self, name: str, source: str) -> None:
         """Ask for a model. Its LOAD reply, or failure, comes over the link."""
@@ -205,8 +211,7 @@ class Engine:
         self.owed.clear()
         self.models.clear()
         self.loading = None
-        self._held.clear()
-        self._held_bytes = 0
+        self._hold_nothing()
         self._close_ends()
         now = time.monotonic()
         self._deaths.append(now)

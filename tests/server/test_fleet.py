@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import ArenaFull, Busy, Lost
-from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.engines import HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping
+from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping, Ready
 from djinn_zmq.wire.ops import Op
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
@@ -143,4 +144,27 @@ def test_what_waits_for_an_engine_is_bounded_in_bytes_and_smaller_messages_still
     engine.advance("start")
     engine.forward(b"i2", replace(codec.peek(frame), request=4), frame, bulk)
     ends.close()
+    engine.stop(0)
+
+
+def test_an_engine_that_comes_up_is_told_of_more_checkpoints_than_a_queue_holds_messages() -> None:
+    engine = Engine(0, "cpu", "auto", Settings())
+    engine.state = states.Engine.STARTING
+    engine.link, ends = Link.create(Settings())
+    count = HELD_LIMIT + Settings().high_water + 10
+    for number in range(count):
+        engine.tell(Op.LEAVE, Leave(), session=number)
+    frame = codec.encode(Op.PING, Ping(), request=1, session=7)
+    engine.forward(b"i1", codec.peek(frame), frame, [bytes(MIB)] * 8)
+    engine.on_ready(Ready("cpu", 1, 0))
+    theirs = Lane(ends, Settings(), first=False)
+    taken = []
+    while len(taken) <= count:
+        message = theirs.receive()
+        if message is None:
+            engine.link.lane.flush()  # the engine's bell has told of room
+        else:
+            taken.append((message[0], codec.peek(message[1]).session))
+    assert taken == [(b"", number) for number in range(count)] + [(b"i1", 7)]
+    theirs.close()
     engine.stop(0)
