@@ -78,14 +78,22 @@ class Fleet:
     # ---- models and sessions
 
     def load(self, name: str, source: str) -> Engine:
-        """Have *name* loaded by the engine that has it, or else by the one with fewest models.
+        """Have *name* loaded by the engine that has it, or else by the one with fewest models: of those that
+        are not down, where there are any.
 
-        Raises Lost where that stays down.
+        Raises Lost where all stay down.
         """
+        failed = states.Engine.FAILED
         engine = min(
-            self.engines, key=lambda one: (name not in one.sources, len(one.sources), one.index)
+            self.engines,
+            key=lambda one: (
+                one.state is failed,
+                name not in one.sources,
+                len(one.sources),
+                one.index,
+            ),
         )
-        if engine.state is states.Engine.FAILED:
+        if engine.state is failed:
             self._try_again(engine)
         if name not in engine.sources:
             engine.load(name, source)

@@ -1,7 +1,7 @@
 """The engines together, with no process behind them: what is left when one cannot be started."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -28,10 +28,12 @@ class NoArenas:
         return []
 
 
-def fleet_of(registry: Registry, reply: Callable[..., None]) -> Fleet:
+def fleet_of(
+    registry: Registry, reply: Callable[..., None], devices: Sequence[str] = ("cpu",)
+) -> Fleet:
     arenas: Any = NoArenas()
     returned = Returned(None)
-    return Fleet(["cpu"], "auto", Settings(), registry, arenas, Journal(), returned, reply)
+    return Fleet(devices, "auto", Settings(), registry, arenas, Journal(), returned, reply)
 
 
 def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -> None:
@@ -124,6 +126,18 @@ def test_an_engine_that_stayed_down_is_started_once_more_when_it_is_asked_for_af
     held = [codec.peek(frame).op for _, frame, _ in engine._held]
     assert held == [Op.LOAD]  # nothing of a session that has ended before
     fleet.stop()
+
+
+def test_a_model_of_an_engine_that_stays_down_is_loaded_by_another() -> None:
+    fleet = fleet_of(Registry(1), lambda *_: None, devices=["cpu", "cpu"])
+    down, other = fleet.engines
+    for engine in fleet.engines:
+        engine.state = states.Engine.STARTING
+    assert fleet.load("tiny", "tiny") is down
+    assert fleet.load("small", "small") is other
+    down.state = states.Engine.FAILED
+    assert fleet.load("tiny", "tiny") is other
+    assert list(other.sources) == ["small", "tiny"]
 
 
 def test_what_waits_for_an_engine_is_bounded_in_bytes_and_smaller_messages_still_pass() -> None:
