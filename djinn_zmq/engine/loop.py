@@ -10,14 +10,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.lease import LeaseSocket, close_all
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import MANY, Poll
-from djinn_zmq.engine import cards, models, replies
+from djinn_zmq.engine import cards, replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
 from djinn_zmq.engine.devices import Device
@@ -28,8 +27,8 @@ from djinn_zmq.engine.lanes import PING, TAG, Lanes
 from djinn_zmq.engine.looking import Looker
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.moving import Mover
+from djinn_zmq.engine.notices import STOPS, Notices
 from djinn_zmq.engine.runs import Runner
-from djinn_zmq.engine.shelving import shelve
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.sweeping import Sweeper
 from djinn_zmq.engine.talks import Talker
@@ -56,14 +55,12 @@ from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import EXAMPLE_LIMIT, NOBODYS, OF_ANSWERS, OP, Header, Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import view
-from djinn_zmq.wire.tiers import AwayReply, Shelve, Shelved
+from djinn_zmq.wire.tiers import AwayReply
 
 _log = logging.getLogger(__name__)
 
 PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
-STOPS = "the server stops"
 GIVE_WAY_S = 50e-6
 FILLING_S = 1e-3
 
@@ -86,8 +83,6 @@ class EngineLoop:
         self._models: dict[str, ServedModel] = {}
         self._sessions: dict[int, EngineSession] = {}
         self._turns = Turns()
-        self._adopting = False
-        self._stopping = False
         self._example: Piece = b""  # a request, of those that came
         self._poll = Poll(settings.spin_us)
         self._poll.meanwhile = self._rehearse
@@ -107,17 +102,10 @@ class EngineLoop:
         self._poll.watch_lane(link.lane, self._on_link)
         self._poll.watch(lease.socket, self._on_lease)
         self._poll.watch(self._keeping, self._keeping.settle)
-        self._notices = {
-            Op.LOAD: self._load,
-            Op.ENTER: self._enter,
-            Op.LEAVE: self._leave,
-            Op.DROP: self._drop,
-            Op.ADOPT: self._adopt,
-            Op.LET_GO: self._let_go_of_held,
-            Op.TELL: self._debugging.tell,
-            Op.UNCLAIMED: self._unclaimed,
-            Op.SHELVE: self._shelve,
-        }
+        self._notices = Notices(
+            link, device, self._keeping, self._answers, self._telling, self._turns, self._work, self._stays,
+            self._debugging, self._models, self._sessions,
+        )  # fmt: skip
         self._requests = {
             Op.PING: self._ping,
             Op.RUN: self._run,
@@ -290,14 +278,14 @@ class EngineLoop:
         """begin_ns: when it was there."""
         try:
             message = codec.decode(frame, buffers, header)
-            if self._adopting:
-                self._finish_adopting(header)
+            if self._notices.adopting:
+                self._notices.finish_adopting(header.op)
             if envelope:
                 if not buffers and len(frame) <= EXAMPLE_LIMIT:
                     self._example = frame
                 self._request(envelope, message, begin_ns)
             else:
-                self._notices[header.op](message)
+                self._notices.take(message)
         except DjinnError as exc:
             if envelope and header.flags & Flag.ONE_WAY:
                 _log.debug("%s refused: %s", Op(header.op).name, exc)
@@ -313,7 +301,7 @@ class EngineLoop:
                 self._answers.refuse(envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, begin_ns: int) -> None:
-        if self._stopping:
+        if self._notices.stopping:
             raise Closed(STOPS)
         header = message.header
         session = self._sessions.get(header.session)
@@ -323,104 +311,6 @@ class EngineLoop:
         if handle is None:
             raise ProtocolError(f"op {header.op} is not for an engine")
         handle(envelope, message, session, begin_ns)
-
-    # ---- the server's notices
-
-    def _load(self, message: Message) -> None:
-        asked: messages.Load = message.meta
-
-        def report(stage: str, done: int, total: int) -> None:
-            progress = messages.Progress(stage, done, total)
-            self._link.send(b"", codec.encode(Op.LOAD, progress, flags=Flag.PROGRESS))
-
-        try:
-            model = models.load(asked, self._device, report)
-        except DjinnError as exc:
-            named = type(exc)(f"{asked.name}: {exc}")
-            self._link.send(b"", codec.failure(message.header, named))
-            return
-        except Exception as exc:  # noqa: BLE001  a model's own code may raise anything
-            _log.exception("loading %s failed", asked.name)
-            named = models.ModelRefused(f"{asked.name}: {type(exc).__name__}: {exc}")
-            self._link.send(b"", codec.failure(message.header, named))
-            return
-        self._models[asked.name] = model
-        self._keeping.arenas.prepare()
-        reply = messages.Loaded(model.info)
-        self._link.send(b"", codec.encode(Op.LOAD, reply, flags=Flag.REPLY))
-
-    def _enter(self, message: Message) -> None:
-        number, meta = message.header.session, message.meta
-        known = self._sessions.get(number)
-        if known is not None:  # another process speaks for it from now on
-            known.pid = meta.pid
-            return
-        self._sessions[number] = EngineSession(number, meta.owner, meta.model, meta.pid)
-
-    def _leave(self, message: Message) -> None:
-        number = message.header.session
-        closed = Cancelled("its session was closed")
-        for active in self._turns.of(number):
-            self._work.end(active, closed)
-        self._stays.end(number, closed)
-        session = self._sessions.pop(number, None)
-        if session is not None:
-            self._debugging.leave(session)
-        self._answers.forget(number)
-        self._keeping.drop_session(number)
-
-    def _let_go_of_held(self, message: Message) -> None:
-        session = self._sessions.get(message.header.session)
-        if session is not None:
-            self._debugging.let_go(session)
-
-    def _drop(self, message: Message) -> None:
-        session = self._sessions.get(message.header.session)
-        if session is None:
-            self._keeping.drop(message.meta.ids, message.header.session)
-        else:
-            self._let_go(session, message.meta.ids)
-
-    def _let_go(self, session: EngineSession, numbers: Sequence[int]) -> None:
-        """End what is the session's own: checkpoints, logits, holds, branches."""
-        self._keeping.drop(numbers, session.id)
-        for number in numbers:
-            session.branches.pop(number, None)
-        self._telling.held(session)
-
-    def _adopt(self, message: Message) -> None:
-        self._adopting = True
-        session = self._sessions[message.header.session]
-        ids = np.array(view(message.meta.ids, message.buffers))
-        meta: messages.Adopt = message.meta
-        lost = self._keeping.adopt(meta.kept, ids, session.owner, dict(meta.facts))
-        if lost:
-            self._answers.tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
-
-    def _unclaimed(self, message: Message) -> None:
-        self._keeping.disk.unclaimed = message.meta.nbytes
-
-    def _shelve(self, message: Message) -> None:
-        self._stopping = True
-        for number in self._sessions:
-            for active in self._turns.of(number):
-                self._work.end(active, Closed(STOPS))
-            self._stays.end(number, Closed(STOPS))
-        self._work.chores.append(self._shelving(message.meta))
-
-    def _shelving(self, asked: Shelve) -> Iterator[None]:
-        left: dict[int, str] = {}
-        try:
-            left = yield from shelve(self._keeping.tiers, asked)
-        finally:
-            self._telling.moves()
-            reply = Shelved(tuple(left.items()))
-            self._link.send(b"", codec.encode(Op.SHELVE, reply, flags=Flag.REPLY))
-
-    def _finish_adopting(self, header: Header) -> None:
-        if header.op not in (Op.ADOPT, Op.ENTER):
-            self._adopting = False
-            self._keeping.finish_adopting()
 
     # ---- clients' requests
 
@@ -511,7 +401,7 @@ class EngineLoop:
                 gone.append(number)
             elif not one_way:  # what a client's garbage collection finds may be gone already
                 raise UnknownCheckpoint.numbered(number)
-        self._let_go(session, gone)
+        self._notices.let_go(session, gone)
         self._answers.tell(Op.DROP, messages.Drop(tuple(gone)), session.id)
         if not one_way:
             self._answers.answer(envelope, message.header, messages.Done())
