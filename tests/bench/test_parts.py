@@ -10,7 +10,7 @@ from djinn_zmq.probe import schema
 def test_a_part_whose_time_is_over_writes_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "LEAST_S", 0.1)
     path = tmp_path / "out.json"
-    options = ("--samples=1000000", "--warmup=0", "--no-pin", f"--json={path}")
+    options = ("--samples=100000", "--warmup=0", "--no-pin", f"--json={path}")
     asked = Part("echo", "tools.zmq_echo", options, 60)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     try:
