@@ -30,13 +30,6 @@ HEAD_SIZE = 8  # of a record: one word, kind << 32 | nbytes
 # x86 shows stores to others in the order they were made, and loads what it loads in order. Elsewhere
 # the count could be seen before the bytes: there a lock's release and acquire keep them apart.
 _ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
-_barrier = threading.Lock()
-_barrier.acquire()
-
-
-def _keep_order() -> None:
-    _barrier.release()
-    _barrier.acquire()
 
 
 def size_of(capacity: int) -> int:
@@ -55,6 +48,12 @@ class _End:
             self._words: memoryview[int] = ours.cast("Q")
         self._memory = memory
         self._first = begin + CONTROL  # where the records begin
+        self._barrier = threading.Lock()  # its own: ends belong to different threads
+        self._barrier.acquire()
+
+    def _keep_order(self) -> None:
+        self._barrier.release()
+        self._barrier.acquire()
 
     def close(self) -> None:
         self._words.release()
@@ -63,7 +62,7 @@ class _End:
 class Writer(_End):
     def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
         super().__init__(memory, begin, capacity)
-        self._head = self._words[HEAD]
+        self._head = 0  # whatever the other side has written there
 
     def put(self, kind: int, data: bytes) -> bool:
         """Write a record and publish it. False where there is no room for it now.
@@ -88,7 +87,7 @@ class Writer(_End):
             self._memory[begin : begin + nbytes - over] = data[: nbytes - over]
             self._memory[self._first : self._first + over] = data[nbytes - over :]
         if not _ORDERED:
-            _keep_order()
+            self._keep_order()
         self._words[HEAD] = self._head = head + step
         return True
 
@@ -100,7 +99,7 @@ class Writer(_End):
 class Reader(_End):
     def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
         super().__init__(memory, begin, capacity)
-        self._tail = self._words[TAIL]
+        self._tail = 0  # as above
 
     def unfinished(self) -> bool:
         """Is there anything to take, or the writer to be told of room?"""
@@ -117,7 +116,7 @@ class Reader(_End):
         if not there:
             return None
         if not _ORDERED:
-            _keep_order()
+            self._keep_order()
         place = tail % capacity
         head = self._words[RECORDS + (place >> 3)]
         kind, nbytes = head >> 32, head & 0xFFFFFFFF

@@ -1,7 +1,9 @@
 """A ring of records: what goes in comes out, whatever its length, and no lie does harm."""
 
 import mmap
+import sys
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -70,6 +72,45 @@ def test_a_reader_that_lies_about_what_it_took_is_refused(tail: int) -> None:
     writer._words[TAIL] = tail
     with pytest.raises(ProtocolError, match="the ring's reader claims"):
         writer.put(1, b"")
+
+
+@pytest.mark.parametrize("preset", [3, CAPACITY + 8, 2**63, 2**64 - 1])
+def test_an_end_does_not_begin_where_the_other_side_has_preset_it(preset: int) -> None:
+    memory = mmap.mmap(-1, ring.size_of(CAPACITY))
+    words = memoryview(memory).cast("Q")
+    words[HEAD] = words[TAIL] = preset
+    reader, writer = Reader(memory, 0, CAPACITY), Writer(memory, 0, CAPACITY)
+    with pytest.raises(ProtocolError, match="a record of 0 bytes where"):
+        reader.take()
+    with pytest.raises(ProtocolError, match="the ring's reader claims"):
+        writer.put(1, b"")
+    words[HEAD] = words[TAIL] = 0
+    assert writer.put(1, b"the first")
+    assert reader.take() == (1, b"the first")
+
+
+def test_rings_of_several_threads_do_not_disturb_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the processor does not keep the order of stores, and a lock does instead."""
+    monkeypatch.setattr(ring, "_ORDERED", False)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            taken = [threads.submit(_pass_on, 3000) for _ in range(4)]
+            assert [future.result() for future in taken] == [3000] * 4
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _pass_on(count: int) -> int:
+    """How many of *count* records, each put and taken by itself, came as they were."""
+    writer, reader = ends()
+    return sum(
+        writer.put(1, b"%d" % number) and reader.take() == (1, b"%d" % number)
+        for number in range(count)
+    )
 
 
 def test_a_writer_that_wants_room_is_told_of_it_once() -> None:
