@@ -10,6 +10,7 @@ A lane's bell is waited for edge-triggered and never read: one call less for eac
 message, it finds nothing yet: then we stay awake for what is certain to follow, and need no second wake-up.
 """
 
+import math
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from zmq.backend import zmq_poll
 from djinn_zmq.bus.lane import CPU_EACH, SOON_NS, Lane
 
 MANY = 64  # messages a source may hand over before the others are looked at
+COLD_NS = 50_000  # without a message: its work, and what it read, may have left the caches
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
 
 POLLIN = int(zmq.POLLIN)
@@ -51,8 +53,10 @@ class Poll:
         self._spin_ns = spin_us * 1000
         self.may_spin = True
         self.stays_awake = CPU_EACH  # nor does anybody ring ahead over a link where it is false
-        # Called before that wait: a few microseconds' work that makes the message's own quicker.
+        # Called before that wait: a few microseconds' work that makes the message's own quicker, where
+        # the last one is long ago.
         self.meanwhile: Callable[[], object] = lambda: None
+        self._warm_ns = -math.inf
         self._early: set[int] = set()  # lanes whose last message was seen before its own ring
         self._vain: set[int] = set()  # lanes that nothing has come on since they were waited for
 
@@ -132,9 +136,11 @@ class Poll:
         if fd in self._early:
             self._early.discard(fd)
         elif lane.rung_ahead():
-            self.meanwhile()
+            if time.perf_counter_ns() - self._warm_ns > COLD_NS:
+                self.meanwhile()
             seen = self._early if lane.comes(SOON_NS) else self._vain
             seen.add(fd)
+            self._warm_ns = time.perf_counter_ns()
 
     def _silent_ones(self) -> list[int]:
         """Those of the unheard that have something."""

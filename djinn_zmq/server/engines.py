@@ -170,7 +170,9 @@ class Engine:
         """Keep a message until the engine is up. Raises Busy where too many of clients' wait, or too much."""
         if envelope:
             if self._held_asked >= HELD_LIMIT:
-                raise Busy(f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it")
+                raise Busy(
+                    f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it"
+                )
             nbytes = len(frame) + sum(map(len, buffers))
             if self._held_bytes + nbytes > HELD_BYTES:
                 raise Busy(

@@ -181,10 +181,11 @@ def test_a_lane_whose_other_end_waits_for_room_is_looked_at_until_it_is_told(pol
 
 
 @pytest.fixture
-def awake(poll: Poll) -> Iterator[tuple[Poll, Lane, list[str]]]:
+def awake(poll: Poll, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Poll, Lane, list[str]]]:
     """A poll that stays awake, on a machine of any size; a lane's other end; and what it does when."""
     ours, theirs = lanes()
     poll.stays_awake = True
+    monkeypatch.setattr("djinn_zmq.bus.poll.COLD_NS", -1)  # always cold
     done: list[str] = []
 
     def ready() -> bool:
@@ -223,6 +224,17 @@ def test_who_was_rung_for_nothing_stays_awake_for_that_lane_once_until_it_speaks
     theirs.ring()
     poll.turn(5.0)
     assert done[4:] == ["message", "meanwhile", "nothing"]
+
+
+def test_who_waited_a_moment_ago_is_warm_and_does_no_work_meanwhile(awake, monkeypatch) -> None:
+    monkeypatch.setattr("djinn_zmq.bus.poll.COLD_NS", 3600 * 10**9)
+    poll, theirs, done = awake
+    for text in (b"one", b"two"):
+        theirs.ring()
+        poll.turn(5.0)
+        theirs.send(b"", text)
+        poll.turn(5.0)
+    assert done == ["meanwhile", "nothing", "one", "nothing", "two"]
 
 
 def test_who_is_rung_ahead_and_has_other_work_does_not_stay_awake_for_it(awake) -> None:
