@@ -22,7 +22,7 @@ from zmq.backend import zmq_poll
 from djinn_zmq.bus.lane import CPU_EACH, SOON_NS, Lane
 
 MANY = 64  # messages a source may hand over before the others are looked at
-COLD_NS = 400_000  # after which what the last message needed may have left the caches
+COLD_NS = 50_000  # after which what the last message needed may have left the caches
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
 
 POLLIN = int(zmq.POLLIN)
