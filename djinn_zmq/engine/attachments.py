@@ -83,7 +83,7 @@ class Attachment:
             with job.watch.span("copy"):
 
                 def keep(*args: object, **where: object) -> messages.Kept:
-                    one = self.runner.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
+                    one = self.runner.loans.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
                     held.append(kept[one.id])
                     self.keeping.hold(held[-1])  # it stays where it is until that has been told
                     return one
@@ -91,7 +91,7 @@ class Attachment:
                 base = inside.keep_rests(job, rests, keep, halt.kept)
                 path = "" if place is None else place.path
                 halt.kept.append(keep(job, value, job.layer, place=path, base=base))
-            yield from self.runner.until_done(job)
+            yield from self.runner.loans.until_done(job)
         finally:
             for entry in held:
                 self.keeping.let_go(entry)

@@ -9,9 +9,10 @@ from djinn_zmq.engine.batches import Rows, rows_at_once
 from djinn_zmq.engine.grids import SweepJob
 from djinn_zmq.engine.jobs import Job, Part
 from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.loans import FRAME_LIMIT
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.replies import Buffers, nbytes_of, outcomes_of
-from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
+from djinn_zmq.engine.runs import Runner
 from djinn_zmq.errors import RequestError
 from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.sweeps import Results, Swept, Traced
@@ -25,7 +26,7 @@ class Batching:
 
     def __init__(self, keeping: Keeping, runner: Runner) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
         self._rows: dict[tuple[str, int], bool] = {}
 
     def at_once(

@@ -77,7 +77,7 @@ class Debugging:
         model_of: Callable[[EngineSession], ServedModel],
     ) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
         self._turns = turns
         self._answers = answers
         self._telling = telling
@@ -165,7 +165,7 @@ class Debugging:
                 check_hidden(asked.hidden, halt.kept[-1].tensor)
             sources = self._runner.sources(session, asked.edits)
         job = DoneJob(session, model, halt.job.ids, halt.job.layer, NO_RUN, shared, watch)
-        self._runner.hold(job, sources.values())
+        self._loans.hold(job, sources.values())
 
         def work() -> Iterator[None]:
             job.advance("start")
@@ -175,7 +175,7 @@ class Debugging:
             elif changed:
                 value = value.clone()
             for source in sources.values():
-                yield from self._runner.lend(job, source)
+                yield from self._loans.lend(job, source)
             if asked.edits:
                 with watch.span("edit"):
                     value = self._runner.edited(session, asked.edits, buffers, sources, value)
@@ -183,10 +183,10 @@ class Debugging:
                 halt.value = value
                 self._let_go(asked.stop)
             if changed:  # what was sent lies in its client's memory, which is its own again then
-                yield from self._runner.until_done(job)
+                yield from self._loans.until_done(job)
             job.advance("finish")
 
-        return job, self._runner.settling(job, work())
+        return job, self._loans.settling(job, work())
 
     def _halt_of(self, stop: int, session: EngineSession) -> Halt:
         held = self._held.get(stop)

@@ -17,9 +17,10 @@ from djinn_zmq.engine.branches import NO_TENSOR, Branch, ForwardJob
 from djinn_zmq.engine.caches import Past
 from djinn_zmq.engine.jobs import EngineSession, Halt, Turns
 from djinn_zmq.engine.keeping import TORCH_DTYPES, Keeping, new_id
+from djinn_zmq.engine.loans import FRAME_LIMIT
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
-from djinn_zmq.engine.runs import FRAME_LIMIT, Runner
+from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.talks import Talker, check_room
 from djinn_zmq.errors import PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
@@ -46,7 +47,7 @@ class Forwarder:
 
     def __init__(self, keeping: Keeping, runner: Runner, talker: Talker) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
         self._talker = talker
 
     def begin(
@@ -100,7 +101,7 @@ class Forwarder:
             wished=wished,
             bound=bound,
         )
-        return job, self._runner.settling(job, self._work(job, changes))
+        return job, self._loans.settling(job, self._work(job, changes))
 
     def _changes(
         self, asked: Forward, buffers: Sequence[bytes | memoryview], session: EngineSession
@@ -131,7 +132,7 @@ class Forwarder:
             self._end(job)
         with job.watch.span("copy"):
             self._take(job, logits)
-        yield from self._runner.until_done(job)
+        yield from self._loans.until_done(job)
         job.advance("finish")
 
     def _change(self, job: ForwardJob, changes: Changes) -> None:
@@ -153,7 +154,7 @@ class Forwarder:
         job.working.begin(job.ids.shape[1])
 
     def _forward(self, job: ForwardJob) -> Generator[Halt | None, None, torch.Tensor | Any]:
-        stepper, keep = job.model.stepper, self._runner.keep
+        stepper, keep = job.model.stepper, self._loans.keep
         job.fresh = True
         if job.session.attached is not None:
             inside.attend(job, Start(0, fresh=True))
@@ -198,7 +199,7 @@ class Forwarder:
             if data.nbytes <= INLINE_LIMIT:
                 continue
             if data.nbytes > room or frames == FRAMES_LIMIT:
-                job.apart[place] = self._runner.keep(job, data, -1)
+                job.apart[place] = self._loans.keep(job, data, -1)
                 job.kept.append(job.apart[place])
             else:
                 frames += 1

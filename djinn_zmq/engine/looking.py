@@ -43,7 +43,7 @@ class Looker:
 
     def __init__(self, keeping: Keeping, runner: Runner) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
         self._views: dict[type, Any] = {
             Norms: self._norms,
             Top: self._top,
@@ -70,7 +70,7 @@ class Looker:
             layer = entry.layer
             job = LookJob(session, model, entry.ids, layer, NO_RUN, shared, watch)
             work = self._views[type(asked.view)](job, entry, asked.view)
-        return job, self._runner.settling(job, self._work(job, work))
+        return job, self._loans.settling(job, self._work(job, work))
 
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)
@@ -82,18 +82,18 @@ class Looker:
         job.advance("start")
         yield from work
         for place, data in enumerate(job.seen):
-            if self._runner.too_large(job, data):
+            if self._loans.too_large(job, data):
                 with job.watch.span("copy"):
-                    job.apart[place] = self._runner.keep(job, data, -1)
+                    job.apart[place] = self._loans.keep(job, data, -1)
                 job.kept.append(job.apart[place])
-        yield from self._runner.until_done(job)
+        yield from self._loans.until_done(job)
         job.advance("finish")
 
     # ---- the views: checked when called, done when iterated
 
     def _norms(self, job: LookJob, entry: Entry, view: Norms) -> Iterator[None]:
         def work() -> Iterator[None]:
-            hidden = yield from self._runner.lend(job, entry)
+            hidden = yield from self._loans.lend(job, entry)
             with job.watch.span("compute"):
                 job.seen.append(norms(hidden))
             yield
@@ -106,7 +106,7 @@ class Looker:
 
         def work() -> Iterator[None]:
             recording = self._runner.recordings.of(job.model, job.ids)
-            hidden = yield from self._runner.lend(job, entry)
+            hidden = yield from self._loans.lend(job, entry)
             yield
             with job.watch.span("compute"):
                 logits = job.model.stepper.tail(recording.ids, hidden, lent=True)[:, -1]
@@ -131,7 +131,7 @@ class Looker:
             recording = self._runner.recordings.of(job.model, job.ids)
             rows = []
             for one in entries:
-                hidden = yield from self._runner.lend(job, one)
+                hidden = yield from self._loans.lend(job, one)
                 yield
                 with job.watch.span("compute"):
                     # The whole prompt, as in a run: fewer positions would round otherwise.
@@ -165,8 +165,8 @@ class Looker:
             )
 
         def work() -> Iterator[None]:
-            one = yield from self._runner.lend(job, entry)
-            two = yield from self._runner.lend(job, other)
+            one = yield from self._loans.lend(job, entry)
+            two = yield from self._loans.lend(job, other)
             with job.watch.span("compute"):
                 same = torch.tensor(same_bits(one, two))
                 job.seen += [*_difference(one.double(), two.double()), same]
@@ -192,14 +192,14 @@ class Looker:
                 recording = self._runner.recordings.of(job.model, job.ids)
             else:
                 branch, below = midway.branch, midway.below
-                yield from self._runner.pin(job, branch.past, below)
+                yield from self._loans.pin(job, branch.past, below)
                 ids = torch.from_numpy(job.ids).to(model.device)
                 caches, account = model.stepper.caches, job.session.account
                 own = caches.open(branch.past, branch.static, account, below)
                 recording = model.stepper.record(ids, own.cache)
                 # Of a static cache some keys are not there yet, and sliding layers roll theirs.
                 cache = caches.open(branch.past, 0, account, below).cache
-            hidden = yield from self._runner.lend(job, entry)
+            hidden = yield from self._loans.lend(job, entry)
             for index in range(layer, view.layer - 1):
                 with job.watch.span("compute"):
                     hidden = model.stepper.step(index, hidden, recording, lent=index == layer)

@@ -94,8 +94,8 @@ class EngineLoop:
             self._model_of,
         )  # fmt: skip
         self._work = Work(
-            self._turns, self._keeping, self._runner, self._answers, self._telling, self._debugging,
-            device,
+            self._turns, self._keeping, self._runner.loans, self._answers, self._telling,
+            self._debugging, device,
         )  # fmt: skip
         self._stays = Stays(self._keeping, self._answers, self._telling, self._work.end_if_broken)
         self._settings = settings

@@ -65,7 +65,7 @@ class RestoreJob(Job):
 class Mover:
     def __init__(self, keeping: Keeping, runner: Runner) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
 
     # ---- move
 
@@ -137,7 +137,7 @@ class Mover:
             )
         job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
         job.pid = session.asker
-        return job, self._runner.settling(job, self._hold(job, entry, asked))
+        return job, self._loans.settling(job, self._hold(job, entry, asked))
 
     def _hold(self, job: HoldJob, entry: Entry, asked: Hold) -> Iterator[None]:
         job.advance("start")
@@ -163,7 +163,7 @@ class Mover:
             job.tensor = Tensor(body.dtype, body.shape, slot.where)
             try:
                 job.handle = self._handle(slot)
-                yield from self._runner.until_done(job)  # what it shows is complete
+                yield from self._loans.until_done(job)  # what it shows is complete
             except BaseException:  # its client's giving up meanwhile is one
                 holds.end(number, gone=False)
                 raise
@@ -198,7 +198,7 @@ class Mover:
                 f'layer {asked.layer}: "{model.info.name}" has layers 0 to {model.info.num_layers}'
             )
         job = RestoreJob(session, model, ids, asked.layer, NO_RUN, shared, watch)
-        return job, self._runner.settling(job, self._restore(job, asked, buffers))
+        return job, self._loans.settling(job, self._restore(job, asked, buffers))
 
     def _restore(self, job: RestoreJob, asked: Restore, buffers: Buffers) -> Iterator[None]:
         job.advance("start")
@@ -213,6 +213,6 @@ class Mover:
         yield from self._keeping.room(asked.hidden.nbytes, job.session.owner)
         with job.watch.span("copy"):
             hidden = self._keeping.load_sent(asked.hidden, buffers, job.session.owner)
-            job.kept.append(self._runner.keep(job, hidden, job.layer))
-        yield from self._runner.until_done(job)
+            job.kept.append(self._loans.keep(job, hidden, job.layer))
+        yield from self._loans.until_done(job)
         job.advance("finish")

@@ -5,15 +5,14 @@ with its reply, and a resume is a new run that starts further up.
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
 from djinn_zmq.engine import editing, inside
-from djinn_zmq.engine.caches import Past, Segment
 from djinn_zmq.engine.jobs import Change, EngineSession, Given, Halt, Halting, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.loans import Loans
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.places import Place
 from djinn_zmq.engine.plans import Planner, Start
@@ -23,11 +22,10 @@ from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Patch, Skip
-from djinn_zmq.wire.messages import Kept, Resume, Run, Wanted
+from djinn_zmq.wire.messages import Resume, Run, Wanted
 from djinn_zmq.wire.talks import Generate
-from djinn_zmq.wire.tensors import SLOT_FROM, Device, Tensor
+from djinn_zmq.wire.tensors import Device, Tensor
 
-FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
 FRESH = Start(0, fresh=True)
 
 
@@ -40,6 +38,7 @@ class Runner:
 
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
+        self.loans = Loans(keeping)
         self.planner = Planner()
         self.recordings = Recordings()
 
@@ -68,9 +67,9 @@ class Runner:
         job = Job(session, model, ids, 0, asked.wanted, shared, watch, *planned, fresh=True)
         if asked.edits:
             sources = self.sources(session, asked.edits)
-            self.hold(job, sources.values())
+            self.loans.hold(job, sources.values())
             job.edit = self._edit(session, asked.edits, buffers, sources)
-        return job, self.settling(job, self._work(job, None))
+        return job, self.loans.settling(job, self._work(job, None))
 
     def resume(
         self,
@@ -97,7 +96,7 @@ class Runner:
         wanted = asked.wanted
         job = Job(session, model, entry.ids, layer, wanted, shared, watch, *planned, ids_known=True)
         opening = self.opening(job, entry, asked, buffers)
-        return job, self.settling(job, self._work(job, opening, start))
+        return job, self.loans.settling(job, self._work(job, opening, start))
 
     def place_of(self, entry: Entry, model: ServedModel) -> Place | None:
         """Where inside a layer a checkpoint is; None between two layers. Raises RequestError for one
@@ -125,7 +124,7 @@ class Runner:
         session = job.session
         sources = self.sources(session, asked.edits)
         rests = self.rests(entry, session)
-        self.hold(job, [entry, *sources.values(), *rests])
+        self.loans.hold(job, [entry, *sources.values(), *rests])
         opening = self._open(job, entry, asked, buffers, sources)
         return self._open_inside(job, entry, rests, opening) if entry.place else opening
 
@@ -154,11 +153,11 @@ class Runner:
                 if isinstance(asked.hidden.where, Device):
                     job.ends.append(self._keeping.holds.reading(asked.hidden, owner))
         else:
-            hidden = yield from self.lend(job, entry)
+            hidden = yield from self.loans.lend(job, entry)
             unchanged = entry
         if asked.edits:
             for source in sources.values():
-                yield from self.lend(job, source)
+                yield from self.loans.lend(job, source)
             with job.watch.span("edit"):
                 change = self._edit(job.session, asked.edits, buffers, sources)
                 hidden, unchanged = change(hidden.clone()), None
@@ -173,7 +172,7 @@ class Runner:
         assert value is not None
         job.given = [Given(self.named(entry.place, job.model), value.clone())]
         for rest in rests:
-            value = yield from self.lend(job, rest)
+            value = yield from self.loans.lend(job, rest)
             if not rest.place:
                 return value, None
             job.given.insert(0, Given(self.named(rest.place, job.model), value.clone()))
@@ -236,38 +235,6 @@ class Runner:
             raise EditError(f"{number:#x} is not a checkpoint")
         return entry
 
-    def hold(self, job: Job, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            self._keeping.hold(entry)
-            job.loans.append(entry)
-
-    def lend(self, job: Job, entry: Entry) -> Generator[None, None, torch.Tensor]:
-        """The hidden state of *entry* on the device, for *job* to read and not to change.
-
-        It stays there until the job ends. Raises ArenaFull where there is no room to bring it to.
-        """
-        if entry not in job.loans:
-            self.hold(job, [entry])
-        if not self._keeping.resident(entry):
-            begin_ns = time.perf_counter_ns()
-            yield from self._keeping.bring(entry)
-            job.watch.add("prefetch", time.perf_counter_ns() - begin_ns)
-        with job.watch.span("restore"):
-            return self._keeping.hidden(entry)
-
-    def pin(self, job: Job, past: Past, below: Sequence[Segment]) -> Iterator[None]:
-        """Have the keys and values that *job* goes on from on the device, until it ends."""
-        vault = self._keeping.vault
-        segments = [segment for node in past.chain() for segment in node.segments]
-        pins = vault.pin(job.session.id, [*segments, *below])
-        job.ends.append(partial(vault.unpin, pins))
-        here = all(stored.here for _, stored in pins)
-        if not here or vault.crowded:
-            begin_ns = time.perf_counter_ns()
-            yield from vault.ready(pins)
-            what = "evict" if here else "prefetch"
-            job.watch.add(what, time.perf_counter_ns() - begin_ns)
-
     # ---- the work
 
     def _work(self, job: Job, opening: Opening | None, start: Start = FRESH) -> Turns:
@@ -289,12 +256,12 @@ class Runner:
         with watch.span("record"):
             recording = self.recordings.of(job.model, job.ids)
         if hidden is None and job.plan is not None:
-            recording = yield from inside.recorded(job, recording, self.keep)
+            recording = yield from inside.recorded(job, recording, self.loans.keep)
         if hidden is None:
             hidden = recording.embedded  # which is kept: no layer may change it
             if job.edit is not None and not job.stopped:
                 for source in tuple(job.loans):
-                    yield from self.lend(job, source)
+                    yield from self.loans.lend(job, source)
                 with watch.span("edit"):
                     hidden = job.edit(hidden.clone())
         if not job.stopped:
@@ -302,8 +269,8 @@ class Runner:
         if not job.stopped and (job.wanted.logits != "none" or _stops_behind(job)):
             yield None
             yield from self._take_logits(job, hidden, recording, lent=job.layer == first)
-            self.keep_large_logits(job)
-        yield from self.until_done(job)
+            self.loans.keep_large_logits(job)
+        yield from self.loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
     def _stay(self, job: Job, hidden: torch.Tensor, unchanged: Entry | None) -> Iterator[None]:
@@ -311,7 +278,7 @@ class Runner:
         bytes."""
         yield from self._keep_if_wanted(job, hidden, unchanged)
         if unchanged is None:
-            yield from self.until_done(job)
+            yield from self.loans.until_done(job)
         else:
             with job.watch.span("restore"):  # it may have been brought to the device just now
                 while not unchanged.body.arrived:
@@ -327,7 +294,7 @@ class Runner:
             with job.watch.span("compute"):
                 logits = job.model.stepper.tail(recording.ids, hidden, lent=lent)
         else:
-            logits = yield from inside.tail(job, hidden, recording, self.keep)
+            logits = yield from inside.tail(job, hidden, recording, self.loans.keep)
         if logits is not None and job.wanted.logits != "none":
             job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
 
@@ -343,7 +310,7 @@ class Runner:
         hidden: not to be changed. unchanged: the checkpoint that it is, where it is one.
         """
         if job.plan is not None:
-            hidden = yield from inside.through(job, hidden.clone(), recording, self.keep)
+            hidden = yield from inside.through(job, hidden.clone(), recording, self.loans.keep)
             return hidden
         stepper, first = job.model.stepper, job.layer
         job.passed(hidden)
@@ -354,7 +321,7 @@ class Runner:
                 inside.attend(job)
                 if job.plan is not None:
                     hidden = yield from inside.through(
-                        job, hidden.clone(), recording, self.keep, begun=True
+                        job, hidden.clone(), recording, self.loans.keep, begun=True
                     )
                     return hidden
             with job.watch.span("compute"):
@@ -365,34 +332,6 @@ class Runner:
         job.stopped = job.stop_at is not None
         return hidden
 
-    def until_done(self, job: Job) -> Iterator[None]:
-        """A GPU works behind our back: give others their turns until it is through.
-
-        Copies to the host are under way still: a checkpoint's slot says so to whoever reads it. What
-        the client reads at once is waited for.
-        """
-        done = self._keeping.device.computed()
-        begin_ns = time.perf_counter_ns()
-        while not done():
-            yield
-        for entry in tuple(job.loans):
-            if entry.body.fixed:
-                yield from self._keeping.tiers.stored(entry.body)
-        job.watch.add("compute", time.perf_counter_ns() - begin_ns)
-
-    def keep_large_logits(self, job: Job) -> None:
-        if (
-            job.logits is not None
-            and job.wanted.logits != "top"
-            and self.too_large(job, job.logits)
-        ):
-            with job.watch.span("copy"):
-                job.logits_kept = self.keep(job, job.logits, -1)
-
-    def too_large(self, job: Job, data: torch.Tensor) -> bool:
-        """Must *data* be kept in a slot, because it does not travel with the reply?"""
-        return data.nbytes > (SLOT_FROM if job.shared else FRAME_LIMIT)
-
     def _keep_if_wanted(
         self, job: Job, hidden: torch.Tensor, unchanged: Entry | None = None
     ) -> Iterator[None]:
@@ -401,7 +340,7 @@ class Runner:
             return
         if unchanged is not None:
             job.kept.append(
-                self._lent(job, self._keeping.share(unchanged, job.id, job.midway(job.layer)))
+                self.loans.lent(job, self._keeping.share(unchanged, job.id, job.midway(job.layer)))
             )
             return
         if not self._keeping.fits(hidden.nbytes, job.session.owner):
@@ -409,73 +348,7 @@ class Runner:
             yield from self._keeping.room(hidden.nbytes, job.session.owner)
             job.watch.add("evict", time.perf_counter_ns() - begin_ns)
         with job.watch.span("copy"):
-            job.kept.append(self.keep(job, hidden, job.layer))
-
-    def keep(
-        self, job: Job, data: torch.Tensor, layer: int, *, place: str = "", base: int = 0
-    ) -> Kept:
-        """Keep *data* for the job's session. layer: -1 where it is no checkpoint. place, base: as
-        in `Kept`."""
-        return self._lent(job, self.keep_for(job.session, job, data, layer, place=place, base=base))
-
-    def keep_for(
-        self,
-        session: EngineSession,
-        job: Job,
-        data: torch.Tensor,
-        layer: int,
-        *,
-        place: str = "",
-        base: int = 0,
-    ) -> Kept:
-        """The same for *session*, a debugger's say, which alone decides how long."""
-        return self._keeping.keep(
-            data,
-            session=session.id,
-            owner=session.owner,
-            run=job.id,
-            layer=layer,
-            ids=job.ids,
-            midway=job.midway(layer),
-            place=place,
-            base=base,
-            facts=job.model.facts,
-        )
-
-    def _lent(self, job: Job, kept: Kept) -> Kept:
-        """What a job has made stays where it is until that has been told."""
-        entry = self._keeping.entries[kept.id]
-        self._keeping.hold(entry)
-        job.loans.append(entry)
-        return kept
-
-    def settling(self, job: Job, turns: Turns) -> Turns:
-        """*turns*, and `over` when they end, however that is."""
-        try:
-            yield from turns
-        finally:
-            self.over(job)
-
-    def over(self, job: Job) -> None:
-        """The job has ended; may be called again."""
-        self.settle(job)
-        while job.ends:
-            job.ends.pop()()
-
-    def settle(self, job: Job) -> None:
-        """What the job has read and made may move again."""
-        for entry in job.loans:
-            self._keeping.let_go(entry)
-        job.loans.clear()
-
-    def discard(self, job: Job) -> None:
-        """The job came to nothing: give back what it kept."""
-        self._keeping.drop([kept.id for kept in job.everything_kept])
-        for kept in job.everything_kept:
-            job.session.branches.pop(kept.id, None)
-        job.kept.clear()
-        job.logits_kept = None
-        self.settle(job)
+            job.kept.append(self.loans.keep(job, hidden, job.layer))
 
 
 def _stops_behind(job: Job) -> bool:

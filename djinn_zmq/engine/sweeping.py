@@ -63,10 +63,10 @@ class Sweeper(Batching):
             edits = tuple(edit for branch in asked.branches for edit in branch)
             sources = self._runner.sources(session, edits)
             rests = self._runner.rests(entry, session)
-            self._runner.hold(job, [entry, *sources.values(), *rests])
+            self._runner.loans.hold(job, [entry, *sources.values(), *rests])
             ready = self._ready(job, entry, asked.branches, buffers, sources)
             work = self._sweep(job, rests, entry, place, midway, ready, at_once)
-        return job, self._runner.settling(job, work)
+        return job, self._runner.loans.settling(job, work)
 
     def _ready(
         self,
@@ -77,9 +77,9 @@ class Sweeper(Batching):
         sources: dict[int, Entry],
     ) -> Generator[None, None, list[editing.Ready]]:
         """All edits of all branches, checked."""
-        value = yield from self._runner.lend(job, entry)
+        value = yield from self._runner.loans.lend(job, entry)
         for source in sources.values():
-            yield from self._runner.lend(job, source)
+            yield from self._runner.loans.lend(job, source)
         found = []
         with job.watch.span("edit"):
             for number, edits in enumerate(branches):
@@ -105,17 +105,17 @@ class Sweeper(Batching):
         goes on from, where there is one."""
         job.advance("start")
         ready = yield from checking
-        value = yield from self._runner.lend(job, entry)
+        value = yield from self._runner.loans.lend(job, entry)
         base, before = value, []
         for rest in rests:
-            base = yield from self._runner.lend(job, rest)
+            base = yield from self._runner.loans.lend(job, rest)
             if rest.place:
                 before.insert(0, Given(self._runner.named(rest.place, job.model), base))
         rows: Rows | PastRows
         if midway is None:
             rows = self.rows_of(job.model, job.ids, job)
         else:
-            yield from self._runner.pin(job, midway.branch.past, midway.below)
+            yield from self._runner.loans.pin(job, midway.branch.past, midway.below)
             rows = _rows_behind(job, midway)
         depth = job.model.stepper.num_layers
         for first in range(0, len(ready), at_once):
@@ -136,7 +136,7 @@ class Sweeper(Batching):
             )
             numbers = range(first, first + len(chunk))
             yield from self.parts(job, Swept, list(numbers), logits)
-        yield from self._runner.until_done(job)
+        yield from self._runner.loans.until_done(job)
         job.advance("finish")
 
     def _step(self, job: SweepJob, rows: Rows | PastRows, given: Sequence[Given]) -> Step:

@@ -19,9 +19,10 @@ from djinn_zmq.engine import inside, replies
 from djinn_zmq.engine.branches import NO_TENSOR, Branch, Midway, TalkJob, midway_of
 from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping, new_id
+from djinn_zmq.engine.loans import FRAME_LIMIT
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.plans import Start
-from djinn_zmq.engine.runs import FRAME_LIMIT, Opening, Runner, check_logits
+from djinn_zmq.engine.runs import Opening, Runner, check_logits
 from djinn_zmq.engine.sampling import Sampler
 from djinn_zmq.engine.spelling import Spelling
 from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestError, StopError
@@ -38,7 +39,7 @@ class Talker:
 
     def __init__(self, keeping: Keeping, runner: Runner) -> None:
         self._keeping = keeping
-        self._runner = runner
+        self._runner, self._loans = runner, runner.loans
 
     # ---- from a request to a job
 
@@ -61,7 +62,7 @@ class Talker:
             check_room(tokens.shape[1], start.static, model)
             self._check(asked.wanted, Start(0, fresh=True), model, tokens[:, start.past.length :])
         job = self._job(start, tokens, session, model, watch, asked.wanted, shared)
-        return job, self._runner.settling(job, self._run(job, None))
+        return job, self._loans.settling(job, self._run(job, None))
 
     def resume(
         self,
@@ -85,7 +86,7 @@ class Talker:
         job = self._job(midway.branch, None, session, model, watch, asked.wanted, shared, midway)
         job.layer, job.place = entry.layer, entry.place
         opening = self._runner.opening(job, entry, asked, buffers)
-        return job, self._runner.settling(job, self._run(job, opening))
+        return job, self._loans.settling(job, self._run(job, opening))
 
     def generate(
         self,
@@ -133,7 +134,7 @@ class Talker:
         opening = None
         if entry is not None:
             opening = self._runner.opening(job, entry, asked, buffers)
-        return job, self._runner.settling(job, self._generate(job, opening, tokens))
+        return job, self._loans.settling(job, self._generate(job, opening, tokens))
 
     def start(
         self,
@@ -249,9 +250,9 @@ class Talker:
             job.working.finish()
             if job.wanted.logits != "none":
                 job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
-                self._runner.keep_large_logits(job)
+                self._loans.keep_large_logits(job)
             self._end(job, logits[:, -1].clone())
-        yield from self._runner.until_done(job)
+        yield from self._loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
     def _generate(self, job: TalkJob, opening: Opening | None, tokens: np.ndarray) -> Turns:
@@ -274,10 +275,10 @@ class Talker:
             assert logits is not None and job.step is not None
             token = job.sampler.draw(logits)
             if job.kept:
-                yield from self._runner.until_done(job)
+                yield from self._loans.until_done(job)
             yield Part(*replies.of_token(job, token, logits))
             job.kept, job.begun = [], True  # what was kept is the client's from now on
-            self._runner.settle(job)
+            self._loans.settle(job)
             made += 1
             job.step += 1
             job.tokens = np.append(job.tokens, [[token]], axis=1)
@@ -289,14 +290,14 @@ class Talker:
                 logits = yield from self._step(job, None)
         if job.reason != "stop":
             self._end(job, None)
-        yield from self._runner.until_done(job)
+        yield from self._loans.until_done(job)
         job.advance("stop" if job.reason == "stop" else "finish")
 
     def begin(self, job: TalkJob) -> Iterator[None]:
         """Have the past where the layers read it, and a cache to go on from it with."""
         start = job.start
         job.ends.append(partial(self._track, job))
-        yield from self._runner.pin(job, start.past, job.below)
+        yield from self._loans.pin(job, start.past, job.below)
         with job.watch.span("restore"):
             caches = job.model.stepper.caches
             job.working = caches.open(start.past, start.static, job.session.account, job.below)
@@ -327,12 +328,12 @@ class Talker:
 
         opening: as in Runner._work, at `job.layer` and `job.place`.
         """
-        stepper, keep = job.model.stepper, self._runner.keep
+        stepper, keep = job.model.stepper, self._loans.keep
         if opening is None:
             job.layer, job.place, job.id = 0, "", new_id()
             if job.working.hollow:
                 past = job.working.past
-                yield from self._runner.pin(job, past, ())  # others may have branched off it, too
+                yield from self._loans.pin(job, past, ())  # others may have branched off it, too
                 job.working = stepper.caches.open(past, job.start.static, job.session.account)
         job.ids = np.ascontiguousarray(job.tokens[:, job.working.length :])
         self._plan(job, opening is None)

@@ -63,7 +63,7 @@ class Tracer(Batching):
             layers=layers,
             positions=positions,
         )
-        return job, self._runner.settling(job, self._trace(job, at_once))
+        return job, self._loans.settling(job, self._trace(job, at_once))
 
     def _ids(
         self,
@@ -108,7 +108,7 @@ class Tracer(Batching):
                 job, through(rows, joining, begin, depth, job.counted, rows.step)
             )
             yield from self.parts(job, Traced, chunk, logits)
-        yield from self._runner.until_done(job)
+        yield from self._loans.until_done(job)
         job.advance("finish")
 
     def _both(self, job: TraceJob) -> Generator[None, None, dict[int, torch.Tensor]]:

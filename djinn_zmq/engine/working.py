@@ -13,7 +13,7 @@ from djinn_zmq.engine.debugging import Debugging
 from djinn_zmq.engine.devices import Broken, Device
 from djinn_zmq.engine.jobs import Halt, Part
 from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.loans import Loans
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import DeadlineExceeded, DjinnError, RunError
@@ -26,7 +26,7 @@ class Work:
         self,
         turns: Turns,
         keeping: Keeping,
-        runner: Runner,
+        loans: Loans,
         answers: Answers,
         telling: Telling,
         debugging: Debugging,
@@ -35,7 +35,7 @@ class Work:
         self.chores: list[Iterator[None]] = []  # what nobody waits for
         self._turns = turns
         self._keeping = keeping
-        self._runner = runner
+        self._loans = loans
         self._answers = answers
         self._telling = telling
         self._debugging = debugging
@@ -110,7 +110,7 @@ class Work:
         except Exception as exc:  # noqa: BLE001  out of memory, mostly; this run's end, not ours
             self.end_if_broken(exc)
             _log.exception("the answer of a run of %s failed", job.model.info.name)
-            self._runner.discard(job)
+            self._loans.discard(job)
             self._answers.refuse(active.envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
             return
         self._telling.kept(job.ids, job.everything_kept, job.session)
@@ -136,11 +136,11 @@ class Work:
     def _over(self, active: Active) -> None:
         self._turns.remove(active)
         self._debugging.over(active)
-        self._runner.over(active.job)
+        self._loans.over(active.job)
         if self._keeping.vault.pressed:
             self.chores.append(self._keeping.vault.shrink())
 
     def _discard(self, active: Active) -> None:
-        self._runner.discard(active.job)
+        self._loans.discard(active.job)
         if isinstance(active.held, Part):  # what its client was never told of
             self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])

@@ -153,7 +153,7 @@ def test_at_every_place_a_zero_edit_changes_no_bit_and_an_edit_is_what_a_hook_do
         halved = resume(runner, model, point.id, HALF)
         by_hand = hooked(untouched, atlas, model.stepper, path, half)
         assert same_bits(halved.logits, by_hand), path
-        runner.discard(stopped)
+        runner.loans.discard(stopped)
     assert same_bits(run(runner, model).logits, plain)  # no hook stayed behind
 
 

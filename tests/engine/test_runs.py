@@ -175,7 +175,7 @@ def test_a_run_that_finds_no_room_gives_back_what_it_kept(
         for _ in range(20):
             next(turns)
     assert job.kept and keeping.pool.used
-    runner.discard(job)
+    runner.loans.discard(job)
     assert (job.kept, keeping.entries, keeping.pool.used) == ([], {}, 0)
 
 
@@ -235,7 +235,7 @@ def test_somebody_elses_checkpoint_is_neither_resumed_nor_patched_from(
 
 def test_kept_logits_are_no_checkpoint(runner: Runner, model: ServedModel) -> None:
     job = run(runner, model, prompts(1), wanted(stop_at=2))
-    logits = runner.keep(job, torch.zeros(1, 99), -1)
+    logits = runner.loans.keep(job, torch.zeros(1, 99), -1)
     with pytest.raises(RequestError):
         resume(runner, model, logits.id, wanted())
     patch = wire.Patch(logits.id, index_of(...), index_of(...))

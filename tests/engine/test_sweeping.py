@@ -165,7 +165,7 @@ def test_a_trace_equals_one_patched_resume_a_cell(
             at = (wire.Pick(0), wire.Take(tuple(position % 11 for position in group)))
             expected = resumed(runner, model, here, (wire.Patch(there, at, at),))
             close(found[layer * 4 + place], expected)
-        runner.discard(job)
+        runner.loans.discard(job)
     # Position 2 comes before the difference: nothing flows there that is not the same.
     assert job.unchanged >= depth
     assert job.cost.layers < job.cost.layers_full
