@@ -14,7 +14,7 @@ from djinn_zmq.engine.keeping import NAMES, Entry, Keeping, new_id
 from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.slabs import DeviceSlot
-from djinn_zmq.errors import BadFile, RequestError
+from djinn_zmq.errors import BadFile, RequestError, UnknownCheckpoint
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.messages import Wanted
@@ -98,6 +98,8 @@ class Mover:
         tier = asked.tier or ("device" if tiers.slabs.limit else "host")
         for entry in job.entries:
             begin_ns = time.perf_counter_ns()
+            if entry.id not in self._keeping.entries:  # released since it was asked for
+                raise UnknownCheckpoint.numbered(entry.id)
             if asked.down:
                 yield from tiers.evict(entry.body, tier)
             else:
@@ -137,13 +139,12 @@ class Mover:
             )
         job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
         job.pid = session.asker
+        self._loans.hold(job, [entry])  # now: it may be released before its turn comes
         return job, self._loans.settling(job, self._hold(job, entry, asked))
 
     def _hold(self, job: HoldJob, entry: Entry, asked: Hold) -> Iterator[None]:
         job.advance("start")
         body: Body = entry.body
-        self._keeping.hold(entry)
-        job.loans.append(entry)
         yield from self._keeping.tiers.bring(body, asked.tier)
         while not body.settled:
             yield

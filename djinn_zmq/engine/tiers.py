@@ -279,20 +279,25 @@ class Tiers:
         The caller counts as a user. Raises ArenaFull where *tier* has no room, BadFile where the
         file is gone or damaged.
         """
-        while body.moving and body.host is None:  # somebody else is bringing it
-            self.settle()
-            yield
         if body.device is None or tier == "host":
-            yield from self.stored(body)
-        if body.host is None and (body.device is None or tier == "host"):
             yield from self._to_host(body, must=bool(tier))
         while tier == "device" and body.device is None:
             yield from self._to_device(body)
 
     def _to_host(self, body: Body, *, must: bool) -> Iterator[None]:
         """must: else it may also come to a scratch place, to be read by those who use it now."""
+        while body.host is None and (must or body.scratch is None):
+            if body.moving:  # somebody else is bringing it
+                self.settle()
+                yield
+                continue
+            yield from self.room(body.nbytes, body.zone)
+            if body.host is None and not body.moving:  # nobody else came first meanwhile
+                yield from self._copy_to_host(body, must=must)
+        yield from self.stored(body)
+
+    def _copy_to_host(self, body: Body, *, must: bool) -> Iterator[None]:
         begin_ns = time.perf_counter_ns()
-        yield from self.room(body.nbytes, body.zone)
         lease, full = self._host_slot(body)
         if body.device is not None:
             if lease is None:
@@ -314,14 +319,16 @@ class Tiers:
     def _read(self, body: Body, target: memoryview, lease: Lease | None) -> Iterator[None]:
         """Its file into *target*, which is *lease*'s where there is one."""
         body.moving = True
-        future = self.disk.load(body.disk, target)
         whole = False
         try:
-            while not future.done():
-                yield
-            if (error := future.exception()) is not None:
-                raise error
-            whole = True
+            while not whole:
+                number = body.disk
+                future = self.disk.load(number, target)
+                while not future.done():
+                    yield
+                if (error := future.exception()) is not None and body.disk == number:
+                    raise error  # else that number was released meanwhile: the file has another
+                whole = error is None
         finally:
             body.moving = False
             if lease is not None and not whole:  # free when the thread is through
@@ -362,6 +369,8 @@ class Tiers:
                 raise RequestError("a view of the checkpoint is in use: it stays where it is")
             self.settle()
             yield
+        if body not in self._bodies:
+            return  # released meanwhile
         body.users += 1  # nobody else moves it meanwhile
         try:
             if body.host is None and (tier == "host" or not body.disk):
@@ -445,7 +454,8 @@ class Tiers:
     def back(self, session: int) -> Iterator[None]:
         """*session* is about to come back: bring up what it has, the most recently used first."""
         self._away.pop(session, None)
-        for body in [one for one in reversed(self._bodies) if one.session == session]:
+        mine = [one for one in self._bodies if one.session == session and not one.fixed]
+        for body in reversed(mine):
             if body not in self._bodies:
                 continue
             body.users += 1
@@ -480,9 +490,9 @@ class Tiers:
     def release(self, body: Body, number: int) -> None:
         """Checkpoint *number* is no more."""
         body.checkpoints.discard(number)
-        if body.disk:
+        if body.disk and body.checkpoints:  # the last one's file goes with the body
             self.disk.remove(number)
-            body.disk = min(body.checkpoints, default=body.disk)
+            body.disk = min(body.checkpoints)
         self._free_unless_needed(body)
 
     def _free_unless_needed(self, body: Body) -> None:
@@ -490,6 +500,7 @@ class Tiers:
             return
         del self._bodies[body]
         if body.disk:
+            self.disk.remove(body.disk)
             self.disk.used -= body.nbytes
         if body.host is not None:
             self._when_settled(body, partial(self.pool.give_back, body.host.slot))

@@ -37,12 +37,16 @@ class ServerSide:
         self._thread = threading.Thread(target=self._answer)
         self._thread.start()
 
-    def engine(self, device: Cpu | None = None, device_memory: int | None = None) -> Keeping:
-        """A fresh engine's Keeping, with a lease socket of its own."""
+    def engine(
+        self, device: Cpu | None = None, device_memory: int | None = None, state: Path | None = None
+    ) -> Keeping:
+        """A fresh engine's Keeping, with a lease socket of its own. state: its disk tier's directory."""
         ours, theirs = lease_bus.pair()
         self._ends[ours.socket.fileno()] = ours
         self._stop.send(b"w")  # look at the new one too
         limits = replace(LIMITS, device_memory=device_memory)
+        if state is not None:
+            limits = replace(limits, state=str(state), disk=4096 * KIB)
         return Keeping(limits, LeaseSocket(theirs), ENGINE, device)
 
     def foreign(self, data: bytes) -> Slot:
@@ -115,9 +119,12 @@ def end(keeping: Keeping) -> None:
 
 @contextmanager
 def running(
-    server: ServerSide, device: Cpu | None = None, device_memory: int | None = None
+    server: ServerSide,
+    device: Cpu | None = None,
+    device_memory: int | None = None,
+    state: Path | None = None,
 ) -> Iterator[Keeping]:
-    keeping = server.engine(device, device_memory)
+    keeping = server.engine(device, device_memory, state)
     try:
         yield keeping
     finally:

@@ -1,0 +1,190 @@
+"""Checkpoints on their way between tiers, several at once, beside a disk that takes its time."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from djinn_zmq.engine.jobs import EngineSession
+from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.moving import Mover
+from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.errors import UnknownCheckpoint
+from djinn_zmq.settings import KIB, MIB
+from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.tiers import Hold, Move
+from tests.engine.keepers import IDS, OWNER, ServerSide, running
+from tests.engine.test_disk import disk_held
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerSide]:
+    with closing(ServerSide(tmp_path)) as answering:
+        yield answering
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    folder = tmp_path / "state"
+    folder.mkdir(0o700)
+    return folder
+
+
+@pytest.fixture
+def keeping(server: ServerSide, state: Path) -> Iterator[Keeping]:
+    with running(server, device_memory=4 * MIB, state=state) as kept:
+        yield kept
+
+
+def kept_in(keeping: Keeping, value: int = 1, layer: int = 2) -> Entry:
+    kept = keeping.keep(bits(value), session=1, owner=OWNER, run=7, layer=layer, ids=IDS)
+    return keeping.entries[kept.id]
+
+
+def evicted(keeping: Keeping, entry: Entry, tier: str = "disk") -> Entry:
+    for _ in keeping.tiers.evict(entry.body, tier):
+        pass
+    assert entry.body.tiers == (tier,)
+    return entry
+
+
+def in_turns(*works: Iterator[None]) -> None:
+    """A step of each, until all have ended."""
+    left = list(works)
+    while left:
+        left = [one for one in left if next(one, works) is not works]
+
+
+def brought(keeping: Keeping, entry: Entry, tier: str) -> Iterator[None]:
+    """As a job does that uses *entry*."""
+    keeping.hold(entry)
+    try:
+        yield from keeping.tiers.bring(entry.body, tier)
+    finally:
+        keeping.let_go(entry)
+
+
+def used(keeping: Keeping) -> tuple[int, int, int]:
+    keeping.settle()
+    return keeping.tiers.slabs.used, keeping.pool.used, keeping.disk.used
+
+
+def bits(value: int = 1) -> torch.Tensor:
+    return torch.full((2, 5, 512), float(value))
+
+
+# ---- several at once
+
+
+@pytest.mark.parametrize("begun", ["disk", "device"])
+def test_what_two_bring_to_host_memory_at_once_takes_one_slot(keeping: Keeping, begun: str) -> None:
+    entry = evicted(keeping, kept_in(keeping))
+    if begun == "device":
+        in_turns(brought(keeping, entry, "device"))
+        keeping.tiers._drop_host(entry.body)
+    while keeping.pool.ready(KIB):
+        keeping.pool.lease(KIB, 9)  # both wait until one more arena is made
+    before = keeping.pool.used
+    in_turns(brought(keeping, entry, "host"), brought(keeping, entry, "host"))
+    assert keeping.pool.used == before + entry.body.nbytes
+    assert same_bits(keeping.load(entry.kept.tensor), bits())
+    keeping.drop([entry.id])
+    assert used(keeping) == (0, before, 0)
+
+
+def test_a_file_whose_number_is_released_while_it_is_read_is_read_under_another(
+    keeping: Keeping,
+) -> None:
+    entry = evicted(keeping, kept_in(keeping))
+    shared = keeping.entries[keeping.share(entry, 8).id]
+    bringing = brought(keeping, shared, "host")
+    reads = threading.Event()
+    keeping.disk._reader.submit(reads.wait, 10)
+    next(bringing)
+    keeping.drop([entry.id])
+    keeping.disk._writer.submit(int).result()  # and its name is gone
+    reads.set()
+    in_turns(bringing)
+    assert same_bits(keeping.load(shared.kept.tensor), bits())
+
+
+def test_what_a_run_uses_is_read_from_its_file_though_it_is_released_meanwhile(
+    keeping: Keeping, state: Path
+) -> None:
+    entry = evicted(keeping, kept_in(keeping))
+    keeping.hold(entry)
+    keeping.drop([entry.id])
+    in_turns(keeping.tiers.bring(entry.body))
+    assert same_bits(keeping.hidden(entry), bits())
+    keeping.let_go(entry)
+    assert used(keeping) == (0, 0, 0)
+    keeping.disk.close()
+    assert not list(state.iterdir())
+
+
+# ---- what is released meanwhile
+
+
+def mover(keeping: Keeping) -> Mover:
+    return Mover(keeping, Runner(keeping))
+
+
+@pytest.mark.parametrize(("tier", "down"), [("device", False), ("host", False), ("disk", True)])
+def test_what_is_released_before_its_turn_to_be_moved_comes_takes_no_room(
+    keeping: Keeping, tier: str, down: bool
+) -> None:
+    entries = [kept_in(keeping) for _ in range(2)]
+    if not down:
+        for entry in entries:
+            evicted(keeping, entry)
+    asked = Move(tuple(entry.id for entry in entries), tier, down)
+    session, model = EngineSession(1, OWNER, "tiny"), object()
+    _, turns = mover(keeping).move(asked, (), session, model, Stopwatch(), shared=True)
+    with disk_held(keeping.disk):
+        next(turns)
+        keeping.drop([entries[1].id])
+    with pytest.raises(UnknownCheckpoint):
+        in_turns(turns)
+    keeping.drop([entries[0].id])
+    assert used(keeping) == (0, 0, 0)
+    assert not keeping.disk.trouble
+
+
+def test_what_is_released_while_it_waits_to_be_moved_takes_no_room(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    keeping.hold(entry)  # a run uses it
+    moving = keeping.tiers.evict(entry.body, "disk")
+    next(moving)
+    keeping.drop([entry.id])
+    keeping.let_go(entry)
+    in_turns(moving)
+    assert used(keeping) == (0, 0, 0) and not keeping.disk.trouble
+
+
+def test_what_is_released_before_it_is_lent_stays_for_whom_it_is_lent_to(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    session, model = EngineSession(1, OWNER, "tiny"), object()
+    job, turns = mover(keeping).hold(
+        Hold(entry.id, "host", False), (), session, model, Stopwatch(), shared=True
+    )
+    keeping.drop([entry.id])
+    kept_in(keeping, 2)
+    in_turns(turns)
+    assert same_bits(keeping.load(job.reply().tensor), bits())
+    keeping.drop([job.hold])
+    assert keeping.pool.used == entry.body.nbytes  # the other's
+
+
+# ---- hints
+
+
+def test_logits_that_wait_for_their_client_stay_where_they_are(keeping: Keeping) -> None:
+    logits = kept_in(keeping, layer=-1)
+    in_turns(keeping.tiers.back(1))
+    assert logits.body.tiers == ("host",)
