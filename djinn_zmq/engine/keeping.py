@@ -395,6 +395,8 @@ class Keeping:
             entry.past, entry.place, entry.base = kept.past, kept.place, kept.base
             self.entries[kept.id] = entry
             body.checkpoints.add(kept.id)
+            if isinstance(kept.tensor.where, Slot) and body.host is None:
+                self.moves.append((entry, "evict", 0))
         return lost
 
     def _adopted(self, kept: Kept, ids: np.ndarray, owner: str, facts: Mapping[str, str]) -> Body:
@@ -404,9 +406,13 @@ class Keeping:
         args = (tensor.dtype, tensor.shape, tensor.nbytes, kept.session, owner, kept.layer)
         body = self._body(*args, ids, facts)
         if isinstance(where, Slot):
-            arena = self.arenas.own(where.arena)
-            body.host = arena.adopt(where, tensor.nbytes, kept.session)
-            arena.zone = body.zone
+            try:
+                arena = self.arenas.own(where.arena)
+                body.host = arena.adopt(where, tensor.nbytes, kept.session)
+                arena.zone = body.zone
+            except (Lost, OnDevice, ProtocolError):  # not filled yet, or gone before that was told
+                if "disk" not in kept.tiers:
+                    raise
         if "disk" in kept.tiers and self.disk.folder is not None:
             self._adopt_file(body, kept.id)
         if body.host is None and not body.disk:

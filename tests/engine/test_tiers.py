@@ -19,7 +19,7 @@ from djinn_zmq.errors import UnknownCheckpoint
 from djinn_zmq.settings import KIB, MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.tiers import Hold, Move
-from tests.engine.keepers import IDS, OWNER, ServerSide, running
+from tests.engine.keepers import IDS, OWNER, ServerSide, end, running
 from tests.engine.test_disk import disk_held
 
 
@@ -188,3 +188,24 @@ def test_logits_that_wait_for_their_client_stay_where_they_are(keeping: Keeping)
     logits = kept_in(keeping, layer=-1)
     in_turns(keeping.tiers.back(1))
     assert logits.body.tiers == ("host",)
+
+
+# ---- a successor
+
+
+def test_what_has_a_file_is_adopted_from_it_where_its_copy_in_host_memory_is_gone(
+    server: ServerSide, state: Path
+) -> None:
+    dead = server.engine(device_memory=4 * MIB, state=state)
+    entry = kept_in(dead)
+    in_turns(dead.tiers.file(entry.body))
+    told = entry.kept
+    assert told.tiers == ("device", "host", "disk")
+    dead.tiers._drop_host(entry.body)  # and it ends before that is told
+    end(dead)
+    with running(server, device_memory=4 * MIB, state=state) as keeping:
+        assert keeping.adopt([told], IDS, OWNER) == []
+        adopted = keeping.entries[told.id]
+        assert adopted.body.tiers == ("disk",) and keeping.moves == [(adopted, "evict", 0)]
+        in_turns(brought(keeping, adopted, "host"))
+        assert same_bits(keeping.load(adopted.kept.tensor), bits())
