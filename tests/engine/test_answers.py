@@ -8,9 +8,13 @@ import pytest
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import Poll
-from djinn_zmq.engine.answers import Answers
+from djinn_zmq.engine.answers import STORED_LIMIT, STORED_NBYTES, Answers
 from djinn_zmq.engine.lanes import Lanes
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec
+from djinn_zmq.wire.codec import Header
+from djinn_zmq.wire.messages import Done
+from djinn_zmq.wire.ops import Op
 
 SETTINGS = Settings()
 ROUTE = b"t a client's route"
@@ -59,3 +63,35 @@ def test_a_rehearsal_says_nothing_to_anybody(links) -> None:
     answers_on(engine, rings_server=True).rehearse()
     assert not rings_of(server)
     assert server.receive() is None
+
+
+def asked(request: int, session: int = 1) -> Header:
+    return codec.peek(codec.encode(Op.RELEASE, Done(), request=request, session=session))
+
+
+def test_the_last_answers_of_each_session_are_sent_again_to_who_asks_again_unless_they_are_large(
+    links,
+) -> None:
+    server, engine = links
+    answers = answers_on(engine, rings_server=False)
+    for request in range(STORED_LIMIT + 1):
+        answers.answer(ROUTE, asked(request), Done(), store=True)
+    answers.answer(ROUTE, asked(0, session=2), Done(), store=True)
+    answers.answer(ROUTE, asked(1, session=2), Done())
+    answers.answer(ROUTE, asked(2, session=2), Done(), [bytes(STORED_NBYTES)], store=True)
+    while server.receive():
+        pass
+    kept = [
+        number for number in range(STORED_LIMIT + 1) if answers.again(b"t again", asked(number))
+    ]
+    assert kept == list(range(1, STORED_LIMIT + 1))  # the first has made room for the last
+    for number in kept:
+        route, frame, _ = server.receive()
+        assert (route, codec.peek(frame).request) == (b"t again", number)
+    assert [answers.again(ROUTE, asked(number, session=2)) for number in range(3)] == [
+        True,
+        False,
+        False,
+    ]
+    answers.forget(1)
+    assert not answers.again(ROUTE, asked(1)) and answers.again(ROUTE, asked(0, session=2))

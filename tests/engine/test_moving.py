@@ -16,6 +16,9 @@ from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.slabs import COPIES
+from djinn_zmq.errors import ArenaFull, RequestError
+from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.tensors import Tensor
@@ -138,3 +141,45 @@ def test_who_wants_room_does_not_wait_for_a_client_to_end(keeping: Keeping) -> N
     turns = keeping.room(LIMITS.host_memory * 2, OWNER)
     assert sum(1 for _ in zip(turns, range(100), strict=False)) < 100
     client.communicate()
+
+
+def test_what_a_client_gives_back_or_its_engine_ends_with_leaves_no_descriptor_and_may_move(
+    keeping: Keeping,
+) -> None:
+    entry = kept_in(keeping)
+    before = len(os.listdir("/proc/self/fd"))
+    keeping.holds.view(101, 1, entry.body, os.getpid())
+    keeping.holds.lend_copy(102, 1, entry.body, os.getpid())
+    keeping.drop([101, 102])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not entry.body.views and entry.body.idle
+    while keeping.tiers.slabs.lease(64, COPIES):
+        pass
+    entry.body.users += 1  # its own slot gives no way
+    with pytest.raises(ArenaFull):
+        keeping.holds.lend_copy(103, 1, entry.body, os.getpid())
+    assert len(os.listdir("/proc/self/fd")) == before and not keeping.holds.of(1)
+    keeping.holds.view(104, 1, entry.body, os.getpid())
+    keeping.holds.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_slot_is_named_with_the_bytes_that_it_was_lent_for(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    hold = keeping.holds.lend_copy(101, 1, entry.body, os.getpid())
+    assert hold.writable is not None
+    for shape in ((2, 5, 9), (2, 5, 7)):
+        with pytest.raises(RequestError, match="bytes in a device slot that was lent for 320"):
+            keeping.holds.find(Tensor("float32", shape, hold.writable.where), OWNER)
+
+
+def test_a_spare_that_gives_way_gives_its_room_in_host_memory_as_well(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    used = keeping.pool.used
+    hold = keeping.holds.lend_copy(101, 1, entry.body, os.getpid())
+    assert len(hold.spares) == 2
+    entry.body.users += 1
+    while keeping.tiers.slabs.lease(64, COPIES):
+        pass
+    keeping.holds.lend_copy(102, 1, entry.body, os.getpid())
+    assert len(hold.spares) == 1 and keeping.pool.used == used + GRANULE

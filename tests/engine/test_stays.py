@@ -62,7 +62,7 @@ class Engine:
             raw = hidden.numpy().tobytes()
             placed = Tensor("float32", tuple(hidden.shape), Inline(raw))
         meta = Resume(self.point, placed, more.get("edits", ()), wanted)
-        header = Header(b"DJ", 1, Op.RESUME, 0, 0, 5, 1, 0, 0)
+        header = Header(b"DJ", 1, Op.RESUME, 0, 0, 5, self.session.id, 0, 0)
         return self.stays.begin(meta, (), self.session, envelope, header, 0)
 
 
@@ -352,3 +352,54 @@ def test_what_is_kept_ready_for_spares_gives_way_to_what_is_wanted_now(
     data = torch.ones(2, 5, 8)
     kept = engine.keeping.keep(data, session=1, owner=OWNER, run=8, layer=2, ids=IDS)
     assert "host" in kept.tiers and hold.spares[0].lease is None
+
+
+def test_what_stands_in_a_spare_that_is_dropped_before_its_copy_is_begun_is_kept_until_that_is_done(
+    engine: Engine, hold: Hold
+) -> None:
+    slabs, pool = engine.keeping.tiers.slabs, engine.keeping.pool
+    assert engine.ask(hidden=hold.spare)
+    before = slabs.used, pool.used
+    engine.keeping.drop([engine.said[-1][1].checkpoints[0].id])
+    engine.keeping.tiers.settle()
+    assert (slabs.used, pool.used) == before
+    engine.keeping.tiers.fill()
+    engine.device.finish()
+    engine.keeping.tiers.fill()
+    assert slabs.used < before[0] and pool.used < before[1]
+
+
+def test_a_spare_without_room_in_host_memory_is_copied_there_where_there_is_some_by_then(
+    engine: Engine, hold: Hold
+) -> None:
+    while engine.keeping.holds.give_room():
+        pass
+    assert engine.ask(hidden=hold.spare)
+    assert engine.said[-1][1].checkpoints[0].tiers == ("device", "host")
+
+
+def test_what_is_another_sessions_or_needs_more_than_its_bytes_is_a_job(engine: Engine) -> None:
+    entry = engine.keeping.entries[engine.point]
+    entry.session = 2
+    assert not engine.ask()
+    entry.session, entry.place = 1, "layers.1.mlp"
+    assert not engine.ask()
+    entry.place, entry.past = "", 3
+    assert not engine.ask()
+    entry.past, entry.midway = 0, object()
+    assert not engine.ask()
+    entry.midway = None
+    assert engine.ask()
+
+
+def test_sessions_that_ask_under_the_same_number_wait_and_end_by_themselves(engine: Engine) -> None:
+    engine.device.busy = True
+    assert engine.ask(hidden=engine.data)
+    engine.session = EngineSession(2, OWNER, "tiny")
+    engine.keeping.entries[engine.point].session = 2
+    assert engine.ask(hidden=engine.data, envelope=b"b")
+    engine.stays.end(1, Cancelled("its session was closed"))
+    engine.device.busy = False
+    engine.stays.answer()
+    assert [one[0] for one in engine.said] == ["kept", "kept", b"a", b"b"]
+    assert engine.said[-1][1].state == "stopped"
