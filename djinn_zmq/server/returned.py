@@ -55,11 +55,14 @@ class Returned:
             self._lock = -1
 
     def _look_at(self, path: Path) -> None:
-        if path.name.endswith(files.SCRATCH):  # half-made by one that was killed
+        scratch = path.name.startswith(".") and path.name.endswith(files.SCRATCH)
+        if scratch and path.is_file():  # half-made by one that was killed
             path.unlink(missing_ok=True)
             return
         try:
             number = int(path.name.removesuffix(files.SUFFIX), 16)
+            if path != files.path_of(path.parent, number):  # nobody would find it under that number
+                raise ValueError("its name is none that a server gives")
             saved = files.read(path)
             owner = saved.metadata["owner"]
         except (ValueError, KeyError, BadFile) as exc:
