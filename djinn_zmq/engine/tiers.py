@@ -394,6 +394,8 @@ class Tiers:
         while body.moving:
             self.settle()
             yield
+        if body not in self._bodies:
+            return  # released meanwhile
         body.users += 1
         try:
             if body.host is None and not body.disk:

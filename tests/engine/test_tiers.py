@@ -167,6 +167,13 @@ def test_what_is_released_while_it_waits_to_be_moved_takes_no_room(keeping: Keep
     assert used(keeping) == (0, 0, 0) and not keeping.disk.trouble
 
 
+def test_what_is_released_before_it_gets_its_file_gets_none(keeping: Keeping, state: Path) -> None:
+    entry = kept_in(keeping)
+    keeping.drop([entry.id])
+    in_turns(keeping.tiers.file(entry.body))
+    assert used(keeping) == (0, 0, 0) and not keeping.disk.trouble and not list(state.iterdir())
+
+
 def test_what_is_released_before_it_is_lent_stays_for_whom_it_is_lent_to(keeping: Keeping) -> None:
     entry = kept_in(keeping)
     session, model = EngineSession(1, OWNER, "tiny"), object()
@@ -259,6 +266,7 @@ def test_a_full_disk_refuses_with_sizes(keeping: Keeping) -> None:
     keeping.disk.unclaimed = keeping.disk.limit - entry.body.nbytes + 1
     with pytest.raises(ArenaFull, match="of disk asked"):
         in_turns(keeping.tiers.evict(entry.body, "disk"))
+    assert not keeping.tiers._write_one()
     keeping.disk.unclaimed -= 1
     evicted(keeping, entry)
 
