@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -22,9 +23,22 @@ from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import Lost
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec
+from djinn_zmq.wire.messages import (
+    Adopt,
+    Drop,
+    Enter,
+    Granted,
+    Kept,
+    Listen,
+    Ping,
+    Pong,
+    Share,
+    Want,
+)
 from djinn_zmq.wire.messages import Broken as LaneBroken
-from djinn_zmq.wire.messages import Enter, Granted, Listen, Ping, Pong, Share, Want
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import Device, Tensor, inline
+from djinn_zmq.wire.tiers import Shelve, Shelved
 
 SETTINGS = Settings()
 WAIT_S = 10.0
@@ -145,3 +159,61 @@ def test_a_no_op_says_how_long_the_engine_had_it() -> None:
         begin_ns = time.perf_counter_ns()
         pong = answer_to_a_ping(link.lane, b"i")
         assert 0 < pong.inside_ns < time.perf_counter_ns() - begin_ns
+
+
+def answer_of(link: Link, op: Op) -> codec.Message:
+    """The first message of *op* that the engine sends its server."""
+    read, write = os.pipe()
+    limit = time.monotonic() + WAIT_S
+    found = None
+    while found is None and time.monotonic() < limit:
+        wait(link.lane, read, WAIT_S)
+        while found is None and (message := link.receive()) is not None:
+            if codec.peek(message[1]).op == op:
+                found = codec.decode(*message[1:])
+    os.close(read)
+    os.close(write)
+    assert found is not None
+    return found
+
+
+def test_an_engine_that_is_told_that_the_server_stops_takes_requests_no_more() -> None:
+    """Not those either that come over a lane, of which the server knows nothing."""
+
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        yield from ()
+
+    with engine_that(asks) as (link, _):
+        link.send(b"", codec.encode(Op.SHELVE, Shelve((), 1.0)))
+        assert answer_of(link, Op.SHELVE).meta == Shelved(())
+        link.send(b"i", codec.encode(Op.PING, Ping(), request=9, session=5))
+        assert "the server stops" in str(codec.error_of(answer_of(link, Op.PING)))
+
+
+def test_what_cannot_be_adopted_is_told_to_the_server_as_gone() -> None:
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        yield from ()
+
+    ids = inline(np.ones((1, 2), np.int64))
+    kept = Kept(77, 5, 7, 2, Tensor("float32", (1, 2, 4), Device(0, 0, 1)))
+    with engine_that(asks) as (link, _):
+        link.send(b"", codec.encode(Op.ADOPT, Adopt(ids, (kept,)), session=5))
+        said = answer_of(link, Op.DROP)
+        assert (said.meta.ids, said.header.session) == ((77,), 5)
+
+
+def test_what_is_dropped_of_a_conversation_is_its_sessions_no_more() -> None:
+    left: dict[int, object] = {7: object(), 8: object()}
+    there = threading.Event()
+
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        while 5 not in loop._sessions:
+            yield
+        loop._sessions[5].branches = left
+        there.set()
+
+    with engine_that(asks) as (link, _):
+        assert there.wait(WAIT_S)
+        link.send(b"", codec.encode(Op.DROP, Drop((7,)), session=5))
+        assert answer_to_a_ping(link.lane, b"i")
+        assert list(left) == [8]

@@ -183,3 +183,17 @@ def test_a_spare_that_gives_way_gives_its_room_in_host_memory_as_well(keeping: K
         pass
     keeping.holds.lend_copy(102, 1, entry.body, os.getpid())
     assert len(hold.spares) == 1 and keeping.pool.used == used + GRANULE
+
+
+def test_a_slot_that_a_client_had_mapped_waits_for_the_copy_that_is_made_of_it(
+    keeping: Keeping,
+) -> None:
+    device: Any = keeping.device
+    kept = keeping.keep(torch.randn(2, 5, 8), session=1, owner=OWNER, run=7, layer=2, ids=IDS)
+    client = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    keeping.holds.view(101, 1, keeping.entries[kept.id].body, client.pid)
+    keeping.drop_session(1)
+    client.communicate()
+    assert leased(keeping) == 1
+    device.finish()
+    assert leased(keeping) == 0

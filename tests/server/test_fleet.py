@@ -1,6 +1,7 @@
 """The engines together, with no process behind them: what is left when one cannot be started."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import ArenaFull, Busy, Lost
-from djinn_zmq.server.engines import HELD_LIMIT, Engine
+from djinn_zmq.server.engines import CRASH_WINDOW_S, HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import Peer, Registry
@@ -182,3 +183,29 @@ def test_an_engine_that_comes_up_is_told_of_more_checkpoints_than_a_queue_holds_
     assert taken == [(b"", number) for number in range(count)] + [(b"i1", 7)]
     theirs.close()
     engine.stop(0)
+
+
+def test_what_one_process_said_of_its_end_is_not_said_of_the_next_ones() -> None:
+    engine = Engine(0, "cpu", "auto", Settings())
+    engine.state = states.Engine.READY
+    engine.models["tiny"], engine.loading = TINY, "small"
+    engine.farewell = "ended itself: its device is broken"
+    assert engine.bury()[1].endswith("its device is broken")
+    assert not engine.models and engine.loading is None  # they are asked for anew
+    engine.advance("start")
+    assert engine.bury()[1].endswith("ended with status 0")
+
+
+def test_an_engine_that_dies_as_often_as_it_may_within_a_minute_is_started_again_and_then_no_more() -> (
+    None
+):
+    engine = Engine(0, "cpu", "auto", Settings(engine_restarts=2))
+    engine.state = states.Engine.STARTING
+    long_ago = time.monotonic() - CRASH_WINDOW_S - 1.0
+    engine._deaths.extend([long_ago, long_ago])
+    for _ in range(2):
+        engine.bury()
+        assert engine.state is states.Engine.DOWN
+        engine.advance("start")
+    engine.bury()
+    assert engine.state is states.Engine.FAILED
