@@ -229,7 +229,10 @@ def test_a_file_that_is_there_has_the_numbers_of_those_that_are_left_by_then(
         keeping.tiers._write_one()
         shared = keeping.entries[keeping.share(entry, 8).id]
         keeping.drop([entry.id])
-    in_turns(keeping.tiers.file(shared.body))
+        filing = keeping.tiers.file(shared.body)  # another wants it to have one
+        next(filing)
+    in_turns(filing)
+    assert keeping.disk.used == shared.body.nbytes
     keeping.disk._writer.submit(int).result()
     assert [path.name for path in state.iterdir()] == [f"{shared.id:016x}.safetensors"]
     assert shared.body.disk == shared.id
@@ -369,3 +372,68 @@ def test_who_wants_room_waits_for_slots_that_the_device_is_done_with_soon(
         device.finish()
         in_turns(waiting)
         assert keeping.fits(kepts[0].body.nbytes, OWNER)
+
+
+def test_a_file_is_begun_when_the_copy_is_there_that_it_is_made_of(
+    server: ServerSide, state: Path
+) -> None:
+    device = Late()
+    with running(server, device, device_memory=4 * MIB, state=state) as keeping:
+        entry = kept_in(keeping)
+        filing = keeping.tiers.file(entry.body)
+        next(filing)
+        next(filing)
+        assert not keeping.disk.used
+        device.finish()
+        in_turns(filing)
+        evicted(keeping, entry)
+        in_turns(brought(keeping, entry, "host"))
+        assert same_bits(keeping.load(entry.kept.tensor), bits())
+
+
+def test_where_no_tier_has_room_a_file_is_read_to_be_used_and_no_longer(
+    server: ServerSide, state: Path
+) -> None:
+    with running(server, device_memory=0, state=state) as keeping:
+        entry = evicted(keeping, kept_in(keeping))
+        while keeping.pool.ready(KIB):
+            keeping.pool.lease(KIB, 9)
+        keeping.pool.limit = keeping.pool.mapped
+        for _ in range(2):  # two runs
+            keeping.hold(entry)
+        in_turns(keeping.tiers.bring(entry.body), keeping.tiers.bring(entry.body))
+        assert same_bits(keeping.hidden(entry), bits())
+        keeping.let_go(entry)
+        assert same_bits(keeping.hidden(entry), bits())
+        keeping.let_go(entry)
+        assert entry.body.scratch is None and not entry.body.resident
+
+
+def test_what_is_released_while_a_session_comes_back_is_not_brought(keeping: Keeping) -> None:
+    first, last = (evicted(keeping, kept_in(keeping), tier) for tier in ("host", "disk"))
+    coming = keeping.tiers.back(1)
+    with disk_held(keeping.disk):
+        next(coming)
+        keeping.drop([first.id])
+    in_turns(coming)
+    assert last.body.tiers == ("device", "host", "disk")
+    keeping.drop([last.id])
+    assert used(keeping) == (0, 0, 0)
+
+
+def test_what_is_used_again_while_it_is_written_keeps_its_other_copies(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    moving = keeping.tiers.evict(entry.body, "disk")
+    with disk_held(keeping.disk):
+        next(moving)
+        keeping.hold(entry)
+    in_turns(moving)
+    assert entry.body.tiers == ("device", "host", "disk")
+    keeping.let_go(entry)
+
+
+def test_what_is_on_the_device_alone_gets_a_file_as_well(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    keeping.tiers._drop_host(entry.body)
+    in_turns(keeping.tiers.file(entry.body))
+    assert entry.body.tiers == ("device", "host", "disk")
