@@ -492,9 +492,10 @@ class Tiers:
     def release(self, body: Body, number: int) -> None:
         """Checkpoint *number* is no more."""
         body.checkpoints.discard(number)
-        if body.disk and body.checkpoints:  # the last one's file goes with the body
+        if body.disk and (body.checkpoints or len(body.tiers) > 1):
             self.disk.remove(number)
-            body.disk = min(body.checkpoints)
+            body.disk = min(body.checkpoints, default=body.disk)
+        # Else whoever uses it may still have to read it: the file goes with the body.
         self._free_unless_needed(body)
 
     def _free_unless_needed(self, body: Body) -> None:

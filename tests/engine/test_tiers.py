@@ -128,6 +128,18 @@ def test_what_a_run_uses_is_read_from_its_file_though_it_is_released_meanwhile(
     assert not list(state.iterdir())
 
 
+def test_a_view_of_what_is_released_keeps_no_file_of_it(keeping: Keeping, state: Path) -> None:
+    """It would come back with the next server."""
+    entry = kept_in(keeping)
+    in_turns(keeping.tiers.file(entry.body))
+    keeping.holds.view(101, 1, entry.body)
+    keeping.drop([entry.id])
+    keeping.disk._writer.submit(int).result()
+    assert not list(state.iterdir())
+    keeping.drop([101])
+    assert used(keeping) == (0, 0, 0)
+
+
 # ---- what is released meanwhile
 
 
@@ -437,3 +449,21 @@ def test_what_is_on_the_device_alone_gets_a_file_as_well(keeping: Keeping) -> No
     keeping.tiers._drop_host(entry.body)
     in_turns(keeping.tiers.file(entry.body))
     assert entry.body.tiers == ("device", "host", "disk")
+
+
+def test_what_is_released_while_it_is_evicted_leaves_nothing(keeping: Keeping) -> None:
+    entry = kept_in(keeping)
+    moving = keeping.tiers.evict(entry.body, "disk")
+    with disk_held(keeping.disk):
+        next(moving)
+        keeping.drop([entry.id])
+    in_turns(moving)
+    assert used(keeping) == (0, 0, 0)
+
+
+def test_what_is_evicted_to_host_memory_is_there_though_it_has_a_file(keeping: Keeping) -> None:
+    entry = evicted(keeping, kept_in(keeping))
+    in_turns(brought(keeping, entry, "device"))
+    keeping.tiers._drop_host(entry.body)
+    in_turns(keeping.tiers.evict(entry.body, "host"))
+    assert entry.body.tiers == ("host", "disk")
