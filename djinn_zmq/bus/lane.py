@@ -79,8 +79,16 @@ class Ends(NamedTuple):
 def create(capacity: int) -> Ends:
     """A new lane with two rings of *capacity* bytes (a multiple of 8). Raises ArenaFull."""
     memory = shared.create(2 * ring.size_of(capacity), "lane")
-    with select.epoll() as bell:
-        return Ends(memory, os.dup(bell.fileno()), os.eventfd(0, BELL))
+    made = [memory]
+    try:
+        with select.epoll() as bell:
+            made.append(os.dup(bell.fileno()))
+        made.append(os.eventfd(0, BELL))
+    except BaseException:  # of descriptors there may be none left
+        for fd in made:
+            os.close(fd)
+        raise
+    return Ends(*made)
 
 
 class Lane:
@@ -127,7 +135,11 @@ class Lane:
     def create(cls, capacity: int, settings: Settings) -> tuple[Self, Ends]:
         """The first end, and what the other process makes the second of; ours to close."""
         ends = create(capacity)
-        theirs = Ends(*(os.dup(fd) for fd in ends))
+        try:
+            theirs = Ends(*shared.duplicates(ends))
+        except BaseException:
+            ends.close()
+            raise
         try:
             return cls(ends, settings, first=True), theirs
         except BaseException:

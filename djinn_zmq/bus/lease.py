@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from djinn_zmq.errors import AccessDenied, Lost, ProtocolError, Unreachable, from_wire
+from djinn_zmq.memory import shared
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import decode_lease, encode_lease
 
@@ -85,7 +86,7 @@ class LeaseSocket:
             with contextlib.suppress(BlockingIOError):
                 self.send(packet, *fds)
                 return
-        self.unsent.append((packet, [os.dup(fd) for fd in fds]))
+        self.unsent.append((packet, shared.duplicates(fds)))
         self.on_full()
 
     def flush(self) -> bool:

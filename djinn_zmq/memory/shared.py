@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from djinn_zmq.errors import ArenaFull, ProtocolError
@@ -91,6 +92,19 @@ def sealed_size(fd: int) -> int:
 def read_only(fd: int) -> int:
     """A second descriptor of the same memory that cannot be mapped for writing."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def duplicates(fds: Sequence[int]) -> list[int]:
+    """Second descriptors of *fds*: of all, or, where there are too few left, of none. Raises OSError."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except BaseException:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
 
 
 def mapped(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:

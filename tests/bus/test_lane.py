@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import select
 import signal
 import struct
@@ -376,3 +377,22 @@ def test_who_stays_awake_for_a_message_gives_way_to_who_makes_it_every_so_many_l
     counted.clear()
     assert second.comes(60_000_000_000)
     assert counted == {"looks": 1}  # it is there: nobody has to make it
+
+
+@pytest.mark.parametrize("more", range(1, 7))
+def test_a_lane_that_too_few_descriptors_are_left_for_leaves_none_open(more: int) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    # All numbers below the limit but *more* are taken.
+    fillers = [os.dup(0) for _ in range(64)]
+    for fd in fillers[:more]:
+        os.close(fd)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            Lane.create(CAPACITY, Settings())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in fillers[more:]:
+            os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
