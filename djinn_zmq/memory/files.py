@@ -259,7 +259,11 @@ def read(path: Path) -> Saved:
         raise BadFile(f'{path} is of format "{metadata["format"]}": "{FORMAT}" is needed')
     if SUM not in metadata:
         raise BadFile(f"{path} has no checksums: it was not written by Djinn, or lost them since")
-    if metadata[SUM] != (found := _sum_of_header(metadata, header)):
+    try:
+        found = _sum_of_header(metadata, header)
+    except RecursionError as exc:  # to write takes more of the stack than to read
+        raise BadFile(f"{path} is damaged: its header is nested too deep") from exc
+    if metadata[SUM] != found:
         raise BadFile(
             f"{path} is damaged: its header has the checksum {found}, not {metadata[SUM]}"
         )

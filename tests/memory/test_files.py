@@ -1,7 +1,9 @@
 """Checkpoints' files: what safetensors itself reads and writes, and nothing that lies."""
 
+import bisect
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -164,3 +166,26 @@ def test_a_file_that_changes_after_it_was_looked_at_is_refused(path: Path) -> No
         files.mapped(saved, saved.hidden)
     with pytest.raises(BadFile, match="is cut short: it ends at byte"):
         files.load(saved, saved.ids)
+
+
+def unreadable(depth: int) -> bool:
+    try:
+        json.loads("[" * depth + "]" * depth if depth else "0")
+    except RecursionError:
+        return True
+    return False
+
+
+def test_a_header_that_is_nested_as_deep_as_can_just_be_read_is_refused_like_any_other(
+    tmp_path: Path,
+) -> None:
+    where = tmp_path / "deep.safetensors"
+    depths = range(sys.getrecursionlimit())
+    deepest = bisect.bisect(depths, False, key=unreadable) - 1
+    for depth in range(deepest - 20, deepest + 1):  # `read` has some of the stack itself
+        said = {"format": files.FORMAT, files.SUM: "0" * files.SUM_DIGITS, "deep": "HERE"}
+        nested = "[" * depth + "]" * depth
+        text = json.dumps({"__metadata__": said}).replace('"HERE"', nested).encode()
+        where.write_bytes(files.LENGTH.pack(len(text)) + text)
+        with pytest.raises(BadFile):
+            files.read(where)
