@@ -216,6 +216,33 @@ def test_a_slot_that_is_being_filled_is_read_by_nobody_until_it_is_filled(arena:
     reader.close()
 
 
+def test_what_is_filled_too_late_says_nothing_of_the_slot_that_stands_there_now(
+    arena: OwnArena,
+) -> None:
+    late = arena.lease(GRANULE, 1)
+    assert late
+    arena.filling(late.slot)
+    arena.give_back(late.slot)
+    now = arena.lease(GRANULE, 1)
+    assert now and now.slot.index == late.slot.index
+    arena.filling(now.slot)
+    arena.filled(late.slot)
+    with pytest.raises(OnDevice):
+        arena.view(now.slot, 5)
+
+
+def test_the_last_generation_is_followed_by_the_first_when_a_slot_comes_back(
+    arena: OwnArena,
+) -> None:
+    os.pwrite(arena.fd, struct.pack("<I", 2**32 - 2), HEADER_ROOM)
+    last = arena.lease(GRANULE, 1)
+    assert last and last.slot.generation == 2**32 - 1
+    arena.give_back(last.slot)
+    assert arena.used == 0
+    with pytest.raises(StaleSlot):
+        arena.check(last.slot)
+
+
 def test_a_slot_that_was_never_filled_is_no_successors_and_free_again(arena: OwnArena) -> None:
     one, other = arena.lease(2 * GRANULE, 1), arena.lease(GRANULE, 1)
     assert one and other

@@ -107,3 +107,21 @@ def test_closing_gives_all_memory_back_though_leases_were_out() -> None:
     pool.close()
     assert len(os.listdir("/proc/self/fd")) == before - 6  # a descriptor and a map's own each
     pool.close()
+
+
+def test_arenas_that_are_being_made_count_against_the_limit() -> None:
+    numbers = itertools.count(1)
+    retired: list[int] = []
+    pool = Pool(
+        LIMIT,
+        4 * GRANULE,
+        lambda arena: next(numbers),
+        "test",
+        lambda arena: retired.append(arena.number),
+    )
+    pool.give_back(pool.lease(GRANULE, holder=1, zone="a").slot)
+    pool.coming = LIMIT - 6 * GRANULE
+    assert pool.may_grow(GRANULE, "a") == 2 * GRANULE
+    assert pool.may_grow(3 * GRANULE, "a") == 0
+    assert pool.may_grow(3 * GRANULE, "b") == 4 * GRANULE and retired == [1]
+    pool.close()
