@@ -1,6 +1,7 @@
 """The lane: whole messages through shared memory, between processes that may die or lie."""
 
 import dataclasses
+import gc
 import os
 import resource
 import select
@@ -11,7 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -379,20 +380,54 @@ def test_who_stays_awake_for_a_message_gives_way_to_who_makes_it_every_so_many_l
     assert counted == {"looks": 1}  # it is there: nobody has to make it
 
 
-@pytest.mark.parametrize("more", range(1, 7))
-def test_a_lane_that_too_few_descriptors_are_left_for_leaves_none_open(more: int) -> None:
+@contextmanager
+def descriptors_left(more: int) -> Iterator[None]:
+    """No more than *more* can be opened."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = len(os.listdir("/proc/self/fd"))
-    # All numbers below the limit but *more* are taken.
-    fillers = [os.dup(0) for _ in range(64)]
+    fillers = [os.dup(0) for _ in range(64)]  # takes the numbers below the limit, gaps too
     for fd in fillers[:more]:
         os.close(fd)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, limits[1]))
-        with pytest.raises(OSError, match="Too many open files"):
-            Lane.create(CAPACITY, Settings())
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for fd in fillers[more:]:
             os.close(fd)
+
+
+@pytest.mark.parametrize("more", range(1, 7))
+def test_a_lane_that_too_few_descriptors_are_left_for_leaves_none_open(more: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with descriptors_left(more), pytest.raises(OSError, match="Too many open files"):
+        Lane.create(CAPACITY, Settings())
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("more", range(3))
+def test_nor_does_its_second_end(more: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    ends = create(CAPACITY)
+    with descriptors_left(more), pytest.raises(OSError, match="Too many open files"):
+        Lane(ends, Settings(), first=False)
+    gc.collect()  # the map's own descriptor goes with the exception's frames
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_message_over_the_limit_is_refused_with_its_first_record() -> None:
+    settings = dataclasses.replace(Settings(), frame_limit=KIB)
+    one, theirs = Lane.create(CAPACITY, settings)
+    other = Lane(theirs, settings, first=False)
+    limit = (2 + BUFFERS_LIMIT) * KIB
+    fragment = CAPACITY // 4
+    for nbytes in (limit, limit + 1):
+        record = WHOLE.pack(nbytes).ljust(fragment, b"\0")
+        assert one._out.put(MORE, record)
+        if nbytes == limit:
+            assert other.receive() is None  # the rest may follow
+            other._coming.clear()
+        else:
+            with pytest.raises(ProtocolError, match=f"{limit + 1} bytes: at most {limit}"):
+                other.receive()
+    one.close()
+    other.close()
