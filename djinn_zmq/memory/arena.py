@@ -377,9 +377,11 @@ class Pool:
 
     def full(self, nbytes: int, zone: str = "") -> ArenaFull:
         room = self.limit - self.mapped
+        # A limit that ends within a granule is passed by the rest of it.
+        free = max(0, self.limit - self.used)
         return ArenaFull(
             f"{format_bytes(nbytes)} of host memory asked, "
-            f"{format_bytes(max(self._largest(zone), room))} free in one piece, {format_bytes(self.limit - self.used)} free in all, limit "
+            f"{format_bytes(max(self._largest(zone), room))} free in one piece, {format_bytes(free)} free in all, limit "
             f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
         )
 

@@ -125,3 +125,11 @@ def test_arenas_that_are_being_made_count_against_the_limit() -> None:
     assert pool.may_grow(3 * GRANULE, "a") == 0
     assert pool.may_grow(3 * GRANULE, "b") == 4 * GRANULE and retired == [1]
     pool.close()
+
+
+def test_a_limit_that_ends_within_a_granule_leaves_nothing_free_not_less() -> None:
+    pool = Pool(GRANULE + 1, GRANULE + 1, lambda arena: 1, "test")
+    pool.lease(GRANULE + 1, holder=1)
+    with pytest.raises(ArenaFull, match="0 B free in one piece, 0 B free in all"):
+        pool.lease(1, holder=1)
+    pool.close()
