@@ -56,14 +56,22 @@ class Disk:
         arrays: Mapping[str, np.ndarray],
         metadata: Mapping[str, str],
     ) -> "Future[Any]":
-        """Write one file, linked under each checkpoint's number. The caller counts its bytes."""
+        """Write one file, linked under each checkpoint's number; under all or none. The caller counts
+        its bytes."""
         assert self.folder is not None
         paths = [files.path_of(self.folder, number) for number in numbers]
 
         def work() -> None:
             files.write(paths[0], arrays, metadata)
-            for path in paths[1:]:
-                os.link(paths[0], path)
+            made = paths[:1]
+            try:
+                for path in paths[1:]:
+                    os.link(paths[0], path)
+                    made.append(path)
+            except OSError:
+                for path in made:
+                    path.unlink(missing_ok=True)
+                raise
 
         return self._watched(self._writer.submit(work))
 

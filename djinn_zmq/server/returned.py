@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from djinn_zmq.errors import AddressInUse, BadFile, UnknownCheckpoint
+from djinn_zmq.errors import AddressInUse, BadFile, StartError, UnknownCheckpoint
 from djinn_zmq.memory import files
 from djinn_zmq.memory.files import Saved
 from djinn_zmq.server.registry import STRANGER, KeptRecord, Session
@@ -39,12 +39,17 @@ class Found:
 class Returned:
     def __init__(self, state: str | None) -> None:
         """state: the directory, made if it is not there. Raises AccessDenied where it is not ours
-        alone, AddressInUse where another server has it."""
+        alone, AddressInUse where another server has it, StartError where it cannot hold what is kept."""
         self._found: dict[int, Found] = {}
         self._lock = -1
         if state is not None:
             folder = private_dir(Path(state))
             self._lock = _locked(folder)
+            try:
+                _check_links(folder)
+            except BaseException:
+                self.close()
+                raise
             for path in sorted(folder.iterdir()):
                 self._look_at(path)
 
@@ -117,6 +122,23 @@ class Returned:
         for one in chosen:
             del self._found[one.kept.id]
         return records
+
+
+def _check_links(folder: Path) -> None:
+    """Raises StartError where a file of *folder* cannot have two names: checkpoints of the same bytes
+    share one."""
+    names = [folder / f".{number}{files.SCRATCH}" for number in range(2)]
+    try:
+        names[0].touch(0o600)
+        os.link(*names)
+    except OSError as exc:
+        raise StartError(
+            f"checkpoints cannot be kept in {folder}: {exc.strerror}. Choose a directory with --state "
+            "that can be written to, on a filesystem that has hard links"
+        ) from exc
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
 
 
 def _locked(folder: Path) -> int:

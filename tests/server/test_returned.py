@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from djinn_zmq.errors import AddressInUse, BadFile, UnknownCheckpoint
+from djinn_zmq.errors import AddressInUse, BadFile, StartError, UnknownCheckpoint
 from djinn_zmq.memory import files
 from djinn_zmq.server.registry import Session
 from djinn_zmq.server.returned import Returned
@@ -69,6 +69,19 @@ def test_a_directory_is_one_servers_until_that_lets_go_of_it(state: Path) -> Non
     first.close()
     Returned(str(state)).close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_directory_without_hard_links_is_refused_and_left_as_it_was(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched, pytest.raises(StartError, match="has hard links"):
+        patched.setattr(os, "link", link)
+        Returned(str(state))
+    assert not list(state.iterdir())
+    Returned(str(state)).close()  # nor is it held by who refused it
 
 
 def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_stays(
