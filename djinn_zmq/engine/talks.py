@@ -277,7 +277,7 @@ class Talker:
             if job.kept:
                 yield from self._loans.until_done(job)
             yield Part(*replies.of_token(job, token, logits))
-            job.kept, job.begun = [], True  # what was kept is the client's from now on
+            job.begun = True
             self._loans.settle(job)
             made += 1
             job.step += 1

@@ -102,6 +102,7 @@ class Work:
         job = active.job
         self._telling.kept(job.ids, getattr(part.meta, "checkpoints", ()), job.session)
         self._answers.part(active.envelope, header, part.meta, part.buffers)
+        job.kept = []  # it is the client's from now on, whatever becomes of the job
 
     def _finish(self, active: Active) -> None:
         job, header = active.job, active.header

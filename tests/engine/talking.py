@@ -60,6 +60,7 @@ class Talk:
         for part in turns:
             if part is not None:
                 self.kept += part.meta.checkpoints
+                job.kept = []
                 yield part
         self.kept += job.kept
         if job.branch:
