@@ -135,7 +135,6 @@ class Keeping:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         self.tiers.settle()
-        self.vault.settle()
         self.tiers.write_behind()
 
     def _moved(self, body: Body, how: str, elapsed_ns: int) -> None:

@@ -14,9 +14,10 @@ A tensor comes back with the strides that it had: kernels may round otherwise fo
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,8 +127,8 @@ class Vault:
 
     @property
     def pressed(self) -> bool:
-        """The same, and nobody sees to it."""
-        return self.crowded and not self.shrinking
+        """The same, or memory to be let go of, and nobody sees to it."""
+        return not self.shrinking and (self.crowded or self._alive != [])
 
     @property
     def _excess(self) -> int:
@@ -154,7 +155,7 @@ class Vault:
         coming = sum(stored.nbytes for _, stored in known if not stored.here)
         self._coming += coming  # so that the way out can begin first: it has to wait more often
         bring = self.bring(known)
-        ways = [bring] if self.limit is None else [self.shrink(), bring]
+        ways: list[Generator[None]] = [bring] if self.limit is None else [self.shrink(), bring]
         try:
             while ways:
                 for way in tuple(ways):  # both directions at once
@@ -168,9 +169,11 @@ class Vault:
                 if ways:
                     yield
         finally:
+            for way in ways:  # an error of one ends the other now, not when it has been forgotten
+                way.close()
             self._coming -= coming
 
-    def bring(self, known: list[tuple[Segment, Stored]]) -> Iterator[None]:
+    def bring(self, known: list[tuple[Segment, Stored]]) -> Generator[None]:
         """Have what is pinned on the device."""
         while any(stored.moving for _, stored in known):
             yield
@@ -215,10 +218,17 @@ class Vault:
         return parts
 
     def back(self, session: int) -> Iterator[None]:
-        """*session* is about to go on: have what it holds on the device."""
-        known = self.pin(
-            session, [one for one, stored in self._stored.items() if stored.session == session]
-        )
+        """*session* is about to go on: have what it holds on the device, the most recently used first
+        and no more than may be there: it is only a hint."""
+        if self.limit is None:
+            return
+        mine = [one for one in self._stored.items() if one[1].session == session]
+        mine.sort(key=lambda one: -one[1].used)
+        sizes = accumulate(stored.nbytes for _, stored in mine)
+        fitting = [
+            one for (one, _), nbytes in zip(mine, sizes, strict=True) if nbytes <= self.allowance
+        ]
+        known = self.pin(session, fitting)
         try:
             yield from self.ready(known)
         finally:
@@ -226,9 +236,9 @@ class Vault:
 
     # ---- out
 
-    def shrink(self) -> Iterator[None]:
+    def shrink(self) -> Generator[None]:
         """Move what was not used for longest to host memory, until no more is here than may be, or
-        nothing more can go."""
+        nothing more can go; and let go of what copies that were given up have written to."""
         while self.shrinking:
             yield
         self.shrinking = True
@@ -237,7 +247,9 @@ class Vault:
                 self.tiers.growing.expect(AHEAD * self._excess)
                 batch = self._oldest(self._excess)
                 if not batch or not (yield from self._move_out(batch)):
-                    return
+                    break
+            while self._let_go():
+                yield
         finally:
             self.shrinking = False
 
@@ -265,11 +277,10 @@ class Vault:
         try:
             for segment, stored in batch:
                 if stored.lease is None:
-                    stored.lease = yield from self.tiers.host_slot(_room(stored), stored.session)
-                    if stored.lease is None:
+                    lease = yield from self.tiers.host_slot(_room(stored), stored.session)
+                    if lease is None:
                         break  # host memory is full: it stays
-                    self.on_host += stored.nbytes
-                    self._store(segment, stored)
+                    self._store(segment, stored, lease)
             done = self.device.stored()  # not copies in: they would be waited for in turns
             while not done():
                 yield
@@ -291,11 +302,18 @@ class Vault:
         self._tell("evict", [stored for _, stored in left], begin_ns)
         return bool(left)
 
-    def _store(self, segment: Segment, stored: Stored) -> None:
-        assert stored.lease is not None
-        for name, layout in stored.layouts.items():
-            slot = stored.lease.view[layout.offset : layout.offset + layout.nbytes]
-            self.device.store(_flat(segment.parts[name]), slot)
+    def _store(self, segment: Segment, stored: Stored, lease: Lease) -> None:
+        """Begin its copy in *lease*; where that fails it has none."""
+        try:
+            for name, layout in stored.layouts.items():
+                slot = lease.view[layout.offset : layout.offset + layout.nbytes]
+                self.device.store(_flat(segment.parts[name]), slot)
+        except BaseException:
+            give_back = partial(self.tiers.pool.give_back, lease.slot)
+            self.tiers.leaving.free_when(self.device.stored(), give_back)
+            raise
+        stored.lease = lease
+        self.on_host += stored.nbytes
 
     def _tell(self, how: str, moved: list[Stored], begin_ns: int) -> None:
         elapsed_ns = time.perf_counter_ns() - begin_ns
@@ -306,8 +324,10 @@ class Vault:
 
     # ---- ends
 
-    def settle(self) -> None:
+    def _let_go(self) -> bool:
+        """Of the tensors that copies write to no more. True where others are still written to."""
         self._alive = [one for one in self._alive if not one[0]()]
+        return self._alive != []
 
     def drop_copies(self) -> bool:
         """Host memory is wanted for more: give up the copy that is least likely to be needed, of what

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from djinn_zmq.engine.caches import Account, Segment
 from djinn_zmq.engine.devices import Cpu
@@ -83,3 +86,108 @@ def test_host_memory_is_nobody_elses_while_a_copy_that_was_given_up_is_written_t
     done = True
     vault.tiers.settle()
     assert not pool.used
+
+
+class Told(Cpu):
+    """A device whose copies in are done when it is told so, and whose copies fail where that is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = True
+        self.fails = ""  # "in", "out"
+        self.targets: list[StorageWeakRef] = []
+
+    def fill_beside(self, data: np.ndarray, target: torch.Tensor) -> None:
+        if self.fails == "in":
+            raise RuntimeError("out of memory")
+        self.targets.append(StorageWeakRef(target.untyped_storage()))
+        super().fill_beside(data, target)
+
+    def filled(self) -> Callable[[], bool]:
+        return lambda: self.done
+
+    def store(self, data: torch.Tensor, slot: memoryview) -> None:
+        if self.fails == "out":
+            raise RuntimeError("a mistake")
+        super().store(data, slot)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def obeying(tmp_path: Path, told: Told) -> Iterator[Vault]:
+    with (
+        closing(ServerSide(tmp_path)) as server,
+        running(server, told, device_memory=512 * KIB) as keeping,
+    ):
+        yield keeping.vault
+
+
+def test_what_a_copy_that_was_given_up_has_written_to_is_let_go_of_when_it_is_done(
+    obeying: Vault, told: Told
+) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    go_on(obeying.shrink())
+    pins = obeying.pin(1, first)
+    told.done, coming = False, obeying.ready(pins)
+    go_on(coming, lambda: bool(told.targets))
+    coming.close()  # as of a job that is cancelled
+    obeying.unpin(pins)
+    assert obeying.pressed  # so that a chore of shrinking it is begun
+    letting_go = obeying.shrink()
+    go_on(letting_go, lambda: not obeying.crowded)
+    next(letting_go)
+    assert not any(one.expired() for one in told.targets)  # it may be written to still
+    told.done = True
+    go_on(letting_go)
+    assert all(one.expired() for one in told.targets) and not obeying.pressed
+
+
+def test_an_error_on_the_way_in_ends_the_way_out_with_it(obeying: Vault, told: Told) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    go_on(obeying.shrink())
+    told.fails, told.stored = "in", lambda: lambda: False  # type: ignore[method-assign]
+    pins = obeying.pin(1, first)
+    with pytest.raises(RuntimeError, match="out of memory") as failed:
+        go_on(obeying.ready(pins))
+    assert not obeying.shrinking  # others may
+    del failed  # which has the frames of both
+    obeying.unpin(pins)
+    assert (obeying._coming, obeying.on_host > 0) == (0, True)
+
+
+def test_what_could_not_be_copied_out_whole_has_no_copy(obeying: Vault, told: Told) -> None:
+    segments = conversation(1.0) + conversation(2.0)
+    obeying.track(1, segments)
+    told.fails = "out"
+    with pytest.raises(RuntimeError, match="a mistake"):
+        go_on(obeying.shrink())
+    obeying.tiers.settle()
+    assert (here(segments), obeying.on_host, obeying.tiers.pool.used) == (len(segments), 0, 0)
+    told.fails = ""
+    go_on(obeying.shrink())
+    gone = [one for one in segments if not here([one])]
+    assert gone
+    go_on(obeying.ready(obeying.pin(1, gone)))
+    assert all(bool((part == 1.0).all()) for one in gone[:LAYERS] for part in one.parts.values())
+
+
+def test_a_hint_brings_no_more_than_may_be_on_the_device(obeying: Vault) -> None:
+    earlier, later = conversation(1.0), conversation(2.0)
+    obeying.track(1, earlier)
+    obeying.track(1, later)
+    go_on(obeying.shrink())
+    others = conversation(3.0)
+    go_on(obeying.ready(obeying.pin(2, others)))
+    assert here(earlier + later) < 2 * LAYERS
+    others.clear()
+    go_on(obeying.back(1))
+    assert here(later) == LAYERS  # of the most recently used first
+    assert not obeying.crowded
