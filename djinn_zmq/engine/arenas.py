@@ -44,7 +44,11 @@ class Arenas:
 
     def _share(self, arena: OwnArena) -> int:
         granted, _ = self._lease.ask(Share(), arena.fd)  # refused: it is closed, never attached
-        self._device.attach(arena)
+        try:
+            self._device.attach(arena)
+        except BaseException:
+            self._lease.send(Retire(granted.arena))  # else the server keeps its pages for nobody
+            raise
         return granted.arena
 
     def grow(self, nbytes: int) -> "Future[OwnArena]":

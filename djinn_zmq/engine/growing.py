@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from djinn_zmq.errors import ArenaFull
+from djinn_zmq.errors import ArenaFull, StartError
 from djinn_zmq.memory.arena import OwnArena, Pool
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,10 @@ class Growing:
             self._pool.coming -= size
             try:
                 self._pool.add(future.result())
-            except ArenaFull as exc:  # the system has no more, whatever the limit says
+            except (
+                ArenaFull,
+                StartError,
+            ) as exc:  # the system, or CUDA, has no more, whatever the limit
                 _log.warning("no more host memory: %s", exc)
                 self._from_s = time.monotonic() + AGAIN_S
 

@@ -68,31 +68,39 @@ class Tiers:
 
     def place(self, body: Body, data: torch.Tensor | np.ndarray) -> None:
         """Give *body* its bytes: a device copy where that tier has room, and a host copy, written
-        through. Raises ArenaFull where neither has any; then nothing has changed.
+        through. Raises ArenaFull where neither has any; then, and after another error, nothing has changed.
 
         data: on the device, or uint8 (nbytes,) in host memory.
         """
+        lease: Lease | None = None
         slot = None if body.fixed else self._device_slot(body.nbytes, body.zone)
-        if slot is not None:  # somebody waits for this copy: it is begun before all else
-            body.device = slot
+        try:
+            if slot is not None:  # somebody waits for this copy: it is begun before all else
+                body.device = slot
+                if isinstance(data, np.ndarray):
+                    self._device.fill(data, slot)
+                else:
+                    self._device.copy(data, slot)
+                data = slot.data
+            lease, full = self._host_slot(body)
+            if lease is None and slot is None:
+                raise self._all_full(full or self.pool.full(body.nbytes, body.zone))
             if isinstance(data, np.ndarray):
-                self._device.fill(data, slot)
+                data = self._device.see(data, body.shape, getattr(torch, body.dtype))
+            elif slot is None and not (body.fixed or self._device.reads_host):
+                # The copy to host memory goes on behind the answer, and behind the layers that follow: a
+                # client may write into its slot by then, and some layers write into what they are given.
+                data = data.clone()
+            if lease is None:
+                body.busy = self._device.computed()
             else:
-                self._device.copy(data, slot)
-            data = slot.data
-        lease, full = self._host_slot(body)
-        if lease is None and slot is None:
-            raise self._all_full(full or self.pool.full(body.nbytes, body.zone))
-        if isinstance(data, np.ndarray):
-            data = self._device.see(data, body.shape, getattr(torch, body.dtype))
-        elif slot is None and not (body.fixed or self._device.reads_host):
-            # The copy to host memory goes on behind the answer, and behind the layers that follow: a client
-            # may write into its slot by then, and some layers write into what they are given.
-            data = data.clone()
-        if lease is None:
-            body.busy = self._device.computed()
-        else:
-            self.storing.begin(body, data, lease)
+                self.storing.begin(body, data, lease)
+        except BaseException:  # no memory for a copy on the way, say
+            if slot is not None:
+                self._free(self._device.computed(), partial(self.slabs.give_back, slot.where))
+            if lease is not None:
+                self._free(self._device.stored(), partial(self.pool.give_back, lease.slot))
+            raise
         self.add(body)
         self.growing.tend(body.zone)
 
@@ -514,10 +522,13 @@ class Tiers:
 
     def _when_settled(self, body: Body, give_back: Callable[[], None]) -> None:
         """Whoever gets the slot next may not be ordered behind the device's copies."""
-        if body.settled or body.busy is None:
+        self._free(body.busy or _done, give_back)
+
+    def _free(self, done: Callable[[], bool], give_back: Callable[[], None]) -> None:
+        if done():
             give_back()
         else:
-            self.leaving.free_when(body.busy, give_back)
+            self.leaving.free_when(done, give_back)
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""

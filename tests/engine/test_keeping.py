@@ -20,9 +20,10 @@ from djinn_zmq.errors import (
     OnDevice,
     ProtocolError,
     StaleSlot,
+    StartError,
     UnknownCheckpoint,
 )
-from djinn_zmq.memory.arena import GRANULE, OwnArena
+from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena
 from djinn_zmq.settings import KIB
 from djinn_zmq.wire.messages import Granted, Join, Kept, Retire
 from djinn_zmq.wire.tensors import Device, Frame, Inline, Slot, Tensor
@@ -208,6 +209,54 @@ def test_more_than_the_limit_never_fits(keeping: Keeping) -> None:
     with pytest.raises(ArenaFull, match="4.0 MiB of host memory asked"):
         keep(keeping, kib(4096))
     assert state_of(keeping) == before
+
+
+class Failing(Late):
+    """A device that cannot copy out, nor take notice of one more arena, where that is wanted."""
+
+    reads_host = False
+    fails = False
+
+    def store(self, data: torch.Tensor, slot: memoryview) -> None:
+        if self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().store(data, slot)
+
+    def attach(self, arena: Arena) -> None:
+        if self.fails:
+            raise StartError("CUDA refuses to register an arena")
+
+
+@pytest.mark.parametrize("device_memory", [None, 1024 * KIB])
+def test_what_cannot_be_copied_takes_no_room(server: ServerSide, device_memory: int | None) -> None:
+    device = Failing()
+    with running(server, device, device_memory) as keeping:
+        before = state_of(keeping), keeping.tiers.slabs.used
+        device.fails, device.busy = True, True
+        with pytest.raises(torch.OutOfMemoryError):
+            keep(keeping, kib(64))
+        device.busy = False  # with what it had begun of it
+        keeping.settle()
+        assert (state_of(keeping), keeping.tiers.slabs.used) == before
+
+
+def test_an_arena_that_the_device_refuses_is_nobodys_and_what_is_there_is_kept_in(
+    server: ServerSide,
+) -> None:
+    device = Failing()
+    with running(server, device) as keeping:
+        keep(keeping, kib(384))
+        shared, state = server.arenas.nbytes(), state_of(keeping)
+        device.fails = True
+        for _ in keeping.room(384 * KIB, OWNER):  # one is made beside us, and comes to nothing
+            pass
+        assert state_of(keeping) == state and not keeping.fits(384 * KIB, OWNER)
+        with pytest.raises(StartError):
+            keep(keeping, kib(384))
+        device.fails = False
+        with pytest.raises(Lost):  # asked behind all that the server was told
+            keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
+        assert server.arenas.nbytes() == shared and state_of(keeping) == state
 
 
 # ---- while the device still copies
