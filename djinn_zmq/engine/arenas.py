@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.devices import Device
-from djinn_zmq.errors import AccessDenied, ArenaFull, Lost, ProtocolError
+from djinn_zmq.errors import AccessDenied, ArenaFull, Lost, ProtocolError, StartError
 from djinn_zmq.memory.arena import Arena, OwnArena, Pool
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire.messages import Granted, Retire, Share, Want
@@ -110,8 +110,16 @@ class Arenas:
             _, fd = self._lease.ask(Want(number))
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
-            arena = self.pool.arenas[number] = OwnArena(number, fd)
-            self._device.attach(arena)
+            arena = OwnArena(number, fd)
+            try:
+                self._device.attach(arena)
+            except (
+                StartError
+            ) as exc:  # what is in it is lost, and the rest of what is adopted is not
+                arena.close()
+                self._lease.send(Retire(number))
+                raise Lost(f"arena {number}: {exc}") from exc
+            self.pool.arenas[number] = arena
         return self.pool.arenas[number]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine.caches import Account, Segment
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.keeping import LOCAL_OWNER, TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.vault import Vault
@@ -453,6 +454,25 @@ def test_what_cannot_be_adopted_is_named_lost_and_the_rest_is_taken(server: Serv
         assert lost == [100, 101, 102, 200, dropped.id]
         assert list(keeping.entries) == [good.id]
         assert same_bits(keeping.load(good.tensor), kib(16, 1))
+
+
+def test_what_is_in_an_arena_that_the_device_refuses_is_named_lost_and_the_rest_is_taken(
+    server: ServerSide,
+) -> None:
+    class Choosing(Cpu):
+        def attach(self, arena: Arena) -> None:
+            if arena.number == refused.tensor.where.arena:
+                raise StartError("CUDA refuses to register an arena")
+
+    dead = server.engine()
+    refused, good = keep(dead, kib(512, 1)), keep(dead, kib(512, 2))  # of an arena each
+    end(dead)
+    with running(server, Choosing()) as keeping:
+        assert keeping.adopt([refused, good], IDS, "me") == [refused.id]
+        assert same_bits(keeping.load(good.tensor), kib(512, 2))
+        assert refused.tensor.where.arena not in keeping.pool.arenas
+        with pytest.raises(Lost, match="is gone"):  # of the server's, too
+            keeping.load(refused.tensor)
 
 
 def test_a_successor_starts_also_where_its_predecessor_used_all_the_memory(
