@@ -104,7 +104,11 @@ class RemoteArray:
         reply = yield Call(Op.HOLD, Hold(kept.id, "host", False), session=kept.session)
         held = reply.meta
         slot = held.tensor.where
-        root = np.frombuffer(sharing.arena(slot.arena).view(slot, self.nbytes), np.uint8)
+        try:
+            root = np.frombuffer(sharing.arena(slot.arena).view(slot, self.nbytes), np.uint8)
+        except BaseException:
+            self._connection.forget(kept.session, held.hold)
+            raise
         end = weakref.finalize(root, self._connection.forget, kept.session, held.hold)
         end.atexit = False
         return root.view(self.dtype).reshape(self.shape)

@@ -13,6 +13,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq.cli.ps import report
 from djinn_zmq.client.calls import Call
+from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
     AccessDenied,
     ArenaFull,
@@ -239,6 +240,19 @@ def test_a_view_of_the_slot_itself_keeps_it_in_place(tiny):
     crowd += [tiny.run(numbered(n), stop_at=2).checkpoint for n in range(12)]
     assert row.tobytes() == np.frombuffer(bits, row.dtype).reshape(16, 256, 64)[3, 5].tobytes()
     del row, crowd
+
+
+def test_a_view_that_cannot_be_mapped_keeps_nothing_in_place(tiny, monkeypatch):
+    point = tiny.run(FRANCE, stop_at=2).checkpoint
+
+    def fails(*_):
+        raise Lost("the arena is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sharing, "arena", fails)
+        with pytest.raises(Lost, match="the arena is gone"):
+            point.hidden.view()
+    assert point.evict("disk") == "disk"
 
 
 def test_a_view_that_comes_when_nobody_waits_for_it_any_more_keeps_nothing_in_place(server, tiny):
