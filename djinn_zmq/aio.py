@@ -162,7 +162,8 @@ class AsyncConnection(Connection):
                         self.give_up(request)
                         raise await self.run(self.why_late(call))
             except asyncio.CancelledError:
-                self.abandon(request)
+                with suppress(DjinnError):  # who cancels is not to get another error
+                    self.abandon(request)
                 self._look_again()
                 raise
             finally:

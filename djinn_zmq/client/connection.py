@@ -109,7 +109,7 @@ class Connection:
 
     def cancel(self, request: int, session: int) -> None:
         """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""
-        if session:
+        if session and not self._closed:
             meta = messages.Cancel(request)
             number = self._next_request()
             frame = codec.encode(Op.CANCEL, meta, request=number, session=session)
@@ -309,6 +309,8 @@ class Connection:
         """*message* answers a request nobody waits for any more: release what it keeps."""
         for number in kept_by(message.meta):
             self.forget(message.header.session, number)
+        if isinstance(message.meta, messages.Opened):
+            self.forget(message.meta.session, 0)
 
     def waits_for(self, request: int) -> bool:
         return request in self._calls

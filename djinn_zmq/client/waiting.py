@@ -33,8 +33,11 @@ class WaitingConnection(Connection):
                         step = operation.send(reply)
             except StopIteration as end:
                 return end.value
-            except KeyboardInterrupt:
+            except DjinnError:
+                raise
+            except BaseException:  # a KeyboardInterrupt, or the caller's own progress function
                 self._cancel_all()
+                operation.close()  # now: an interpreter keeps its last error, and all that this refers to
                 raise
 
     def _exchange(self, step: list[Call] | Next | Heard) -> Message | list[Message] | None:
@@ -53,10 +56,11 @@ class WaitingConnection(Connection):
                 sent.append((self.send(call), call))
             while sent:
                 replies.append(self._wait(*sent.popleft()))
-        except DjinnError as exc:
-            exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
-            for request, _ in sent:  # one before them failed: nobody waits for these
-                self.give_up(request)
+        except BaseException as exc:
+            if isinstance(exc, DjinnError):
+                exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
+                for request, _ in sent:  # one before them failed: nobody waits for these
+                    self.give_up(request)
             for reply in replies:
                 self.give_back(reply)
             raise

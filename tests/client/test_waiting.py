@@ -1,0 +1,115 @@
+"""What is left of a request whose client stops waiting for it."""
+
+import asyncio
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+import djinn_zmq as djinn
+from djinn_zmq import aio
+from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.connection import Connection
+from djinn_zmq.errors import Busy
+from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire.messages import Flag
+from djinn_zmq.wire.ops import Op
+from tests.client import test_parts
+from tests.client.test_parts import OPENED, Script, parts_on
+
+script = test_parts.script
+
+
+class Slow(Script):
+    """Sends word of its progress with a TOKENS request, and the answer when that is cancelled; and opens
+    sessions only behind the next ping."""
+
+    closed: list[int]
+    opening: tuple[bytes, codec.Header] | None = None
+
+    def _take(self, route: bytes, header: codec.Header, meta: msgspec.Struct) -> None:
+        if header.op == Op.TOKENS:
+            said = messages.Progress("slowly", 1, 2)
+            frame = codec.encode(Op.TOKENS, said, flags=Flag.PROGRESS, request=header.request)
+            self._router.send(route, frame)
+        elif header.op == Op.OPEN:
+            self.opening = route, header
+        elif header.op == Op.CLOSE:
+            self.closed.append(header.session)
+        else:
+            if header.op == Op.PING and self.opening is not None:
+                self._reply(*self.opening, OPENED)
+                self.opening = None
+            super()._take(route, header, meta)
+
+
+@pytest.fixture
+def slow(script: Script) -> Iterator[Slow]:
+    script.__class__ = Slow
+    script.closed = []  # type: ignore[attr-defined]
+    yield script  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("in progress")])
+def test_who_stops_waiting_cancels_and_takes_back_what_travelled_with_it_at_once(
+    slow: Slow, error: BaseException
+) -> None:
+    ended = []
+
+    def progress(_: messages.Progress) -> None:
+        raise error
+
+    def operation() -> Operation[None]:
+        try:
+            yield Call(Op.TOKENS, messages.Tokens("", None), session=7, progress=progress)
+        finally:
+            ended.append(True)
+
+    with djinn.connect(slow.endpoint) as server:
+        with pytest.raises(type(error)) as raised:
+            server.drive(operation())
+        assert ended and raised.value is error  # though an interpreter still has the error
+        assert not server.connection._calls
+        assert server.ping() == "scripted"
+        assert len(slow.cancelled) == 1
+
+
+def test_a_session_that_is_opened_when_nobody_waits_for_it_any_more_is_closed(slow: Slow) -> None:
+    async def main() -> None:
+        async with aio.connect(slow.endpoint) as server:
+            opening = asyncio.create_task(server.model("it"))
+            while slow.opening is None:
+                await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            for _ in range(3):  # the first brings it, the next says that nobody has it
+                await server.ping()
+            assert slow.closed == [OPENED.session]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("script", [(1, "silence")], indirect=True)
+def test_who_cancels_a_wait_for_a_part_gets_no_other_error(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise Busy("the way is full")
+
+    async def main() -> None:
+        async with aio.connect(script.endpoint) as server:
+            parts = parts_on(server)
+            assert await anext(parts) == 0
+            waiting = asyncio.ensure_future(anext(parts))
+            await asyncio.sleep(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(Connection, "_send", full)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+            await parts.close()
+            await server.ping()
+            assert len(set(script.cancelled)) == 1
+
+    asyncio.run(main())
