@@ -1,7 +1,7 @@
 """One debugger on one session: where that one's jobs are held, and what is kept there for it."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,15 +82,16 @@ class Attachment:
         try:
             with job.watch.span("copy"):
 
-                def keep(*args: object, **where: object) -> messages.Kept:
+                def keep(*args: object, **where: object) -> Generator[None, None, messages.Kept]:
                     one = self.runner.loans.keep_for(self.debugger, *args, **where)  # type: ignore[arg-type]
                     held.append(kept[one.id])
                     self.keeping.hold(held[-1])  # it stays where it is until that has been told
                     return one
+                    yield  # there is room for all of them by now
 
-                base = inside.keep_rests(job, rests, keep, halt.kept)
+                base = yield from inside.keep_rests(job, rests, keep, halt.kept)
                 path = "" if place is None else place.path
-                halt.kept.append(keep(job, value, job.layer, place=path, base=base))
+                halt.kept.append((yield from keep(job, value, job.layer, place=path, base=base)))
             yield from self.runner.loans.until_done(job)
         finally:
             for entry in held:

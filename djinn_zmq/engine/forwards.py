@@ -5,7 +5,7 @@ and values makes a new one, of one piece. What beams, batches and assistants do 
 positions) is done by transformers' own methods, on a cache made of it for the call.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -130,8 +130,7 @@ class Forwarder:
         if job.call.cached:
             job.working.finish()
             self._end(job)
-        with job.watch.span("copy"):
-            self._take(job, logits)
+        yield from self._take(job, logits)
         yield from self._loans.until_done(job)
         job.advance("finish")
 
@@ -154,7 +153,7 @@ class Forwarder:
         job.working.begin(job.ids.shape[1])
 
     def _forward(self, job: ForwardJob) -> Generator[Halt | None, None, torch.Tensor | Any]:
-        stepper, keep = job.model.stepper, self._loans.keep
+        stepper, keep = job.model.stepper, self._loans.keep_in_room
         job.fresh = True
         if job.session.attached is not None:
             inside.attend(job, Start(0, fresh=True))
@@ -183,7 +182,7 @@ class Forwarder:
             found["hidden_states"] = (job.layers[0], *found["hidden_states"][1:])
         return found
 
-    def _take(self, job: ForwardJob, found: Any) -> None:
+    def _take(self, job: ForwardJob, found: Any) -> Iterator[None]:
         """What travels, and how."""
         job.kind = job.model.stepper.kind
         if isinstance(found, torch.Tensor):
@@ -199,7 +198,7 @@ class Forwarder:
             if data.nbytes <= INLINE_LIMIT:
                 continue
             if data.nbytes > room or frames == FRAMES_LIMIT:
-                job.apart[place] = self._loans.keep(job, data, -1)
+                job.apart[place] = yield from self._loans.keep_in_room(job, data, -1)
                 job.kept.append(job.apart[place])
             else:
                 frames += 1

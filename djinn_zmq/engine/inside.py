@@ -28,7 +28,7 @@ from djinn_zmq.engine.stepping import Recording
 from djinn_zmq.errors import EditError, RunError, StopError
 from djinn_zmq.wire.messages import Kept
 
-Keep = Callable[..., Kept]  # (job, data, layer, place=, base=)
+Keep = Callable[..., Generator[None, None, Kept]]  # (job, data, layer, place=, base=)
 Tail = Callable[[torch.Tensor], Any]  # the last layer's output → what comes of it
 FIRST: Key = (BEFORE, -1)
 
@@ -161,7 +161,7 @@ def handed_in(job: Job, given: Sequence[Given], compute: Callable[[], torch.Tens
     return _Zone(job, last.zone, _keeps_nothing).once(compute)
 
 
-def _keeps_nothing(*_: Any, **__: Any) -> Kept:
+def _keeps_nothing(*_: Any, **__: Any) -> Generator[None, None, Kept]:
     raise AssertionError("nothing is taken where a value is only handed in")
 
 
@@ -186,8 +186,7 @@ def _between(job: Job, hidden: torch.Tensor, keep: Keep, *, arrived: bool) -> Ha
     tests = plan.between.get(job.layer, []) + (plan.anywhere if arrived else [])
     job.stopped = job.layer == job.stop_at or any(test(hidden, plan.moment) for test in tests)
     if job.stopped or job.layer in job.save_at:
-        with job.watch.span("copy"):
-            job.kept.append(keep(job, hidden, job.layer))
+        job.kept.append((yield from keep(job, hidden, job.layer)))
     return hidden
 
 
@@ -226,7 +225,7 @@ class _Zone:
         if self._given:
             self._plan.given = None  # handed in: from here on the run is like any other
         if self._taken:
-            self._keep_taken(base)
+            yield from self._keep_taken(base)
         return out
 
     def once(self, compute: Callable[[], Any]) -> Any:
@@ -252,12 +251,14 @@ class _Zone:
         self._given.append(Given(caught.place, value))
         attend(job, Start(job.layer, caught.place.path))
 
-    def _keep_taken(self, base: torch.Tensor | None) -> None:
+    def _keep_taken(self, base: torch.Tensor | None) -> Iterator[None]:
         job = self._job
         rests = [Given(None, base)] if base is not None else []
-        base_id = keep_rests(job, [*rests, *self._given], self._keep, job.kept)
+        base_id = yield from keep_rests(job, [*rests, *self._given], self._keep, job.kept)
         for place, value in self._taken:
-            job.kept.append(self._keep(job, value, job.layer, place=place.path, base=base_id))
+            job.kept.append(
+                (yield from self._keep(job, value, job.layer, place=place.path, base=base_id))
+            )
 
     # ---- hooks
 
@@ -344,13 +345,15 @@ class _Zone:
         return catch
 
 
-def keep_rests(job: Job, rests: Sequence[Given], keep: Keep, kept: list[Kept]) -> int:
+def keep_rests(
+    job: Job, rests: Sequence[Given], keep: Keep, kept: list[Kept]
+) -> Generator[None, None, int]:
     """Keep what a value inside of a layer rests on, each the base of the next; gives the last's
     number, 0 where there is nothing."""
     base = 0
     for place, value in rests:
         path = "" if place is None else place.path
-        one = keep(
+        one = yield from keep(
             job, value if place is None else apart(value, place), job.layer, place=path, base=base
         )
         kept.append(one)

@@ -83,8 +83,7 @@ class Looker:
         yield from work
         for place, data in enumerate(job.seen):
             if self._loans.too_large(job, data):
-                with job.watch.span("copy"):
-                    job.apart[place] = self._loans.keep(job, data, -1)
+                job.apart[place] = yield from self._loans.keep_in_room(job, data, -1)
                 job.kept.append(job.apart[place])
         yield from self._loans.until_done(job)
         job.advance("finish")

@@ -4,7 +4,6 @@ What it stops with is data (a checkpoint in a slot, the token ids), not the gene
 with its reply, and a resume is a new run that starts further up.
 """
 
-import time
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -256,7 +255,7 @@ class Runner:
         with watch.span("record"):
             recording = self.recordings.of(job.model, job.ids)
         if hidden is None and job.plan is not None:
-            recording = yield from inside.recorded(job, recording, self.loans.keep)
+            recording = yield from inside.recorded(job, recording, self.loans.keep_in_room)
         if hidden is None:
             hidden = recording.embedded  # which is kept: no layer may change it
             if job.edit is not None and not job.stopped:
@@ -269,7 +268,8 @@ class Runner:
         if not job.stopped and (job.wanted.logits != "none" or _stops_behind(job)):
             yield None
             yield from self._take_logits(job, hidden, recording, lent=job.layer == first)
-            self.loans.keep_large_logits(job)
+            if self.loans.has_large_logits(job):
+                yield from self.loans.keep_logits(job)
         yield from self.loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
@@ -294,7 +294,7 @@ class Runner:
             with job.watch.span("compute"):
                 logits = job.model.stepper.tail(recording.ids, hidden, lent=lent)
         else:
-            logits = yield from inside.tail(job, hidden, recording, self.loans.keep)
+            logits = yield from inside.tail(job, hidden, recording, self.loans.keep_in_room)
         if logits is not None and job.wanted.logits != "none":
             job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
 
@@ -310,7 +310,9 @@ class Runner:
         hidden: not to be changed. unchanged: the checkpoint that it is, where it is one.
         """
         if job.plan is not None:
-            hidden = yield from inside.through(job, hidden.clone(), recording, self.loans.keep)
+            hidden = yield from inside.through(
+                job, hidden.clone(), recording, self.loans.keep_in_room
+            )
             return hidden
         stepper, first = job.model.stepper, job.layer
         job.passed(hidden)
@@ -321,7 +323,7 @@ class Runner:
                 inside.attend(job)
                 if job.plan is not None:
                     hidden = yield from inside.through(
-                        job, hidden.clone(), recording, self.loans.keep, begun=True
+                        job, hidden.clone(), recording, self.loans.keep_in_room, begun=True
                     )
                     return hidden
             with job.watch.span("compute"):
@@ -344,9 +346,7 @@ class Runner:
             )
             return
         if not self._keeping.fits(hidden.nbytes, job.session.owner):
-            begin_ns = time.perf_counter_ns()
-            yield from self._keeping.room(hidden.nbytes, job.session.owner)
-            job.watch.add("evict", time.perf_counter_ns() - begin_ns)
+            yield from self.loans.room(job, hidden.nbytes)
         with job.watch.span("copy"):
             job.kept.append(self.loans.keep(job, hidden, job.layer))
 

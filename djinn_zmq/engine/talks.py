@@ -250,7 +250,8 @@ class Talker:
             job.working.finish()
             if job.wanted.logits != "none":
                 job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
-                self._loans.keep_large_logits(job)
+                if self._loans.has_large_logits(job):
+                    yield from self._loans.keep_logits(job)
             self._end(job, logits[:, -1].clone())
         yield from self._loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
@@ -328,7 +329,7 @@ class Talker:
 
         opening: as in Runner._work, at `job.layer` and `job.place`.
         """
-        stepper, keep = job.model.stepper, self._loans.keep
+        stepper, keep = job.model.stepper, self._loans.keep_in_room
         if opening is None:
             job.layer, job.place, job.id = 0, "", new_id()
             if job.working.hollow:
