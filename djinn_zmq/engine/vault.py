@@ -269,7 +269,7 @@ class Vault:
         return batch
 
     def _move_out(self, batch: list[tuple[Segment, Stored]]) -> Iterator[None]:
-        """True where something has left the device."""
+        """False where host memory is full, and nothing has left the device."""
         begin_ns = time.perf_counter_ns()
         for _, stored in batch:
             stored.moving = True
@@ -300,7 +300,7 @@ class Vault:
             stored.here = False
             self.on_device -= stored.nbytes
         self._tell("evict", [stored for _, stored in left], begin_ns)
-        return bool(left)
+        return bool(left) or all(stored.lease for _, stored in batch)  # used meanwhile: then others
 
     def _store(self, segment: Segment, stored: Stored, lease: Lease) -> None:
         """Begin its copy in *lease*; where that fails it has none."""

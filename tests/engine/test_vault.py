@@ -191,3 +191,102 @@ def test_a_hint_brings_no_more_than_may_be_on_the_device(obeying: Vault) -> None
     go_on(obeying.back(1))
     assert here(later) == LAYERS  # of the most recently used first
     assert not obeying.crowded
+
+
+def values(segments: list[Segment]) -> set[float]:
+    return {
+        float(one) for part in segments for data in part.parts.values() for one in data.unique()
+    }
+
+
+def test_what_a_job_goes_on_from_stays(obeying: Vault) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    pins = obeying.pin(1, first)
+    obeying.track(2, second)  # used later
+    go_on(obeying.shrink())
+    assert here(first) == LAYERS > here(second)
+    obeying.unpin(pins)
+    go_on(obeying.ready(obeying.pin(2, second)))
+    assert here(first) < LAYERS == here(second)
+
+
+def test_what_a_job_goes_on_from_while_it_leaves_stays(obeying: Vault, told: Told) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    out = False
+    told.stored = lambda: lambda: out  # type: ignore[method-assign]
+    leaving = obeying.shrink()
+    go_on(leaving, lambda: bool(obeying.on_host))
+    obeying.pin(1, first)
+    out = True
+    go_on(leaving)  # others' in its stead
+    assert here(first) == LAYERS > here(second)
+
+
+def test_what_was_used_last_leaves_last_and_what_is_away_first(obeying: Vault) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    obeying.track(1, first)  # used again
+    go_on(obeying.shrink())
+    assert here(first) == LAYERS > here(second)
+    go_on(obeying.ready(obeying.pin(2, second)))
+    assert here(first) < LAYERS == here(second)
+
+
+def test_what_is_away_leaves_before_what_was_not_used_for_longer(obeying: Vault) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    obeying.tiers.away(2, 60.0)
+    go_on(obeying.shrink())
+    assert here(first) == LAYERS > here(second)
+
+
+def test_two_that_go_on_from_one_past_bring_it_once(obeying: Vault, told: Told) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    go_on(obeying.shrink())
+    gone, told.done = LAYERS - here(first), False
+    one, other = obeying.bring(obeying.pin(1, first)), obeying.bring(obeying.pin(1, first))
+    next(one)
+    next(other)
+    told.done = True
+    go_on(other, lambda: next(one, "done") == "done")
+    go_on(other)
+    assert len(told.targets) == gone and values(first) == {1.0}
+    assert obeying.on_device == sum(each.nbytes for each in first + second[: here(second)])
+
+
+def test_the_only_copy_is_not_given_up_and_a_spare_one_is(obeying: Vault) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    go_on(obeying.shrink())
+    assert obeying.on_host and not obeying.drop_copies()
+    obeying.limit = 1 << 30
+    go_on(obeying.ready(obeying.pin(1, first)))
+    while obeying.drop_copies():
+        pass
+    assert (obeying.on_host, obeying.tiers.pool.used) == (0, 0)
+    assert values(first) == {1.0} and here(first) == LAYERS
+
+
+def test_two_ways_out_at_once_move_no_more_than_has_to_leave(obeying: Vault, told: Told) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    out = False
+    told.stored = lambda: lambda: out  # type: ignore[method-assign]
+    one, other = obeying.shrink(), obeying.shrink()
+    go_on(one, lambda: bool(obeying.on_host))
+    next(other)
+    out = True
+    go_on(one)
+    gone = 2 * LAYERS - here(first + second)
+    go_on(other)
+    assert gone == 2 * LAYERS - here(first + second) and not obeying.crowded
