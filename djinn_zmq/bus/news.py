@@ -64,10 +64,16 @@ class Publisher:
         if keys is not None:
             keys.secure(self.socket)
         self.fd, self.unheard = -1, set[int]()  # of `bus.poll`
-        self.kinds: dict[bytes, int] = {}  # how many listen to a kind; b"": to all
+        # How many hold each topic. By topic, not by kind: anybody can end what he never held.
+        self._holders: dict[bytes, int] = {}
         self._scopes = scopes
         self._on_change = on_change
         self.endpoint = ""
+
+    @property
+    def kinds(self) -> set[bytes]:
+        """What somebody listens to; b"": to all."""
+        return {topic.partition(SEPARATOR)[2] for topic in self._holders}
 
     def bind(self, endpoint: str) -> str:
         """Raises AddressInUse, StartError."""
@@ -98,21 +104,20 @@ class Publisher:
             return True
         if asked[0] == 0:
             self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-            self._count(kind, -1)
+            self._count(topic, -1)
         elif self._scopes.known(scope):
             self.socket.setsockopt(zmq.SUBSCRIBE, topic)
             if kind.startswith(SYNC):
                 self.socket.send_multipart([topic, b""], DONTWAIT)
             else:
-                self._count(kind, 1)
+                self._count(topic, 1)
         return True
 
-    def _count(self, kind: bytes, change: int) -> None:
-        if kind.startswith(SYNC):
-            return
-        self.kinds[kind] = max(0, self.kinds.get(kind, 0) + change)
-        if not self.kinds[kind]:
-            del self.kinds[kind]
+    def _count(self, topic: bytes, change: int) -> None:
+        # libzmq tells of the end of subscriptions that were never made, too.
+        left = max(0, self._holders.pop(topic, 0) + change)
+        if left:
+            self._holders[topic] = left
         self._on_change()
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class News:
             publisher.publish(scope, event.kind, frame)
 
     def _on_change(self) -> None:
-        wanted = any(OF_RUNS & one.kinds.keys() for one in self._publishers.values())
+        wanted = any(OF_RUNS & one.kinds for one in self._publishers.values())
         if wanted != self._wanted:
             self._wanted = wanted
             self._on_wanted(wanted)

@@ -1,0 +1,80 @@
+"""Events on their way: who hears what, and what is known of who listens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from djinn_zmq.bus.news import Publisher, Scopes, Subscriber
+from djinn_zmq.settings import Settings
+
+WAIT_MS = 10_000  # never reached where the code is right
+
+
+class Desk:
+    """A publisher, and those who listen to it."""
+
+    def __init__(self, context: Any) -> None:
+        self.scopes = Scopes()
+        self.changes = 0
+        self.publisher = Publisher(context, Settings(), None, self.scopes, self._on_change)
+        self.publisher.bind("tcp://127.0.0.1:*")
+        self.subscribers: list[Subscriber] = []
+
+    def _on_change(self) -> None:
+        self.changes += 1
+
+    def listen(self, *topics: str) -> Subscriber:
+        subscriber = Subscriber(self.publisher.endpoint, Settings(), None, topics)
+        self.subscribers.append(subscriber)
+        self.serve(len(topics) + 1)  # and the one that says that they hold
+        return subscriber
+
+    def serve(self, count: int) -> None:
+        """Look at *count* subscriptions, or ends of them."""
+        while count > 0:
+            assert self.publisher.socket.poll(WAIT_MS)
+            while self.publisher.serve():
+                count -= 1
+
+
+@pytest.fixture
+def desk(context: Any) -> Iterator[Desk]:
+    desk = Desk(context)
+    yield desk
+    for subscriber in desk.subscribers:
+        subscriber.close()
+    desk.publisher.close()
+
+
+def test_who_listens_hears_what_is_his_and_nothing_else(desk: Desk) -> None:
+    mine, others = desk.scopes.told("me"), desk.scopes.told("another")
+    subscriber = desk.listen(f"{mine}/run", "all/run")
+    for scope, kind in ((others, "run"), (mine, "stop"), (mine, "run"), ("all", "run")):
+        desk.publisher.publish(scope, kind, scope.encode())
+    heard: list[tuple[bytes, bytes]] = []
+    while len(heard) < 2:
+        assert subscriber.wait(WAIT_MS / 1000)
+        heard += subscriber.take()
+    assert subscriber.holds
+    assert [frame for _, frame in heard] == [mine.encode(), b"all"]
+
+
+def test_a_subscription_that_was_refused_ends_nobody_elses(desk: Desk) -> None:
+    mine = desk.scopes.told("me")
+    desk.listen(f"{mine}/run")
+    stranger = desk.listen("of a server before/run")
+    assert desk.publisher.kinds == {b"run"}
+    stranger.close()
+    desk.serve(2)
+    assert desk.publisher.kinds == {b"run"}
+
+
+def test_the_last_of_several_who_listen_ends_it(desk: Desk) -> None:
+    first, second = desk.listen("all/run"), desk.listen("all/run")
+    first.close()
+    desk.serve(2)
+    assert desk.publisher.kinds == {b"run"}
+    second.close()
+    desk.serve(2)
+    assert desk.publisher.kinds == set()
