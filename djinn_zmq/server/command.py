@@ -55,8 +55,13 @@ def _ipc(path: Path | None) -> Path:
         raise RequestError(
             f"--ipc {path}: there is no directory {chosen.parent}: make it (mode 0700)"
         )
-    if chosen.exists() and not chosen.is_socket():
-        raise RequestError(f"{chosen} exists and is no socket: choose another path with --ipc")
+    for suffix in ("", ".lease", ".news"):
+        path = chosen.with_name(chosen.name + suffix)
+        if os.path.lexists(path) and not path.is_socket():
+            raise RequestError(f"{path} exists and is no socket: choose another path with --ipc")
+    lock = chosen.with_name(f"{chosen.name}.lock")  # empty, and removed at the end
+    if os.path.lexists(lock) and (not lock.is_file() or lock.stat().st_size):
+        raise RequestError(f"{lock} exists and is no server's: choose another path with --ipc")
     return chosen
 
 

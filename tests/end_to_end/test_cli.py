@@ -402,8 +402,15 @@ def test_the_ipc_path_never_costs_a_file_that_is_no_socket(refused_server, home)
     (home / "folder").mkdir()
     for path in (precious, home / "folder"):
         assert f"{path} exists and is no socket" in refused_server("--port", 0, "--ipc", path)
+    beside = [
+        home / f"notes.{end}" for end in ("lease", "news", "lock")
+    ]  # what it makes there itself
+    for path in beside:
+        path.write_text("keep me")
+        assert f"{path} exists and is no" in refused_server("--port", 0, "--ipc", home / "notes")
+        path.rename(path.with_suffix(".mine"))
     assert precious.read_text() == "keep me"
-    assert sorted(os.listdir(home)) == ["folder", "notes.txt"]
+    assert sorted(os.listdir(home)) == ["folder", "notes.mine", "notes.txt"]
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o701])
