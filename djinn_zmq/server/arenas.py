@@ -120,6 +120,8 @@ class Arenas:
         except BlockingIOError:
             return
         except (DjinnError, OSError):
+            if fd not in self._connections:  # it was found gone meanwhile
+                return
             self._hang_up(fd)
             if peer is not None:
                 peer.lease = None

@@ -118,11 +118,11 @@ class Fleet:
         except DjinnError as exc:
             self._reply(peer.envelope, codec.failure(header, exc), ())
             return
-        meta = Opened(session.id, engine.models[name], engine.index)
-        self._answer(peer, header, meta)
         session.info_of_model = engine.models[name]
         _log.info("session %016x of %s on %s begins", session.id, session.owner, name)
         self._tell_session(session, "begins")
+        # Last: where its client is gone, that is found out here, and the session ends.
+        self._answer(peer, header, Opened(session.id, engine.models[name], engine.index))
 
     def _answer(self, peer: Peer, header: Header, meta: Opened) -> None:
         frame = codec.encode(header.op, meta, flags=Flag.REPLY, request=header.request)
@@ -172,6 +172,13 @@ class Fleet:
     def forget_openings(self, peer: Peer) -> None:
         for waiting in self._opening.values():
             waiting[:] = [opening for opening in waiting if opening.peer is not peer]
+
+    def refuse_openings(self, error: DjinnError) -> None:
+        """Nobody's model is loaded any more."""
+        openings = list(itertools.chain(*self._opening.values()))
+        self._opening.clear()
+        for opening in openings:
+            self._reply(opening.peer.envelope, codec.failure(opening.header, error), ())
 
     # ---- what an engine says
 
@@ -269,7 +276,7 @@ class Fleet:
             name = _named_in(meta.stage, engine)
             engine.loading = name
             engine.detail = meta.stage
-            for opening in self._opening.get((engine.index, name), ()):
+            for opening in tuple(self._opening.get((engine.index, name), ())):  # some may be gone
                 self._tell_progress(opening, meta)
             return
         if engine.state is states.Engine.LOADING:

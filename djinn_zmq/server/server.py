@@ -9,6 +9,7 @@ ZAP                      new tcp clients      allowed keys only
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
 from djinn_zmq.bus.lease import close_all
-from djinn_zmq.bus.poll import MANY, Poll, has_message
+from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
@@ -88,6 +89,7 @@ class Server:
         self._wake_read, self._wake_write = pysocket.socketpair()
         self._stops = 0  # how often it was told to
         self._knocks = Knocks()
+        self._strangers = itertools.count(1)
         self._admission = Admission(self._context, keys) if keys is not None else None
         self.registry = Registry(settings.sessions_limit)
         self._routers: dict[bytes, Router] = {}
@@ -102,9 +104,7 @@ class Server:
             self._close_bus()
             raise
         lease_path = path.with_name(f"{path.name}.lease")
-        self.arenas = Arenas(
-            lease_path, settings, self._on_gone, self._on_offer, self.registry.has_in
-        )
+        self.arenas = Arenas(lease_path, settings, self._on_gone, self._on_offer, self._may_map)
         self.fleet = Fleet(
             devices,
             dtype,
@@ -223,7 +223,8 @@ class Server:
             uid, _, process = map(int, address.split(":")[-3:])
             owner = f"uid:{uid}"
         else:  # anybody on this machine: each connection is a stranger to the others
-            owner = f"{STRANGER}{route.hex()}"
+            # Not by its route: who comes later could choose the same one.
+            owner = f"{STRANGER}{next(self._strangers)}"
         envelope = tag + route
         peer = Peer(envelope, router, route, owner, bool(user) or uid is not None, uid, process)
         self.registry.peers[envelope] = peer
@@ -250,7 +251,8 @@ class Server:
             if not isinstance(exc, DjinnError):
                 _log.exception("a request failed")
                 exc = RunError(f"the server failed: {type(exc).__name__}: {exc}")
-            if not header.flags & Flag.ONE_WAY:
+            # A piece goes one way: its upload's request is what is answered.
+            if not header.flags & Flag.ONE_WAY or header.op == Op.CHUNK:
                 self._reply(peer.envelope, codec.failure(header, exc), ())
 
     def _forward(self, peer: Peer, header: Header, frame: bytes, buffers: Buffers) -> None:
@@ -299,11 +301,17 @@ class Server:
         )
         self._reply(peer.envelope, frame, out)
 
+    def _may_map(self, owner: str, arena: int) -> bool:
+        """Has *owner* something in this arena of an engine's?"""
+        if not self.registry.has_in(owner, arena):
+            self._hear_engines()
+        return self.registry.has_in(owner, arena)
+
     def _hear_engines(self) -> None:
         """A client with a lane may have its engine's answer before we have its word on what is kept.
-        It is there already: the engine sends it first."""
+        It is there already: the engine sends it first. How much lies before it nobody knows."""
         for engine in self.fleet.engines:
-            self._hear(engine, MANY)
+            self._hear(engine, HELD_LIMIT)
 
     def _hear(self, engine: Engine, most: int) -> None:
         """Take what the engine has said, up to *most* messages."""
@@ -407,8 +415,9 @@ class Server:
         if lease is None:
             return
         try:
-            if lease.unsent and lease.flush():
-                self._poll.watch_room(lease.socket, False)
+            with contextlib.suppress(Lost):  # what it said before it went is still to be read
+                if lease.unsent and lease.flush():
+                    self._poll.watch_room(lease.socket, False)
             packet, fds = lease.receive()
             if isinstance(packet, Farewell):
                 close_all(fds)
@@ -434,13 +443,16 @@ class Server:
 
     def close(self) -> None:
         """Answer what is owed, end the engines, remove the sockets."""
+        why = Closed("the server stops")
         for engine in self.fleet.engines:
             for envelope, header in engine.owed.values():
-                self._reply(envelope, codec.failure(header, Closed("the server stops")), ())
+                self._reply(envelope, codec.failure(header, why), ())
+        self.fleet.refuse_openings(why)
         self.fleet.stop()
         self.returned.close()
         self.arenas.close()
         self._close_bus()
+        self._poll.close()
 
     def _on_runs_wanted(self, wanted: bool) -> None:
         self.fleet.tell_of_runs(wanted)
