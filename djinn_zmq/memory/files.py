@@ -39,6 +39,7 @@ LENGTH = struct.Struct("<Q")
 HEADER_LIMIT = 1 << 20  # bytes; ours has a few hundred
 SUFFIX = ".safetensors"
 SCRATCH = ".tmp"
+LAYER_DIGITS = 9  # the interpreter makes no number of thousands of them
 SUM = "crc32"  # in the metadata: of the header; SUM.NAME: of a tensor, one after the other
 SUM_DIGITS = 8  # hexadecimal
 SUMMED = 256 * KIB  # bytes of a tensor that have one checksum
@@ -268,7 +269,10 @@ def read(path: Path) -> Saved:
             f"{path} is damaged: its header has the checksum {found}, not {metadata[SUM]}"
         )
     hidden, ids = (_piece(path, name, header, metadata, data) for name in ("hidden", "ids"))
-    if not str(metadata.get("layer")).isdecimal():
+    if strange := [name for name, fact in metadata.items() if not isinstance(fact, str)]:
+        raise BadFile(f"{path} is no safetensors file: {strange[0]} in its metadata is no text")
+    layer = metadata.get("layer", "")
+    if not layer.isdecimal() or len(layer) > LAYER_DIGITS:
         raise BadFile(f"{path} is no checkpoint of Djinn's: it says no layer")
     if ids.dtype != "int64" or len(hidden.shape) != 3 or hidden.shape[:2] != ids.shape:
         raise BadFile(f"{path}: ids {ids.dtype} {ids.shape} do not fit hidden {hidden.shape}")

@@ -6,6 +6,7 @@ import os
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +55,19 @@ def test_a_file_that_safetensors_wrote_anew_is_read_and_one_of_its_own_has_no_ch
     assert files.load(saved, saved.ids).tolist() == IDS.tolist()
     theirs.save_file(tensors, where, metadata=FACTS)
     with pytest.raises(BadFile, match="has no checksums"):
+        files.read(where)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [{"owner": 5}, {"owner": None}, {"model": ["tiny"]}, {"layer": 2}, {"layer": "9" * 5000}],
+)
+def test_metadata_that_are_no_text_or_no_layer_are_refused(
+    tmp_path: Path, fact: dict[str, Any]
+) -> None:
+    where = tmp_path / "one.safetensors"
+    files.write(where, {"hidden": HIDDEN, "ids": IDS}, {**FACTS, **fact})
+    with pytest.raises(BadFile, match="is no text|says no layer"):
         files.read(where)
 
 
