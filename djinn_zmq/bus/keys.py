@@ -131,8 +131,12 @@ def _create(path: Path, mode: int, text: str) -> Path:
         raise RequestError(f"{path} exists already: remove it first, or choose a name") from exc
     except OSError as exc:
         raise RequestError(f"cannot write {path}: {exc.strerror}") from exc
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+    except OSError as exc:
+        path.unlink()  # half of it would be in the way of the next
+        raise RequestError(f"cannot write {path}: {exc.strerror}") from exc
     return path
 
 

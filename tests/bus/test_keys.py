@@ -1,5 +1,6 @@
 import hashlib
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_keys_that_exist_are_not_overwritten_and_no_half_pair_is_left(
         keys.new_pair(directory, "server")
     assert [path.name for path in directory.iterdir()] == [existing]
     assert (directory / existing).read_text() == "mine"
+
+
+def test_where_there_is_no_room_for_a_key_none_is_left_in_the_way(directory: Path) -> None:
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(RequestError, match=r"cannot write .*server.key"):
+            keys.new_pair(directory, "server")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(directory.iterdir())
+    keys.new_pair(directory, "server")
 
 
 @pytest.mark.parametrize(
