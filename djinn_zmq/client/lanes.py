@@ -72,9 +72,12 @@ class Lanes:
         if lease is None or time.monotonic() - self._refused.get(engine, 0.0) < RETRY_S:
             return None
         try:
+            if self._epoll is None:
+                self._epoll = select.epoll()
+                self._epoll.register(lease.socket, select.EPOLLIN)
             lane, theirs = Lane.create(CAPACITY, self._settings)
-        except ArenaFull:
-            self.wanted = False  # no memory for it: the bus needs none
+        except (ArenaFull, OSError):  # no memory for it now, or no descriptors: the bus needs none
+            self._refused[engine] = time.monotonic()
             return None
         try:
             granted, _ = lease.ask(Offer(session), *theirs)
@@ -86,9 +89,6 @@ class Lanes:
             theirs.close()
         self._lanes[engine] = lane
         self._numbers[granted.arena] = engine
-        if self._epoll is None:
-            self._epoll = select.epoll()
-            self._epoll.register(lease.socket, select.EPOLLIN)
         self._epoll.register(lane, select.EPOLLIN | select.EPOLLET)
         self._on_change()
         return lane

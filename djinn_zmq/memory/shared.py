@@ -28,15 +28,18 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 def create(nbytes: int, name: str) -> int:
     """A new sealed memfd of *nbytes* with its pages allocated. Returns the descriptor.
 
-    Raises ArenaFull where the system has no memory left for it.
+    Raises ArenaFull where the system has no memory, or this process no descriptor, left for it.
     """
-    # Asked beforehand: the kernel would sooner kill some process than refuse pages to a memfd.
-    free = available()
-    if nbytes > free:
-        raise ArenaFull(
-            f"{format_bytes(nbytes)} of shared memory asked, the system has {format_bytes(free)} free"
-        )
-    fd = os.memfd_create(f"djinn-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        # Asked beforehand: the kernel would sooner kill some process than refuse pages to a memfd.
+        free = available()
+        if nbytes > free:
+            raise ArenaFull(
+                f"{format_bytes(nbytes)} of shared memory asked, the system has {format_bytes(free)} free"
+            )
+        fd = os.memfd_create(f"djinn-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as exc:
+        raise ArenaFull(f"{format_bytes(nbytes)} of shared memory asked: {exc.strerror}") from exc
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as exc:
@@ -67,10 +70,16 @@ def installed() -> int:
 
 
 def _number(path: Path, name: str = "") -> int:
-    """The number in the file, or in its line that starts with *name*; 0 where there is none."""
+    """The number in the file, or in its line that starts with *name*; 0 where there is none. Raises
+    OSError where it cannot be told."""
     try:
         found = re.search(rf"^{name}:?\s*(\d+)", path.read_text(), re.MULTILINE)
-    except OSError:
+    except OSError as exc:
+        if exc.errno in (
+            errno.EMFILE,
+            errno.ENFILE,
+        ):  # of descriptors, not of memory, there is none
+            raise
         return 0
     return int(found[1]) if found else 0
 

@@ -1,5 +1,7 @@
 """A client's lanes: waiting for an engine that rings ahead of what it says."""
 
+import os
+import resource
 import select
 import socket
 import threading
@@ -43,6 +45,30 @@ def ends() -> Iterator[tuple[Lanes, Lane]]:
     taken[0].close()
     sharing.close()
     server.close()
+
+
+def test_where_there_are_no_descriptors_for_a_lane_the_bus_is_taken() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sharing = Sharing(Settings())
+    sharing.lease = LeaseSocket(ours)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    for left in range(6):  # of the eight that a first lane takes
+        lanes = Lanes(sharing, Settings(), wanted=True)
+        lanes.know(SESSION, ENGINE)
+        free = os.open("/dev/null", os.O_RDONLY)  # the lowest that is not in use
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, limits[1]))
+        try:
+            assert lanes.of(SESSION) is None
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert lanes.wanted  # there may be some later
+        assert not lanes.disturbed()
+        lanes.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+    sharing.close()
+    theirs.close()
 
 
 def test_an_engine_that_rings_ahead_is_waited_for_whenever_its_answer_comes(ends):

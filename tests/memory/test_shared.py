@@ -222,3 +222,15 @@ def test_free_memory_is_what_the_kernel_says_or_what_a_container_leaves(
     assert shared.available() == 1300
     with pytest.raises(ArenaFull, match="4.0 KiB of shared memory asked, the system has 1.3 KiB"):
         shared.create(4096, "test")
+
+
+def test_where_there_are_no_descriptors_it_is_they_that_are_missed_and_not_memory() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/dev/null", os.O_RDONLY)  # the lowest that is not in use
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(ArenaFull, match="4.0 KiB of shared memory asked: Too many open files"):
+            shared.create(GRANULE, "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
