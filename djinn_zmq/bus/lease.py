@@ -105,13 +105,10 @@ class LeaseSocket:
         Raises Lost at the end of file, BlockingIOError where nothing has come.
         """
         try:
-            # Not recv_fds: before Python 3.12 it drops the flag, and an engine started later would
-            # inherit what has come. The kernel closes those of a peer's descriptors beyond 16.
-            data, beside, _, _ = self.socket.recvmsg(
-                PACKET_LIMIT, socket.CMSG_LEN(16 * FD.size), socket.MSG_CMSG_CLOEXEC
-            )
-        except ConnectionResetError as exc:
-            raise Lost("the other end of the lease socket is gone") from exc
+            data, beside = self._take()
+        except ConnectionResetError:
+            # It went without having read everything: said once, before what it still said itself.
+            data, beside = self._take()
         except TimeoutError as exc:
             raise self._gave_up() from exc
         fds = _descriptors(beside)
@@ -125,6 +122,14 @@ class LeaseSocket:
         except ProtocolError:
             close_all(fds)
             raise
+
+    def _take(self) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        """A packet as it came, and what came beside it."""
+        # Not recv_fds: before Python 3.12 it drops the flag, and an engine started later would
+        # inherit what has come. The kernel closes those of a peer's descriptors beyond 16.
+        return self.socket.recvmsg(
+            PACKET_LIMIT, socket.CMSG_LEN(16 * FD.size), socket.MSG_CMSG_CLOEXEC
+        )[:2]
 
     def _gave_up(self) -> Lost:
         """The end, on both sides: a late answer would pass for that to the next question."""

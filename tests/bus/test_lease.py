@@ -11,7 +11,17 @@ from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import PACKET_LIMIT, LeaseSocket, close_all
 from djinn_zmq.errors import AccessDenied, Busy, Lost, ProtocolError, Unreachable
 from djinn_zmq.wire.codec import encode_lease
-from djinn_zmq.wire.messages import Broken, Granted, Join, Listen, Refused, Retire, Share, Want
+from djinn_zmq.wire.messages import (
+    Broken,
+    Farewell,
+    Granted,
+    Join,
+    Listen,
+    Refused,
+    Retire,
+    Share,
+    Want,
+)
 
 Ends = tuple[LeaseSocket, LeaseSocket]
 
@@ -115,6 +125,39 @@ def test_an_answer_that_finds_no_room_is_kept_with_its_descriptor_and_nobody_wai
     assert open_fds() == before
 
 
+def test_what_waits_for_room_is_not_overtaken_and_closed_where_it_never_comes(
+    ends: Ends, memory: int
+) -> None:
+    server, engine = ends
+    before = open_fds()
+    with pytest.raises(BlockingIOError):
+        while True:
+            server.send(Retire(1))
+    server.post(Granted(5), memory)
+    engine.receive()
+    server.post(Granted(6))
+    while not server.flush():
+        engine.receive()
+    answers = [packet for packet, fds in engine.news() if not close_all(fds)]
+    assert [one for one in answers if one != Retire(1)] == [Granted(5), Granted(6)]
+    with pytest.raises(BlockingIOError):
+        while True:
+            server.send(Retire(1))
+    server.post(Granted(7), memory)
+    server.close()
+    assert open_fds() == before - 1
+
+
+def test_an_answer_with_more_than_one_descriptor_leaves_none_open(ends: Ends, memory: int) -> None:
+    server, engine = ends
+    before = open_fds()
+    server.send(Granted(5), memory, memory)
+    granted, fd = engine.ask(Want(5))
+    assert granted == Granted(5) and fd is not None
+    os.close(fd)
+    assert open_fds() == before
+
+
 def test_the_answer_to_a_question_that_was_given_up_is_not_taken_for_the_next_one(
     ends: Ends, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,14 +197,18 @@ def test_the_end_of_either_side_is_the_loss_of_it(ends: Ends) -> None:
         server.send(Retire(1))
 
 
-def test_an_end_that_dies_with_unread_packets_is_lost_as_well(ends: Ends) -> None:
+def test_an_end_that_dies_with_unread_packets_is_lost_when_its_last_words_are_read(
+    ends: Ends,
+) -> None:
     server, engine = ends
     server.send(Retire(1))
     engine.send(Want(1))
+    engine.send(Farewell("its device is of no use"))
     engine.close()
+    assert server.receive() == (Want(1), [])
+    assert server.receive() == (Farewell("its device is of no use"), [])
     with pytest.raises(Lost):
-        while True:
-            server.receive()
+        server.receive()
 
 
 def test_a_peer_that_does_not_read_does_not_make_the_server_wait(ends: Ends) -> None:
