@@ -22,13 +22,14 @@ from typing import Any
 import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
+from djinn_zmq.bus.lane import LINK_CAPACITY
 from djinn_zmq.bus.lease import close_all
 from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
-from djinn_zmq.server.engines import HELD_LIMIT, READY, Engine
+from djinn_zmq.server.engines import READY, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
@@ -50,6 +51,7 @@ NEVER = float("inf")
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
 PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
+RINGFUL = LINK_CAPACITY // codec.HEADER_SIZE  # more messages than that a link's ring cannot hold
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
@@ -309,14 +311,15 @@ class Server:
 
     def _hear_engines(self) -> None:
         """A client with a lane may have its engine's answer before we have its word on what is kept.
-        It is there already: the engine sends it first. How much lies before it nobody knows."""
+        It is there already: the engine sends it first."""
         for engine in self.fleet.engines:
-            self._hear(engine, HELD_LIMIT)
+            self._hear(engine)
 
-    def _hear(self, engine: Engine, most: int) -> None:
-        """Take what the engine has said, up to *most* messages."""
-        while most and self._on_link(engine):
-            most -= 1
+    def _hear(self, engine: Engine) -> None:
+        """Take all that the engine has said by now."""
+        for _ in range(RINGFUL):
+            if not self._on_link(engine):
+                return
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         peer = self.registry.peers.get(envelope)
@@ -434,7 +437,7 @@ class Server:
 
     def _on_engine_gone(self, engine: Engine) -> None:
         assert engine.link is not None and engine.lease is not None
-        self._hear(engine, HELD_LIMIT)  # what it still said before it died
+        self._hear(engine)  # what it still said before it died
         self._poll.unwatch(engine.link.lane)
         self._poll.unwatch(engine.lease.socket)
         self.lanes.end_of_engine(engine, str(self.fleet.on_death(engine)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import select
 import threading
 from collections.abc import Iterator
 from typing import IO
@@ -62,6 +63,19 @@ def test_an_engine_that_does_not_read_makes_busy_and_loses_nothing(
             continue
         assert pieces[1] == b"%d" % taken
         taken += 1
+
+
+def test_what_can_wait_wakes_nobody_and_comes_with_the_next_ring(ends: Ends) -> None:
+    server, engine, _ = ends
+    woken = select.epoll()  # as a server waits for it
+    woken.register(server.lane, select.EPOLLIN | select.EPOLLET)
+    assert not woken.poll(0)
+    engine.post(b"notice")
+    assert not woken.poll(0)
+    engine.send(b"e", b"answer")
+    assert woken.poll(0)
+    woken.close()
+    assert [server.receive() for _ in "12"] == [(b"", b"notice", []), (b"e", b"answer", [])]
 
 
 def test_an_engine_waits_for_a_server_that_is_slow_to_read(ends: Ends) -> None:

@@ -100,6 +100,14 @@ def served() -> Iterator[Served]:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def deaths_of(served: Served) -> list[str]:
+    """Why engines died, from now on; none is started again."""
+    deaths: list[str] = []
+    served.server.lanes.end_of_engine = lambda _, reason: deaths.append(reason)  # type: ignore[method-assign]
+    served.server.fleet.on_death = lambda engine: engine.bury()[1]  # type: ignore[assignment,method-assign]
+    return deaths
+
+
 def keep(served: Served, session: int, numbers: range, arena: int = 1) -> None:
     """The engine says, without a ring yet, that these are kept."""
     for number in numbers:
@@ -198,6 +206,16 @@ def test_each_connection_without_a_key_is_an_owner_of_its_own_for_ever(served: S
     assert len(owners) == 2
 
 
+def test_all_that_a_dead_engine_has_said_is_heard(served: Served) -> None:
+    client = served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    keep(served, session, range(1, 5001))
+    served.lease.close()
+    deaths = deaths_of(served)
+    served.until(lambda: deaths)
+    assert len(served.server.registry.sessions[session].kept) == 5000
+
+
 def test_an_engines_farewell_is_heard_though_it_was_still_to_be_told_something(
     served: Served,
 ) -> None:
@@ -205,9 +223,7 @@ def test_an_engines_farewell_is_heard_though_it_was_still_to_be_told_something(
     served.engine.lease.unsent.append((messages.Retire(1), []))
     served.lease.send(messages.Farewell("its device is of no use"))
     served.lease.close()
-    deaths: list[str] = []
-    served.server.lanes.end_of_engine = lambda _, reason: deaths.append(reason)  # type: ignore[method-assign]
-    served.server.fleet.on_death = lambda engine: engine.bury()[1]  # type: ignore[assignment,method-assign]
+    deaths = deaths_of(served)
     served.until(lambda: deaths)
     assert "ended itself: its device is of no use" in deaths[0]
 
