@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import shutil
@@ -53,6 +54,29 @@ def context() -> Iterator[Any]:
     context.destroy(linger=0)
 
 
+def until_lost(router: Router, route: bytes, *, unheard: bool) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while time.monotonic() < end_s:
+        try:
+            if unheard:
+                router.socket.send_multipart([route, b"?"], zmq.DONTWAIT)
+            else:
+                router.send(route, b"?")
+        except Lost:
+            return
+        except zmq.ZMQError as exc:
+            assert exc.errno == zmq.EHOSTUNREACH
+            return
+        router.socket.poll(5)
+    raise AssertionError("the router does not notice")
+
+
+@pytest.fixture
+def until_unreachable() -> Any:
+    """Sends by (router, route) until libzmq knows that nobody is there, and the router does not."""
+    return functools.partial(until_lost, unheard=True)
+
+
 class Arrived(NamedTuple):
     """What `Router.receive` gives."""
 
@@ -98,16 +122,9 @@ class Bus:
         assert frames is not None
         return frames
 
-    def until_lost(self, route: bytes) -> None:
-        """Send to *route* until the router knows that nobody is there."""
-        end_s = time.monotonic() + WAIT_S
-        while time.monotonic() < end_s:
-            try:
-                self.router.send(route, b"?")
-            except Lost:
-                return
-            self.router.socket.poll(5)
-        raise AssertionError("the router does not notice")
+    def until_lost(self, route: bytes, *, unheard: bool = False) -> None:
+        """Send to *route* until nobody is there. unheard: only libzmq is to know it."""
+        until_lost(self.router, route, unheard=unheard)
 
     def close(self) -> None:
         for end in self._ends:

@@ -210,6 +210,22 @@ class Gate:
                 return None
         raise AssertionError("nothing happened")
 
+    def chosen(self, context: Any, client: ClientKeys, route: bytes) -> Any:
+        """A client that has chosen its route, and says something."""
+        socket = context.socket(zmq.DEALER)
+        socket.linger, socket.routing_id = 0, route
+        client.secure(socket)
+        socket.connect(self.endpoint)
+        socket.send(b"words")
+        return socket
+
+    def hears(self) -> Incoming | None:
+        """What the router gives of the next message."""
+        while not self.router.socket.poll(0):
+            assert self.poller.poll(WAIT_MS)
+            self.admission.answer()
+        return self.router.receive()
+
     def close(self) -> None:
         for dealer in self.dealers:
             dealer.close()
@@ -235,6 +251,21 @@ def test_an_allowed_client_comes_in_under_its_name(gate: Gate) -> None:
     gate.router.send(route, b"welcome")
     assert gate.dealers[0].socket.poll(WAIT_MS)
     assert gate.dealers[0].receive() == (b"welcome", [])
+
+
+def test_whoever_takes_the_route_of_another_key_is_not_taken_for_it(
+    gate: Gate, context: Any, until_unreachable: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ann = gate.chosen(context, gate.client("ann", allowed=True), b"route")
+    came = gate.hears()
+    assert came is not None and came[0] == b"route"
+    assert gate.router.identity(b"route") == ("127.0.0.1", "ann")
+    ann.close()
+    until_unreachable(gate.router, b"route")
+    bob = gate.chosen(context, gate.client("bob", allowed=True), b"route")
+    assert gate.hears() is None
+    assert "dropped a message of ('127.0.0.1', 'bob')" in caplog.text
+    bob.close()
 
 
 def test_a_client_that_is_not_allowed_does_not_come_in(gate: Gate) -> None:

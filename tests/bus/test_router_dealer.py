@@ -185,6 +185,11 @@ def test_a_dealer_says_who_it_is_once(bus: Any) -> None:
     dealer.send(b"3")
     bus.arrives()
     assert router.identity(route) == (address, user)
+    router.forget(route)
+    dealer.send(b"4")
+    bus.arrives()
+    router.forget(route)
+    assert router.identity(route) is None
 
 
 THIEF = """
@@ -198,16 +203,21 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.parametrize("found", ["by a message to it", "as the connection's end"])
 @pytest.mark.parametrize("bus", ["ipc"], indirect=True)
 def test_whoever_takes_a_dead_peers_route_is_not_taken_for_it(
-    bus: Any, caplog: pytest.LogCaptureFixture
+    bus: Any, caplog: pytest.LogCaptureFixture, found: str
 ) -> None:
     router, owner = bus.bind(), bus.dealer()
     owner.send(b"mine")
     route = bus.arrives().route
     identity = router.identity(route)
     owner.close()
-    bus.until_lost(route)
+    if found == "by a message to it":
+        bus.until_lost(route)
+    else:
+        bus.until_lost(route, unheard=True)
+        router.doubt()
     thief = subprocess.Popen(
         [sys.executable, "-c", THIEF, bus.endpoint, route.hex()], stdin=subprocess.PIPE, text=True
     )
