@@ -143,8 +143,9 @@ class Router:
             more = SNDMORE if place < last else 0
             self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
 
-    def close(self) -> None:
-        self.socket.close(linger=0)
+    def close(self, linger_ms: int = 0) -> None:
+        """linger_ms: for which the context's end may wait for what was sent to be on its way."""
+        self.socket.close(linger=linger_ms)
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
                 _unlink_socket(Path(endpoint.removeprefix("ipc://")))

@@ -52,6 +52,7 @@ OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVEN
 PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 RINGFUL = LINK_CAPACITY // codec.HEADER_SIZE  # more messages than that a link's ring cannot hold
+LINGER_MS = 200  # for the last answers
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
     {Op.HELLO, Op.PING, Op.STATUS, Op.OPEN, Op.CLOSE, Op.READ, Op.RELEASE, Op.UPLOAD, Op.CHUNK}
@@ -464,10 +465,10 @@ class Server:
         self.news.close()
         for router in self._routers.values():
             router.socket.disable_monitor()
-            router.close()
+            router.close(LINGER_MS)
         if self._admission is not None:
             self._admission.close()
-        self._context.destroy(linger=200)
+        self._context.destroy(linger=LINGER_MS)
         self._wake_read.close()
         self._wake_write.close()
         _unlock(self.path, self._lock)

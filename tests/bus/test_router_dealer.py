@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -245,6 +246,44 @@ def test_a_router_that_closed_leaves_no_socket_file(bus: Any, directory: Path) -
     router = bus.bind()
     router.close()
     assert not list(directory.iterdir())
+
+
+def test_a_router_that_closes_removes_no_file_that_stands_in_its_sockets_place(
+    bus: Any, directory: Path
+) -> None:
+    router = bus.bind()
+    for path in directory.iterdir():
+        path.unlink()
+    (directory / "mine").write_text("keep me")
+    for end in router.endpoints:
+        if end.startswith("ipc"):
+            (directory / "mine").rename(end.removeprefix("ipc://"))
+    router.close()
+    assert [path.read_text() for path in directory.iterdir()] == ["keep me"]
+
+
+def test_what_was_answered_before_a_router_closes_still_comes(bus: Any) -> None:
+    router, dealer = bus.bind(), bus.dealer()
+    dealer.send(b"hello")
+    route = bus.arrives().route
+    for number in range(32):  # more than goes out at once
+        router.send(route, b"%d" % number, [bytes(MIB)])
+    router.close(linger_ms=int(1000 * bus.wait_s))
+    for number in range(32):
+        assert dealer.socket.poll(int(1000 * bus.wait_s))
+        assert bus.answer(dealer)[0] == b"%d" % number
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_dealer_finds_out_whether_anybody_listens(directory: Path, listening: bool) -> None:
+    path = directory / "left.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        if listening:
+            server.listen()
+        dealer = Dealer(f"ipc://{path}", Settings(), None)
+        assert dealer.refused() is not listening
+        dealer.close()
 
 
 def test_a_port_in_use_is_refused_by_name(context: Any) -> None:
