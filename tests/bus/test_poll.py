@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from djinn_zmq.bus.lane import Lane
-from djinn_zmq.bus.poll import Poll, has_message
+from djinn_zmq.bus.poll import MANY, Poll, has_message
 from djinn_zmq.settings import KIB, Settings
 
 Socket = zmq.Socket[bytes]
@@ -109,6 +109,30 @@ def test_a_socket_that_always_has_more_does_not_keep_a_descriptor_waiting(
     poll.unwatch(read)
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize("count", [3, 2 * MANY + 2])
+@pytest.mark.parametrize("early", [True, False])
+def test_messages_that_come_at_once_are_all_taken_though_their_signal_is_one(
+    poll: Poll, pair: tuple[Socket, Socket], early: bool, count: int
+) -> None:
+    ours, theirs = pair
+    taken: list[bytes] = []
+    both = Both(ours)
+
+    def ready() -> bool:
+        message = both.receive()
+        taken.extend([message] if message is not None else [])
+        return message is not None
+
+    poll.watch_used(both, ready)
+    if not early:
+        poll.turn(0)  # nothing is there yet
+    for number in range(count):
+        theirs.send(b"%d" % number)
+    for _ in range(4):
+        poll.turn(0 if len(taken) == count else 5.0)
+    assert taken == [b"%d" % number for number in range(count)]
 
 
 def test_what_is_unwatched_by_one_is_not_called_by_the_same_turn(poll: Poll) -> None:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zmq
 
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import Closed, ProtocolError
+from djinn_zmq.errors import Closed, Lost, ProtocolError
 from djinn_zmq.memory.arena import OwnArena
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import KIB, Settings
@@ -22,8 +24,6 @@ from djinn_zmq.wire.messages import Flag, Keep, ModelInfo
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot, Tensor, inline
 from djinn_zmq.wire.tiers import Kept
-
-np = pytest.importorskip("numpy")
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
 TURN_S = 0.05
@@ -163,6 +163,31 @@ def test_an_arena_is_handed_over_whose_checkpoint_the_server_is_about_to_hear_of
     lease.send(messages.Want(granted.arena))
     served.server.arenas.serve()  # it may look there first
     assert told(served, lease) == granted
+    arena.close()
+    lease.close()
+
+
+def test_who_is_found_gone_while_it_is_answered_over_its_lease_socket_is_seen_off_once(
+    served: Served,
+) -> None:
+    client = served.connect(served.ipc)
+    lease = joined(served, client)
+    (peer,) = served.server.registry.peers.values()
+    arena = OwnArena.create(4 * KIB, "test")
+    served.lease.send(messages.Share(), arena.fd)
+    served.turn()
+    granted, _ = served.lease.receive()
+    client.close()
+    with pytest.raises(zmq.ZMQError):
+        for _ in range(1000):  # until libzmq knows it, and nobody else
+            peer.router.socket.send_multipart([peer.route, b"?"], zmq.DONTWAIT)
+            peer.router.socket.poll(5)
+    served.link.send(peer.envelope, codec.encode(Op.PING, messages.Pong("idle"), flags=Flag.REPLY))
+    lease.send(messages.Want(granted.arena))
+    served.server.arenas.serve()
+    assert not served.server.registry.peers
+    with pytest.raises(Lost):
+        told(served, lease)
     arena.close()
     lease.close()
 
