@@ -113,9 +113,7 @@ class Arenas:
             arena = OwnArena(number, fd)
             try:
                 self._device.attach(arena)
-            except (
-                StartError
-            ) as exc:  # what is in it is lost, and the rest of what is adopted is not
+            except StartError as exc:  # of what is adopted, what is in it alone is lost
                 arena.close()
                 self._lease.send(Retire(number))
                 raise Lost(f"arena {number}: {exc}") from exc

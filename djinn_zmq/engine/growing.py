@@ -56,10 +56,8 @@ class Growing:
             self._pool.coming -= size
             try:
                 self._pool.add(future.result())
-            except (
-                ArenaFull,
-                StartError,
-            ) as exc:  # the system, or CUDA, has no more, whatever the limit
+            # The system, or CUDA, has no more, whatever the limit says.
+            except (ArenaFull, StartError) as exc:
                 _log.warning("no more host memory: %s", exc)
                 self._from_s = time.monotonic() + AGAIN_S
 

@@ -75,10 +75,7 @@ def _number(path: Path, name: str = "") -> int:
     try:
         found = re.search(rf"^{name}:?\s*(\d+)", path.read_text(), re.MULTILINE)
     except OSError as exc:
-        if exc.errno in (
-            errno.EMFILE,
-            errno.ENFILE,
-        ):  # of descriptors, not of memory, there is none
+        if exc.errno in (errno.EMFILE, errno.ENFILE):  # of descriptors, not memory, there is none
             raise
         return 0
     return int(found[1]) if found else 0
