@@ -21,10 +21,12 @@ from bench.parts import ROOT, Part, pack, run
 from bench.plain import config_of, device_of
 from bench.spinning import OVER_US
 from bench.writing import BEFORE, FIRST
+from djinn_zmq.memory import shared
 from djinn_zmq.probe import command, pinning, schema, tables
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, Results, write
 from djinn_zmq.probe.targets import Target
+from djinn_zmq.settings import MIB
 
 FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
@@ -33,6 +35,7 @@ NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload"
 IDLE_MS = (0, 2, 50)
 SPIN_SAMPLES = 640  # so that 16 are left of them at the longest gap
 TO_DRAW_S = 30.0
+HOST_MEMORY = 65536  # MiB: 64 sessions of 1031 tokens are 54 GiB in Llama-2-13B's shape
 SHARE = 1 / 3  # of the memory that the stopped sessions need: what the GPU has for them
 
 
@@ -90,9 +93,15 @@ def parts(asked: "Asked", folder: Path) -> dict[str, Part]:
         f"{SESSIONS} stopped sessions", "bench.memory_pressure",
         (f"--config={MEMORY}",
          f"--model={shape}", f"--device={device}", f"--context={tokens}", f"--stop-at={layers}",
-         f"--sessions={SESSIONS}", f"--gpu-share={SHARE}", f"--output-dir={folder / 'memory'}"), 200,
+         f"--sessions={SESSIONS}", f"--gpu-share={SHARE}", f"--host-memory={_host_memory()}",
+         f"--output-dir={folder / 'memory'}"), 200,
     )  # fmt: skip
     return found
+
+
+def _host_memory() -> int:
+    """MiB: what the sessions of the largest shape need, where the machine has that to spare."""
+    return min(HOST_MEMORY, shared.installed() * 3 // 4 // MIB)
 
 
 def _resuming(asked: "Asked", folder: Path, idle_ms: int) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ def _by_tier(came: list[Came]) -> list[Samples]:
 @click.option("--context", type=int, help="Tokens of each.")
 @click.option("--stop-at", type=int, help="Layers before the stop.")
 @click.option("--gpu-share", type=float, help="Of what the sessions need: the GPU's part of it.")
+@click.option("--host-memory", type=int, help="MiB of the server's host tier.")
 @click.option("--output-dir", help="Where the results go.")
 def main(path: Path | None, **given: Any) -> None:
     """Stop many sessions, keep them all, resume them in another order: is every token right, and

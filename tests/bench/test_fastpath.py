@@ -6,10 +6,12 @@ from click.testing import CliRunner
 from bench import fastpath
 from bench.budgets import Budget, into, line_of
 from bench.parts import Part
+from djinn_zmq.memory import shared
 from djinn_zmq.probe import schema
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Check, NotMeasured, Results, write
 from djinn_zmq.probe.samples import Samples, ratio
+from djinn_zmq.settings import MIB
 
 
 def file_with(path, ratios=(), checks=(), not_measured=()):
@@ -60,6 +62,13 @@ def test_what_has_no_figure_is_not_measured_and_says_why(tmp_path):
     assert (broken.verdict, broken.why) == ("not measured", "the lane broke")
     assert line_of(Budget("a", "swap", "swap in /"), found, "").verdict == "no target here"
     assert line_of(Budget("a", "memory", "tokens right"), found, "").verdict == "held"
+
+
+def test_the_stopped_sessions_get_no_more_host_memory_than_this_machine_has(tmp_path):
+    asked = fastpath.Asked("tiny", "cpu", 8, (1,), 2, 40)
+    options = fastpath.parts(asked, tmp_path)["memory"].options
+    (given,) = (one for one in options if one.startswith("--host-memory="))
+    assert 0 < int(given.partition("=")[2]) * MIB < shared.installed()
 
 
 def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkeypatch):
