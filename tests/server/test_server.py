@@ -41,6 +41,7 @@ class Served:
         self.engine.link, ends = Link.create(settings)
         self.link = Link(Lane(ends, settings, first=False), server=-1)
         self.engine.lease, theirs = lease_bus.pair()
+        theirs.setblocking(False)
         self.lease = LeaseSocket(theirs)
         self.engine.state = states.Engine.READY
         self.engine.sources["tiny"] = "tiny"
@@ -157,8 +158,7 @@ def test_an_arena_is_handed_over_whose_checkpoint_the_server_is_about_to_hear_of
     session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
     arena = OwnArena.create(4 * KIB, "test")
     served.lease.send(messages.Share(), arena.fd)
-    served.turn()
-    granted, _ = served.lease.receive()
+    granted = told(served, served.lease)
     keep(served, session, range(1, 2), granted.arena)
     lease.send(messages.Want(granted.arena))
     served.server.arenas.serve()  # it may look there first
@@ -175,8 +175,7 @@ def test_who_is_found_gone_while_it_is_answered_over_its_lease_socket_is_seen_of
     (peer,) = served.server.registry.peers.values()
     arena = OwnArena.create(4 * KIB, "test")
     served.lease.send(messages.Share(), arena.fd)
-    served.turn()
-    granted, _ = served.lease.receive()
+    granted = told(served, served.lease)
     client.close()
     with pytest.raises(zmq.ZMQError):
         for _ in range(1000):  # until libzmq knows it, and nobody else
@@ -196,8 +195,7 @@ def test_who_waits_for_a_model_is_told_that_the_server_stops(served: Served) -> 
     client = served.connect(served.tcp)
     served.engine.models.clear()
     client.send(codec.encode(Op.OPEN, messages.Open("tiny"), request=1))
-    for _ in range(3):
-        served.turn()
+    served.until(lambda: any(served.server.fleet._opening.values()))
     served.server.close()
     client.socket.rcvtimeo = 10_000
     frames = client.receive(wait=True)
