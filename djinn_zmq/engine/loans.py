@@ -99,31 +99,25 @@ class Loans:
         """Must *data* be kept in a slot, because it does not travel with the reply?"""
         return data.nbytes > (SLOT_FROM if job.shared else FRAME_LIMIT)
 
-    def room(self, job: Job, nbytes: int) -> Iterator[None]:
-        """Wait until so much can be kept, or nothing more can be done for that."""
-        if not self._keeping.fits(nbytes, job.session.owner):
-            begin_ns = time.perf_counter_ns()
-            yield from self._keeping.room(nbytes, job.session.owner)
-            job.watch.add("evict", time.perf_counter_ns() - begin_ns)
-
     def keep_in_room(
         self, job: Job, data: torch.Tensor, layer: int, *, place: str = "", base: int = 0
     ) -> Generator[None, None, Kept]:
-        """As `keep`, when there is room for it."""
-        yield from self.room(job, data.nbytes)
+        """As `keep`, when there is room for it, or nothing more can be done for that."""
+        owner = job.session.owner
+        if not self._keeping.fits(data.nbytes, owner):
+            begin_ns = time.perf_counter_ns()
+            yield from self._keeping.room(data.nbytes, owner)
+            job.watch.add("evict", time.perf_counter_ns() - begin_ns)
         with job.watch.span("copy"):
             return self.keep(job, data, layer, place=place, base=base)
 
-    def has_large_logits(self, job: Job) -> bool:
-        return (
+    def keep_large_logits(self, job: Job) -> Iterator[None]:
+        if (
             job.logits is not None
             and job.wanted.logits != "top"
             and self.too_large(job, job.logits)
-        )
-
-    def keep_logits(self, job: Job) -> Iterator[None]:
-        assert job.logits is not None
-        job.logits_kept = yield from self.keep_in_room(job, job.logits, -1)
+        ):
+            job.logits_kept = yield from self.keep_in_room(job, job.logits, -1)
 
     # ---- its end
 

@@ -268,8 +268,7 @@ class Runner:
         if not job.stopped and (job.wanted.logits != "none" or _stops_behind(job)):
             yield None
             yield from self._take_logits(job, hidden, recording, lent=job.layer == first)
-            if self.loans.has_large_logits(job):
-                yield from self.loans.keep_logits(job)
+            yield from self.loans.keep_large_logits(job)
         yield from self.loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
 
@@ -345,10 +344,7 @@ class Runner:
                 self.loans.lent(job, self._keeping.share(unchanged, job.id, job.midway(job.layer)))
             )
             return
-        if not self._keeping.fits(hidden.nbytes, job.session.owner):
-            yield from self.loans.room(job, hidden.nbytes)
-        with job.watch.span("copy"):
-            job.kept.append(self.loans.keep(job, hidden, job.layer))
+        job.kept.append((yield from self.loans.keep_in_room(job, hidden, job.layer)))
 
 
 def _stops_behind(job: Job) -> bool:

@@ -250,8 +250,7 @@ class Talker:
             job.working.finish()
             if job.wanted.logits != "none":
                 job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
-                if self._loans.has_large_logits(job):
-                    yield from self._loans.keep_logits(job)
+                yield from self._loans.keep_large_logits(job)
             self._end(job, logits[:, -1].clone())
         yield from self._loans.until_done(job)
         job.advance("stop" if job.stopped else "finish")
