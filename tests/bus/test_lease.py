@@ -96,14 +96,19 @@ def test_a_refusal_is_raised_as_what_it_was(ends: Ends) -> None:
     assert engine.ask(Want(8)) == (Granted(8), None)
 
 
+def fill(server: LeaseSocket) -> None:
+    """No more finds room on the way to the other end."""
+    with pytest.raises(BlockingIOError):
+        while True:
+            server.send(Retire(1))
+
+
 def test_an_answer_that_finds_no_room_is_kept_with_its_descriptor_and_nobody_waits(
     ends: Ends, memory: int
 ) -> None:
     server, engine = ends
     before = open_fds()
-    with pytest.raises(BlockingIOError):
-        while True:
-            server.send(Retire(1))
+    fill(server)
     told: list[str] = []
     server.on_full = lambda: told.append("full")
     server.post(Granted(5), memory)
@@ -130,9 +135,7 @@ def test_what_waits_for_room_is_not_overtaken_and_closed_where_it_never_comes(
 ) -> None:
     server, engine = ends
     before = open_fds()
-    with pytest.raises(BlockingIOError):
-        while True:
-            server.send(Retire(1))
+    fill(server)
     server.post(Granted(5), memory)
     engine.receive()
     server.post(Granted(6))
@@ -140,9 +143,7 @@ def test_what_waits_for_room_is_not_overtaken_and_closed_where_it_never_comes(
         engine.receive()
     answers = [packet for packet, fds in engine.news() if not close_all(fds)]
     assert [one for one in answers if one != Retire(1)] == [Granted(5), Granted(6)]
-    with pytest.raises(BlockingIOError):
-        while True:
-            server.send(Retire(1))
+    fill(server)
     server.post(Granted(7), memory)
     server.close()
     assert open_fds() == before - 1

@@ -62,19 +62,18 @@ def test_a_message_from_before_the_watch_is_not_missed(
     assert taken == [b"early"]
 
 
+def take_from(both: Both, taken: list[bytes]) -> bool:
+    message = both.receive()
+    taken.extend([message] if message is not None else [])
+    return message is not None
+
+
 def test_messages_whose_signal_a_send_swallowed_are_heard(
     poll: Poll, pair: tuple[Socket, Socket]
 ) -> None:
     ours, theirs = pair
-    taken: list[bytes] = []
-    both = Both(ours)
-
-    def ready() -> bool:
-        message = both.receive()
-        taken.extend([message] if message is not None else [])
-        return message is not None
-
-    poll.watch_used(both, ready)
+    both, taken = Both(ours), list[bytes]()
+    poll.watch_used(both, lambda: take_from(both, taken))
     for number in range(200):
         theirs.send(b"%d" % number)
         both.send(b"anything")  # reads the socket's commands, its signal among them
@@ -117,15 +116,8 @@ def test_messages_that_come_at_once_are_all_taken_though_their_signal_is_one(
     poll: Poll, pair: tuple[Socket, Socket], early: bool, count: int
 ) -> None:
     ours, theirs = pair
-    taken: list[bytes] = []
-    both = Both(ours)
-
-    def ready() -> bool:
-        message = both.receive()
-        taken.extend([message] if message is not None else [])
-        return message is not None
-
-    poll.watch_used(both, ready)
+    both, taken = Both(ours), list[bytes]()
+    poll.watch_used(both, lambda: take_from(both, taken))
     if not early:
         poll.turn(0)  # nothing is there yet
     for number in range(count):

@@ -226,7 +226,7 @@ def test_what_a_job_goes_on_from_while_it_leaves_stays(obeying: Vault, told: Tol
     assert here(first) == LAYERS > here(second)
 
 
-def test_what_was_used_last_leaves_last_and_what_is_away_first(obeying: Vault) -> None:
+def test_what_was_used_last_leaves_last(obeying: Vault) -> None:
     first, second = conversation(1.0), conversation(2.0)
     obeying.track(1, first)
     obeying.track(2, second)
