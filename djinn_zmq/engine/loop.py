@@ -147,7 +147,7 @@ class EngineLoop:
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        tiers, work = self._keeping.tiers, self._work
+        tiers, vault, work = self._keeping.tiers, self._keeping.vault, self._work
         limit = tiers.slabs.limit
         ready = messages.Ready(str(self._device.torch), os.getpid(), limit)
         self._answers.tell(Op.READY, ready)
@@ -176,7 +176,9 @@ class EngineLoop:
                     self._fill()
                 if self._turns or work.chores:
                     work.step()
-                if self._keeping.moves or self._keeping.vault.moves:
+                if vault.gone:
+                    vault.settle()
+                if self._keeping.moves or vault.moves:
                     self._telling.moves()
 
     def _fill(self) -> None:

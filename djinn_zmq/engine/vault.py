@@ -14,6 +14,7 @@ A tensor comes back with the strides that it had: kernels may round otherwise fo
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +75,7 @@ class Vault:
     on_host: int = 0
     _coming: int = 0  # bytes that are being brought
     moves: list[Moved] = field(default_factory=list)  # to be told
+    gone: deque[Stored] = field(default_factory=deque)  # of segments that are no more: to be settled
     shrinking: bool = False
     _stored: "weakref.WeakKeyDictionary[Segment, Stored]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -96,13 +98,17 @@ class Vault:
                 stored = Stored(session, segment.nbytes, self._clock, layouts)
                 self._stored[segment] = stored
                 self.on_device += stored.nbytes
-                weakref.finalize(segment, self._gone, stored).atexit = False
+                # It may run in the middle of anything, and in a thread of the disk's: only noted.
+                weakref.finalize(segment, self.gone.append, stored).atexit = False
 
-    def _gone(self, stored: Stored) -> None:
-        if stored.here:
-            self.on_device -= stored.nbytes
-        if stored.lease is not None:
-            self._drop_copy(stored)
+    def settle(self) -> None:
+        """Take note of the segments that are no more: their memory is others' to use."""
+        while self.gone:
+            stored = self.gone.popleft()
+            if stored.here:
+                self.on_device -= stored.nbytes
+            if stored.lease is not None:
+                self._drop_copy(stored)
 
     def _drop_copy(self, stored: Stored) -> None:
         assert stored.lease is not None
@@ -132,6 +138,7 @@ class Vault:
 
     @property
     def _excess(self) -> int:
+        self.settle()
         return self.on_device + self._coming - self.allowance
 
     # ---- in
@@ -332,6 +339,9 @@ class Vault:
     def drop_copies(self) -> bool:
         """Host memory is wanted for more: give up the copy that is least likely to be needed, of what
         is on the device as well. False: there is none."""
+        if self.gone:
+            self.settle()
+            return True
         spare = [
             one
             for one in self._stored.values()
@@ -343,6 +353,7 @@ class Vault:
         return True
 
     def close(self) -> None:
+        self.gone.clear()
         for stored in self._stored.values():
             stored.lease = None
         self._alive.clear()

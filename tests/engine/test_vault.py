@@ -1,5 +1,6 @@
 """Keys and values that leave the device and come back, beside copies that take their time."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -81,11 +82,36 @@ def test_host_memory_is_nobody_elses_while_a_copy_that_was_given_up_is_written_t
     used = pool.used
     assert used and not vault.drop_copies()
     segments.clear()
+    vault.settle()
     vault.tiers.settle()
     assert (vault.on_host, pool.used) == (0, used)
     done = True
     vault.tiers.settle()
     assert not pool.used
+
+
+def test_what_ends_in_the_middle_of_something_is_freed_where_nothing_is_in_the_middle(
+    vault: Vault,
+) -> None:
+    segments, pool = conversation(1.0) + conversation(2.0), vault.tiers.pool
+    vault.track(1, segments)
+    go_on(vault.shrink())
+    before = (vault.on_device, vault.on_host, pool.used)
+    ending = threading.Thread(target=segments.clear)  # as garbage collection may, in any of them
+    ending.start()
+    ending.join()
+    assert (vault.on_device, vault.on_host, pool.used) == before and all(before)
+    vault.settle()
+    assert (vault.on_device, vault.on_host, pool.used) == (0, 0, 0)
+
+
+def test_who_wants_host_memory_gets_first_what_has_ended(vault: Vault) -> None:
+    segments, pool = conversation(1.0) + conversation(2.0), vault.tiers.pool
+    vault.track(1, segments)
+    go_on(vault.shrink())
+    segments.clear()
+    assert pool.used and vault.drop_copies()
+    assert not pool.used and not vault.drop_copies()
 
 
 class Told(Cpu):
