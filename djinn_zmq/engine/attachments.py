@@ -76,7 +76,7 @@ class Attachment:
         job, owner = halt.job, self.debugger.owner
         nbytes = value.nbytes + sum(rest.value.nbytes for rest in rests)
         if not self.keeping.fits(nbytes, owner):
-            yield from self.keeping.room(nbytes, owner)
+            yield from self.keeping.make_room(nbytes, owner)
         kept = self.keeping.entries
         held: list[Entry] = []
         try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_zmq.engine.bodies import Body
+from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import DeviceSlot, Spare
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import AccessDenied, ArenaFull, RequestError
@@ -54,7 +55,8 @@ class Hold:
 
 
 class Holds:
-    def __init__(self, tiers: Tiers) -> None:
+    def __init__(self, room: Room, tiers: Tiers) -> None:
+        self._room = room
         self._tiers = tiers
         self._holds: dict[int, Hold] = {}
         self._lent: dict[Device, Hold] = {}  # by each slot that may be written into
@@ -103,7 +105,7 @@ class Holds:
             if len(hold.spares) > 1:
                 spare = hold.spares.pop()
                 del self._lent[spare.slot.where]
-                self._tiers.slabs.give_back(spare.slot.where)
+                self._room.slabs.give_back(spare.slot.where)
                 self._give_back_lease(spare)
                 return True
         return False
@@ -118,7 +120,7 @@ class Holds:
     def _give_back_lease(self, spare: Spare) -> bool:
         lease, spare.lease = spare.lease, None
         if lease is not None:
-            self._tiers.pool.give_back(lease.slot)
+            self._room.pool.give_back(lease.slot)
         return lease is not None
 
     def restock(self, hold: Hold) -> None:
@@ -182,7 +184,7 @@ class Holds:
         waits = done is not None and bool(hold.slots)
         for slot in hold.slots:
             del self._lent[slot.where]
-            self._tiers.leaving.free_after(slot, done or (lambda: True), lambda: not hold.readers)
+            self._room.leaving.free_after(slot, done or (lambda: True), lambda: not hold.readers)
         for spare in hold.spares:
             self._give_back_lease(spare)
         hold.spares.clear()
@@ -191,7 +193,7 @@ class Holds:
             if done is not None and hold.body.device is not None:
                 hold.body.mapped.append(done)
                 waits = True
-            self._tiers.leave(hold.body)
+            self._room.leave(hold.body)
         if hold.pidfd >= 0 and not waits:  # who waits for the process closes it
             os.close(hold.pidfd)
 

@@ -22,6 +22,7 @@ from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.holds import Holds
+from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import Slabs, Spare
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.engine.vault import Vault
@@ -117,11 +118,13 @@ class Keeping:
         slabs = Slabs(self.device.budget() if budget is None else budget, self.device.allocate)
         folder = Path(settings.state) if settings.state and settings.disk else None
         self.disk = Disk(folder, settings.disk, self._awake)
-        self.tiers = Tiers(self.device, slabs, self.pool, self.disk, self._moved, self.arenas.grow)
-        self.holds = Holds(self.tiers)
+        grow = self.arenas.grow
+        self.room = Room(self.device, slabs, self.pool, self.disk, self._moved, grow)
+        self.tiers = Tiers(self.device, self.room, self._moved)
+        self.holds = Holds(self.room, self.tiers)
         # Of the device's budget, which a CPU has only where somebody said so.
-        self.vault = Vault(self.device, self.tiers, slabs.limit or None)
-        self.tiers.more_room = lambda: self.holds.give_room() or self.vault.drop_copies()
+        self.vault = Vault(self.device, self.room, slabs.limit or None)
+        self.room.more = lambda: self.holds.give_room() or self.vault.drop_copies()
         self.arenas.prepare()
 
     def fileno(self) -> int:
@@ -134,8 +137,8 @@ class Keeping:
     def settle(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        self.tiers.settle()
-        self.tiers.write_behind()
+        self.room.settle()
+        self.room.write_behind()
 
     def _moved(self, body: Body, how: str, elapsed_ns: int) -> None:
         self.moves += ((self.entries[number], how, elapsed_ns) for number in body.checkpoints)
@@ -210,7 +213,7 @@ class Keeping:
 
     def share(self, entry: Entry, run: int, midway: Any = None) -> Kept:
         """Another checkpoint of the same bytes: nothing is copied."""
-        self.tiers.touch(entry.body)
+        self.room.touch(entry.body)
         return self._enter(Entry(new_id(), entry.session, run, entry.layer, entry.body, midway))
 
     def _enter(self, entry: Entry) -> Kept:
@@ -219,7 +222,7 @@ class Keeping:
         if entry.past or entry.place:  # a file of it alone is not enough to go on from
             entry.body.facts["needs"] = entry.place or f"{entry.past} tokens' keys and values"
         self.entries[entry.id] = entry
-        self.tiers.share(entry.body, entry.id)
+        self.room.share(entry.body, entry.id)
         return entry.kept
 
     def _body(
@@ -250,7 +253,7 @@ class Keeping:
         entry.body.users += 1
 
     def let_go(self, entry: Entry) -> None:
-        self.tiers.leave(entry.body)
+        self.room.leave(entry.body)
 
     def resident(self, entry: Entry) -> bool:
         """Is it where the device can read it?"""
@@ -261,14 +264,14 @@ class Keeping:
         body = entry.body
         if body.device is not None:
             return body.arrived
-        return body.resident and self.device.reads_host and not self.tiers.slabs.limit
+        return body.resident and self.device.reads_host and not self.room.slabs.limit
 
     def promote(self, entry: Entry) -> bool:
         """Begin to copy it up to the device. False where it is not in host memory, or there is no
         room for it."""
         body = entry.body
         if body.host is not None and body.resident and not self.device.reads_host:
-            self.tiers.touch(body)
+            self.room.touch(body)
             self.tiers.promote(body)
         return body.device is not None
 
@@ -279,13 +282,13 @@ class Keeping:
     def fits(self, nbytes: int, owner: str) -> bool:
         return self.pool.ready(nbytes, _zone(owner))
 
-    def room(self, nbytes: int, owner: str) -> Iterator[None]:
+    def make_room(self, nbytes: int, owner: str) -> Iterator[None]:
         """Until it fits, or nothing more can be done for that."""
-        return self.tiers.room(nbytes, _zone(owner))
+        return self.room.make(nbytes, _zone(owner))
 
     def hidden(self, entry: Entry) -> torch.Tensor:
         """Its bytes on the device, to be read only by one who counts as a user. Resident ones."""
-        self.tiers.touch(entry.body)
+        self.room.touch(entry.body)
         return self.tiers.hidden(entry.body)
 
     def load(self, tensor: Tensor, buffers: Sequence[bytes | memoryview] = ()) -> torch.Tensor:
@@ -356,7 +359,7 @@ class Keeping:
             entry = self.entries.get(number)
             if entry is not None and session in (None, entry.session):
                 del self.entries[number]
-                self.tiers.release(entry.body, number)
+                self.room.release(entry.body, number)
             elif number in self.holds and session in (None, self.holds.session_of(number)):
                 self.holds.end(number, gone=False)
 
@@ -372,7 +375,7 @@ class Keeping:
         self.drop([number for number, one in self.entries.items() if one.session == session])
         for number in self.holds.of(session):
             self.holds.end(number, gone=True)
-        self.tiers.forget_session(session)
+        self.room.forget_session(session)
 
     def adopt(
         self,
@@ -416,7 +419,7 @@ class Keeping:
             self._adopt_file(body, kept.id)
         if body.host is None and not body.disk:
             raise Lost("it was on a device")
-        self.tiers.add(body)
+        self.room.add(body)
         self._adopted_bodies[where] = body
         return body
 
@@ -445,6 +448,7 @@ class Keeping:
         self.holds.close()
         self.moves.clear()
         self._adopted_bodies.clear()
+        self.room.close()
         self.tiers.close()
         self.vault.close()
         self.arenas.close()

@@ -29,8 +29,11 @@ class Leaving:
         return bool(self._waiting)
 
     def free_when(self, done: Done, give_back: GiveBack) -> None:
-        """Call *give_back* when *done* says so."""
-        self._waiting.append((done, give_back))
+        """Call *give_back* when *done* says so, which may be now."""
+        if done():
+            give_back()
+        else:
+            self._waiting.append((done, give_back))
 
     def free_after(self, slot: DeviceSlot, *conditions: Done) -> None:
         """*slot* could be written into by a client: free it when *conditions* hold, that of its end among

@@ -106,7 +106,7 @@ class Loans:
         owner = job.session.owner
         if not self._keeping.fits(data.nbytes, owner):
             begin_ns = time.perf_counter_ns()
-            yield from self._keeping.room(data.nbytes, owner)
+            yield from self._keeping.make_room(data.nbytes, owner)
             job.watch.add("evict", time.perf_counter_ns() - begin_ns)
         with job.watch.span("copy"):
             return self.keep(job, data, layer, place=place, base=base)

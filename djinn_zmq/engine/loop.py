@@ -147,8 +147,9 @@ class EngineLoop:
 
     def serve(self) -> None:
         """Until the server is gone, which raises Lost."""
-        tiers, vault, work = self._keeping.tiers, self._keeping.vault, self._work
-        limit = tiers.slabs.limit
+        keeping, work = self._keeping, self._work
+        room, tiers, vault = keeping.room, keeping.tiers, keeping.vault
+        limit = room.slabs.limit
         ready = messages.Ready(str(self._device.torch), os.getpid(), limit)
         self._answers.tell(Op.READY, ready)
         with torch.inference_mode():  # thread-local: entered where the work is done
@@ -162,13 +163,13 @@ class EngineLoop:
                     # Nobody waits for these copies, and a client that was just answered may have to share
                     # our CPU: awake, we would keep it from running.
                     wait_s = FILLING_S
-                if wait_s == 0 and tiers.beside:
+                if wait_s == 0 and room.beside:
                     # A thread that waits for the interpreter wakes when we let go of it, in a system
                     # call, and finds that we have it back: for half a minute, on a machine that wakes
                     # slowly. Long enough asleep, and it gets it.
                     time.sleep(GIVE_WAY_S)
                 if self._poll.stays_awake or self._settings.spin_us:
-                    self._poll.may_spin = not tiers.beside  # the same
+                    self._poll.may_spin = not room.beside  # the same
                 self._poll.turn(wait_s)
                 if self._stays:
                     self._stays.answer()
@@ -178,7 +179,7 @@ class EngineLoop:
                     work.step()
                 if vault.gone:
                     vault.settle()
-                if self._keeping.moves or vault.moves:
+                if keeping.moves or vault.moves:
                     self._telling.moves()
 
     def _fill(self) -> None:
@@ -437,7 +438,7 @@ class EngineLoop:
         if not 0 <= expected_s < float("inf"):
             raise RequestError(f"away for {expected_s} seconds: a number, or 0 for back soon")
         if expected_s:
-            self._keeping.tiers.away(session.id, expected_s)
+            self._keeping.room.away(session.id, expected_s)
         else:
             self._work.chores.append(self._keeping.tiers.back(session.id))
             self._work.chores.append(self._keeping.vault.back(session.id))

@@ -95,7 +95,7 @@ class Mover:
     def _move(self, job: MoveJob, asked: Move) -> Iterator[None]:
         job.advance("start")
         tiers = self._keeping.tiers
-        tier = asked.tier or ("device" if tiers.slabs.limit else "host")
+        tier = asked.tier or ("device" if self._keeping.room.slabs.limit else "host")
         for entry in job.entries:
             begin_ns = time.perf_counter_ns()
             if entry.id not in self._keeping.entries:  # released since it was asked for
@@ -172,7 +172,7 @@ class Mover:
         job.advance("finish")
 
     def _handle(self, slot: DeviceSlot) -> Handle:
-        slab = self._keeping.tiers.slabs.slabs[slot.where.slab]
+        slab = self._keeping.room.slabs.slabs[slot.where.slab]
         uuid, data = self._keeping.device.export(slab.memory)
         slab.exported = True
         offset = slot.where.index * GRANULE
@@ -211,7 +211,7 @@ class Mover:
                 f'hidden is {given[0]} {given[1]}, "{job.model.info.name}" needs {wanted[0]} '
                 f"{wanted[1]}"
             )
-        yield from self._keeping.room(asked.hidden.nbytes, job.session.owner)
+        yield from self._keeping.make_room(asked.hidden.nbytes, job.session.owner)
         with job.watch.span("copy"):
             hidden = self._keeping.load_sent(asked.hidden, buffers, job.session.owner)
             job.kept.append(self._loans.keep(job, hidden, job.layer))

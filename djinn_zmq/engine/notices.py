@@ -177,7 +177,7 @@ class Notices:
     def _shelving(self, asked: Shelve) -> Iterator[None]:
         left: dict[int, str] = {}
         try:
-            left = yield from shelve(self._keeping.tiers, asked)
+            left = yield from shelve(self._keeping.room, self._keeping.tiers, asked)
         finally:
             self._telling.moves()
             reply = Shelved(tuple(left.items()))

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Generator
 
+from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.tiers import Tiers
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.settings import format_bytes
@@ -14,9 +15,9 @@ _log = logging.getLogger(__name__)
 TELL_EVERY_S = 1.0
 
 
-def shelve(tiers: Tiers, asked: Shelve) -> Generator[None, None, dict[int, str]]:
+def shelve(room: Room, tiers: Tiers, asked: Shelve) -> Generator[None, None, dict[int, str]]:
     """Write them, the most recently used first. Returns which can have no file, and why."""
-    wanted = [body for body in tiers.recent() if not body.checkpoints.isdisjoint(asked.ids)]
+    wanted = [body for body in room.recent() if not body.checkpoints.isdisjoint(asked.ids)]
     begin_s = told_s = time.monotonic()
     total, done, files = sum(body.nbytes for body in wanted), 0, 0
     left: dict[int, str] = {}

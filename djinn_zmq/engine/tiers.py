@@ -1,21 +1,15 @@
-"""The tiers: device, host, disk. What is kept where, what gives way to what, and how it moves.
+"""The tiers: device, host, disk. How checkpoints get their copies there, and how they move.
 
     device   slabs of the device's own memory     a resume copies nothing
     host     arenas shared with server and client a copy of every checkpoint, written through
     disk     files under the state directory      outlive the server
-
-What was not used for longest gives way first; what belongs to a session that said it is away, before
-all else. A device copy is dropped where another copy is there. A host copy is dropped where a file
-is there, and is written to one first where not; without a disk tier a device copy must do. What a run
-or a view is using stays. Where nothing more gives way the newcomer is refused, with sizes.
 
 Whatever waits (for the disk, or for the device's copies) is a generator that yields meanwhile, so that
 others get their turns.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -23,46 +17,20 @@ import torch
 
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
-from djinn_zmq.engine.disk import Disk
-from djinn_zmq.engine.growing import Grow, Growing
-from djinn_zmq.engine.leaving import Leaving
-from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Slabs, Spare
+from djinn_zmq.engine.room import Room
+from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Spare
 from djinn_zmq.engine.storing import Storing
-from djinn_zmq.engine.writing import Moved, Writing
+from djinn_zmq.engine.writing import Moved
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
-from djinn_zmq.memory.arena import Lease, Pool
-from djinn_zmq.settings import format_bytes
-
-WRITE_BEHIND_FROM = 0.75  # of the host tier's limit: from here on the oldest get files in advance
+from djinn_zmq.memory.arena import Lease
 
 
 class Tiers:
-    def __init__(
-        self,
-        device: Device,
-        slabs: Slabs,
-        pool: Pool,
-        disk: Disk,
-        moved: Moved,
-        grow: Grow,
-    ) -> None:
-        self.slabs = slabs
-        self.pool = pool
-        self.disk = disk
+    def __init__(self, device: Device, room: Room, moved: Moved) -> None:
         self._device = device
+        self._room = room
         self._moved = moved
-        self.growing = Growing(pool, grow)
-        self._bodies: OrderedDict[Body, None] = OrderedDict()  # the least recently used first
-        self._away: dict[int, float] = {}  # session → monotonic: until when it is not expected
-        self.more_room: Callable[[], bool] = lambda: False  # frees some host memory of others'
-        self.leaving = Leaving(device, slabs)
-        self._writing = Writing(disk, moved)
-        self.storing = Storing(device, pool)
-
-    @property
-    def beside(self) -> bool:
-        """Is a thread at work for us?"""
-        return bool(self.growing) or self.disk.busy
+        self.storing = Storing(device, room.pool)
 
     # ---- in
 
@@ -73,7 +41,7 @@ class Tiers:
         data: on the device, or uint8 (nbytes,) in host memory.
         """
         lease: Lease | None = None
-        slot = None if body.fixed else self._device_slot(body.nbytes, body.zone)
+        slot = None if body.fixed else self._room.device_slot(body.nbytes, body.zone)
         try:
             if slot is not None:  # somebody waits for this copy: it is begun before all else
                 body.device = slot
@@ -82,9 +50,9 @@ class Tiers:
                 else:
                     self._device.copy(data, slot)
                 data = slot.data
-            lease, full = self._host_slot(body)
+            lease, full = self._room.host_slot_of(body)
             if lease is None and slot is None:
-                raise self._all_full(full or self.pool.full(body.nbytes, body.zone))
+                raise self._room.all_full(full or self._room.pool.full(body.nbytes, body.zone))
             if isinstance(data, np.ndarray):
                 data = self._device.see(data, body.shape, getattr(torch, body.dtype))
             elif slot is None and not (body.fixed or self._device.reads_host):
@@ -97,36 +65,31 @@ class Tiers:
                 self.storing.begin(body, data, lease)
         except BaseException:  # no memory for a copy on the way, say
             if slot is not None:
-                self._free(self._device.computed(), partial(self.slabs.give_back, slot.where))
+                self._room.leaving.free_when(
+                    self._device.computed(), partial(self._room.slabs.give_back, slot.where)
+                )
             if lease is not None:
-                self._free(self._device.stored(), partial(self.pool.give_back, lease.slot))
+                self._room.leaving.free_when(
+                    self._device.stored(), partial(self._room.pool.give_back, lease.slot)
+                )
             raise
-        self.add(body)
-        self.growing.tend(body.zone)
-
-    def _all_full(self, host: ArenaFull) -> ArenaFull:
-        """*host*, which says what host memory lacks, with the other tiers that have no room either."""
-        others = [
-            f"the {tier} tier (limit {format_bytes(limit)})"
-            for tier, limit in (("device", self.slabs.limit), ("disk", self.disk.limit))
-            if limit
-        ]
-        return ArenaFull(f"{host}; full as well: {', '.join(others)}") if others else host
+        self._room.add(body)
+        self._room.growing.tend(body.zone)
 
     def take_over(self, body: Body, spare: Spare) -> None:
         """*spare* holds *body*'s bytes already, and is its device copy from now on. The copy to host
         memory is begun by `fill`: it need not be before an answer."""
         body.device = spare.slot
-        lease = spare.lease or self._host_slot(body)[0]
+        lease = spare.lease or self._room.host_slot_of(body)[0]
         if lease is not None:
             self.storing.promise(body, lease)
-        self.add(body)
-        self.growing.tend(body.zone)
+        self._room.add(body)
+        self._room.growing.tend(body.zone)
 
     def fill(self) -> None:
         """Go on with copies to host slots."""
         if self.storing.settle():
-            self.leaving.settle()
+            self._room.leaving.settle()
 
     def stored(self, body: Body) -> Iterator[None]:
         """Wait until the host slot of *body*, where it has one, can be read."""
@@ -134,124 +97,6 @@ class Tiers:
         while not body.stored:
             yield
         self.fill()
-
-    def add(self, body: Body) -> None:
-        """*body* has its bytes: it takes part from now on, as the one used last."""
-        self._bodies[body] = None
-
-    def touch(self, body: Body) -> None:
-        self._bodies.move_to_end(body)
-
-    def room(self, nbytes: int, zone: str) -> Iterator[None]:
-        """Wait until a host slot of *nbytes* can be had, or no more can be done for it.
-
-        One more arena is made beside us: its pages, and registering them, take tens of milliseconds.
-        """
-        self.settle()
-        while not self.pool.ready(nbytes, zone):
-            if self.growing or self.growing.begin(nbytes, zone):
-                yield
-                self.settle()
-                continue
-            if self._drop_one() or self.more_room():
-                continue
-            if not self._writing and not self._write_one() and not self.leaving.soon:
-                return
-            yield
-            self.settle()
-
-    def host_slot(self, nbytes: int, session: int) -> Generator[None, None, Lease | None]:
-        """A slot for what is not a checkpoint and nobody maps; None where nothing makes room."""
-        yield from self.room(nbytes, "")
-        try:
-            return self.pool.lease(nbytes, session)
-        except ArenaFull:
-            return None
-
-    def _host_slot(self, body: Body) -> tuple[Lease | None, ArenaFull | None]:
-        while True:
-            try:
-                return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
-            except ArenaFull as exc:
-                if self.growing:  # they have what the limit leaves: the first is soon there
-                    self.growing.wait()
-                elif not self._drop_one() and not self.more_room():
-                    return None, exc
-
-    def _device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
-        if not self.slabs.limit:
-            return None
-        slot = self.slabs.lease(nbytes, zone)
-        if slot is None and self.leaving:
-            self.leaving.settle()
-            slot = self.slabs.lease(nbytes, zone)
-        while slot is None:
-            victim = next(
-                (one for one in self._oldest() if one.device and len(one.tiers) > 1), None
-            )
-            if victim is None:
-                return None
-            self._drop_device(victim)
-            slot = self.slabs.lease(nbytes, zone)
-        return slot
-
-    # ---- what gives way
-
-    def _oldest(self) -> Iterator[Body]:
-        """Bodies that may be moved, those that are to give way first in front."""
-        if self._away:
-            now = time.monotonic()
-            away = [one for one in self._bodies if self._away.get(one.session, 0.0) > now]
-            away.sort(key=lambda one: -self._away[one.session])  # the longest away first
-            yield from (one for one in away if one.idle)
-        yield from (one for one in self._bodies if one.idle)
-
-    def _drop_one(self) -> bool:
-        """Free the host slot of the first body that has another copy. False: there is none."""
-        for body in self._oldest():
-            if body.host and (body.disk or (body.device and not self.disk.limit)):
-                self._drop_host(body)
-                return True
-        return False
-
-    def _drop_host(self, body: Body) -> None:
-        begin_ns = time.perf_counter_ns()
-        assert body.host is not None
-        self.pool.give_back(body.host.slot)
-        body.host = None
-        self._moved(body, "evict", time.perf_counter_ns() - begin_ns)
-
-    def _drop_device(self, body: Body) -> None:
-        begin_ns = time.perf_counter_ns()
-        assert body.device is not None
-        self.slabs.give_back(body.device.where)
-        body.device = None
-        self._moved(body, "evict", time.perf_counter_ns() - begin_ns)
-
-    def _write_one(self) -> bool:
-        """Begin to write the first body that has no file yet. False: there is none, or no room."""
-        for body in self._oldest():
-            if self._writing.wanted(body):
-                self._writing.begin(body)
-                return True
-        return False
-
-    def settle(self) -> None:
-        """Take note of what has been done beside us: files written, slots free to be used again,
-        an arena made."""
-        self.growing.take()
-        for body in self._writing.settle():
-            self._free_unless_needed(body)
-        self.leaving.settle()
-
-    def write_behind(self) -> None:
-        """Keep some of the host tier free to be dropped at once, so that runs need not wait."""
-        if (
-            self.disk.limit
-            and not self._writing
-            and self.pool.used > WRITE_BEHIND_FROM * self.pool.limit
-        ):
-            self._write_one()
 
     # ---- out
 
@@ -271,7 +116,7 @@ class Tiers:
         """A device copy for a body in host memory that is about to be used, where there is room for one."""
         if body.device is not None or body.rising:
             return
-        slot = self._device_slot(body.nbytes, body.zone)
+        slot = self._room.device_slot(body.nbytes, body.zone)
         if slot is None:
             return
         begin_ns = time.perf_counter_ns()
@@ -296,27 +141,27 @@ class Tiers:
         """must: else it may also come to a scratch place, to be read by those who use it now."""
         while body.host is None and (must or body.scratch is None):
             if body.moving:  # somebody else is bringing it
-                self.settle()
+                self._room.settle()
                 yield
                 continue
-            yield from self.room(body.nbytes, body.zone)
+            yield from self._room.make(body.nbytes, body.zone)
             if body.host is None and not body.moving:  # nobody else came first meanwhile
                 yield from self._copy_to_host(body, must=must)
         yield from self.stored(body)
 
     def _copy_to_host(self, body: Body, *, must: bool) -> Iterator[None]:
         begin_ns = time.perf_counter_ns()
-        lease, full = self._host_slot(body)
+        lease, full = self._room.host_slot_of(body)
         if body.device is not None:
             if lease is None:
-                raise full or self.pool.full(body.nbytes, body.zone)
+                raise full or self._room.pool.full(body.nbytes, body.zone)
             self.storing.begin(body, body.device.data, lease)
             yield from self.stored(body)
         elif lease is not None:
             yield from self._read(body, lease.view, lease)
             body.host = lease
         elif must:
-            raise full or self.pool.full(body.nbytes, body.zone)
+            raise full or self._room.pool.full(body.nbytes, body.zone)
         else:
             scratch = np.empty(body.nbytes, np.uint8)
             yield from self._read(body, memoryview(scratch), None)
@@ -331,7 +176,7 @@ class Tiers:
         try:
             while not whole:
                 number = body.disk
-                future = self.disk.load(number, target)
+                future = self._room.disk.load(number, target)
                 while not future.done():
                     yield
                 if (error := future.exception()) is not None and body.disk == number:
@@ -340,17 +185,19 @@ class Tiers:
         finally:
             body.moving = False
             if lease is not None and not whole:  # free when the thread is through
-                self.leaving.free_when(future.done, partial(self.pool.give_back, lease.slot))
+                self._room.leaving.free_when(
+                    future.done, partial(self._room.pool.give_back, lease.slot)
+                )
 
     def _to_device(self, body: Body) -> Iterator[None]:
-        if not self.slabs.limit:
+        if not self._room.slabs.limit:
             raise RequestError("this engine has no device tier: serve with --gpu-memory")
         if body.rising:  # somebody else is at it
             yield
             return
-        slot = self._device_slot(body.nbytes, body.zone)
+        slot = self._room.device_slot(body.nbytes, body.zone)
         if slot is None:
-            raise self.slabs.full(body.nbytes)
+            raise self._room.slabs.full(body.nbytes)
         begin_ns = time.perf_counter_ns()
         assert body.host is not None
         self._device.fill_beside(np.frombuffer(body.host.view, np.uint8), slot.data)
@@ -363,7 +210,7 @@ class Tiers:
         finally:
             body.rising = False
             if body.device is not slot:
-                self.leaving.free_when(done, partial(self.slabs.give_back, slot.where))
+                self._room.leaving.free_when(done, partial(self._room.slabs.give_back, slot.where))
         self._moved(body, "prefetch", time.perf_counter_ns() - begin_ns)
 
     def evict(self, body: Body, tier: str) -> Iterator[None]:
@@ -375,9 +222,9 @@ class Tiers:
         while not body.idle:
             if body.views:
                 raise RequestError("a view of the checkpoint is in use: it stays where it is")
-            self.settle()
+            self._room.settle()
             yield
-        if body not in self._bodies:
+        if body not in self._room:
             return  # released meanwhile
         body.users += 1  # nobody else moves it meanwhile
         try:
@@ -389,20 +236,20 @@ class Tiers:
                 yield
             self.fill()
         finally:
-            self.leave(body)
-        if body not in self._bodies or body.users:
+            self._room.leave(body)
+        if body not in self._room or body.users:
             return  # released, or in use again: then it gives way later
         if body.device is not None:
-            self._drop_device(body)
+            self._room.drop_device(body)
         if tier == "disk" and body.host is not None:
-            self._drop_host(body)
+            self._room.drop_host(body)
 
     def file(self, body: Body) -> Iterator[None]:
         """Give *body* a file, if it has none, beside its other copies and whoever uses them. Raises ArenaFull."""
         while body.moving:
-            self.settle()
+            self._room.settle()
             yield
-        if body not in self._bodies:
+        if body not in self._room:
             return  # released meanwhile
         body.users += 1
         try:
@@ -411,133 +258,62 @@ class Tiers:
             if not body.disk:
                 yield from self._to_disk(body)
         finally:
-            self.leave(body)
-
-    def recent(self) -> Iterator[Body]:
-        """All of them, the most recently used first."""
-        return reversed(self._bodies)
+            self._room.leave(body)
 
     def _to_disk(self, body: Body) -> Iterator[None]:
         while not body.settled:
             yield
-        if not self.disk.limit:
+        if not self._room.disk.limit:
             raise RequestError("this server has no disk tier: serve with --state DIR")
-        if not self.disk.fits(body.nbytes):
-            raise self.disk.full(body.nbytes)
-        self._writing.begin(body)
+        if not self._room.disk.fits(body.nbytes):
+            raise self._room.disk.full(body.nbytes)
+        self._room.writing.begin(body)
         while body.moving:
-            self.settle()
+            self._room.settle()
             yield
         if not body.disk:
-            raise ArenaFull(f"the file could not be written: {self.disk.trouble}")
+            raise ArenaFull(f"the file could not be written: {self._room.disk.trouble}")
 
     # ---- copies for clients to write into
 
     def copy_of(self, body: Body) -> DeviceSlot:
         """A device slot of its own with the same bytes, in a slab that holds nothing but such copies:
         a client that writes beside or after its time harms no checkpoint. Raises ArenaFull."""
-        if not self.slabs.limit:
+        if not self._room.slabs.limit:
             raise RequestError("this engine has no device tier: serve with --gpu-memory")
-        self.settle()
-        slot = self._device_slot(body.nbytes, body.zone + COPIES)
+        self._room.settle()
+        slot = self._room.device_slot(body.nbytes, body.zone + COPIES)
         if slot is None:
-            raise self.slabs.full(body.nbytes)
+            raise self._room.slabs.full(body.nbytes)
         self._device.copy(self.hidden(body), slot)
         return slot
 
     def spare_beside(self, slot: DeviceSlot, session: int, zone: str) -> Spare | None:
         """One more like *slot*, in its slab; None where that has no room. Nothing gives way for it."""
-        if self.leaving:
-            self.leaving.settle()
-        beside = self.slabs.lease_beside(slot.where, slot.nbytes)
+        if self._room.leaving:
+            self._room.leaving.settle()
+        beside = self._room.slabs.lease_beside(slot.where, slot.nbytes)
         if beside is None:
             return None
-        ready = self.pool.ready(slot.nbytes, zone)
-        return Spare(beside, self.pool.lease(slot.nbytes, session, zone=zone) if ready else None)
+        ready = self._room.pool.ready(slot.nbytes, zone)
+        return Spare(
+            beside, self._room.pool.lease(slot.nbytes, session, zone=zone) if ready else None
+        )
 
     # ---- sessions
 
-    def away(self, session: int, expected_s: float) -> None:
-        """*session* will not be back for so long: what it has gives way first."""
-        self._away[session] = time.monotonic() + expected_s
-
     def back(self, session: int) -> Iterator[None]:
         """*session* is about to come back: bring up what it has, the most recently used first."""
-        self._away.pop(session, None)
-        mine = [one for one in self._bodies if one.session == session and not one.fixed]
-        for body in reversed(mine):
-            if body not in self._bodies:
+        for body in reversed(self._room.expect(session)):
+            if body not in self._room:
                 continue
             body.users += 1
             try:
-                yield from self.bring(body, "device" if self.slabs.limit else "host")
+                yield from self.bring(body, "device" if self._room.slabs.limit else "host")
             except (ArenaFull, BadFile):
                 return  # it is only a hint; a resume will say what is wrong
             finally:
-                self.leave(body)
-
-    def is_away(self, session: int) -> bool:
-        return self._away.get(session, 0.0) > time.monotonic()
-
-    def forget_session(self, session: int) -> None:
-        self._away.pop(session, None)
-
-    # ---- ends
-
-    def leave(self, body: Body) -> None:
-        """One user less; the last one frees what nobody refers to any more."""
-        body.users -= 1
-        if not body.users:
-            body.scratch = None
-        self._free_unless_needed(body)
-
-    def share(self, body: Body, number: int) -> None:
-        """Checkpoint *number* is made of the same bytes."""
-        body.checkpoints.add(number)
-        if body.disk:
-            self.disk.link(body.disk, number)
-
-    def release(self, body: Body, number: int) -> None:
-        """Checkpoint *number* is no more."""
-        body.checkpoints.discard(number)
-        if body.disk and (body.checkpoints or len(body.tiers) > 1):
-            self.disk.remove(number)
-            body.disk = min(body.checkpoints, default=body.disk)
-        # Else whoever uses it may still have to read it: the file goes with the body.
-        self._free_unless_needed(body)
-
-    def _free_unless_needed(self, body: Body) -> None:
-        if body.checkpoints or body.users or body.moving or body not in self._bodies:
-            return
-        del self._bodies[body]
-        if body.disk:
-            self.disk.remove(body.disk)
-            self.disk.used -= body.nbytes
-        if body.host is not None:
-            self._when_settled(body, partial(self.pool.give_back, body.host.slot))
-        if body.mapped and body.device is not None:
-            self.leaving.free_after(body.device, *body.mapped, body.busy or _done)
-        elif body.device is not None:
-            self._when_settled(body, partial(self.slabs.give_back, body.device.where))
-
-    def _when_settled(self, body: Body, give_back: Callable[[], None]) -> None:
-        """Whoever gets the slot next may not be ordered behind the device's copies."""
-        self._free(body.busy or _done, give_back)
-
-    def _free(self, done: Callable[[], bool], give_back: Callable[[], None]) -> None:
-        if done():
-            give_back()
-        else:
-            self.leaving.free_when(done, give_back)
+                self._room.leave(body)
 
     def close(self) -> None:
-        """Let go of every view of the arenas, so that they can be unmapped."""
-        self.growing.close()
-        self._bodies.clear()
-        self._writing.clear()
-        self.leaving.clear()
         self.storing.clear()
-
-
-def _done() -> bool:
-    return True

@@ -26,7 +26,7 @@ import torch
 
 from djinn_zmq.engine.caches import Segment
 from djinn_zmq.engine.devices import Device
-from djinn_zmq.engine.tiers import Tiers
+from djinn_zmq.engine.room import Room
 from djinn_zmq.memory.arena import Lease
 
 ALIGNED = 512  # bytes: each tensor in a slot begins at a multiple
@@ -69,13 +69,15 @@ class Stored:
 @dataclass(slots=True)
 class Vault:
     device: Device
-    tiers: Tiers
+    room: Room
     limit: int | None  # bytes on the device, with the checkpoints' slabs; None: no limit
     on_device: int = 0
     on_host: int = 0
     _coming: int = 0  # bytes that are being brought
     moves: list[Moved] = field(default_factory=list)  # to be told
-    gone: deque[Stored] = field(default_factory=deque)  # of segments that are no more: to be settled
+    gone: deque[Stored] = field(
+        default_factory=deque
+    )  # of segments that are no more: to be settled
     shrinking: bool = False
     _stored: "weakref.WeakKeyDictionary[Segment, Stored]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -112,11 +114,8 @@ class Vault:
 
     def _drop_copy(self, stored: Stored) -> None:
         assert stored.lease is not None
-        give_back = partial(self.tiers.pool.give_back, stored.lease.slot)
-        if stored.storing is None or stored.storing():
-            give_back()
-        else:  # the device writes there still
-            self.tiers.leaving.free_when(stored.storing, give_back)
+        give_back = partial(self.room.pool.give_back, stored.lease.slot)
+        self.room.leaving.free_when(stored.storing or (lambda: True), give_back)
         stored.lease = stored.storing = None
         self.on_host -= stored.nbytes
 
@@ -124,7 +123,7 @@ class Vault:
     def allowance(self) -> int:
         """Bytes of keys and values that may be on the device now."""
         assert self.limit is not None
-        return max(self.limit - self.tiers.slabs.mapped, self.limit // LEAST_SHARE)
+        return max(self.limit - self.room.slabs.mapped, self.limit // LEAST_SHARE)
 
     @property
     def crowded(self) -> bool:
@@ -251,7 +250,7 @@ class Vault:
         self.shrinking = True
         try:
             while self._excess > 0:
-                self.tiers.growing.expect(AHEAD * self._excess)
+                self.room.growing.expect(AHEAD * self._excess)
                 batch = self._oldest(self._excess)
                 if not batch or not (yield from self._move_out(batch)):
                     break
@@ -266,7 +265,7 @@ class Vault:
             for segment, stored in self._stored.items()
             if stored.here and not stored.pins and not stored.moving
         ]
-        idle.sort(key=lambda one: (not self.tiers.is_away(one[1].session), one[1].used))
+        idle.sort(key=lambda one: (not self.room.is_away(one[1].session), one[1].used))
         batch, nbytes = [], 0
         for segment, stored in idle:
             if nbytes >= min(excess, BATCH_NBYTES):
@@ -284,7 +283,7 @@ class Vault:
         try:
             for segment, stored in batch:
                 if stored.lease is None:
-                    lease = yield from self.tiers.host_slot(_room(stored), stored.session)
+                    lease = yield from self.room.host_slot(_slot_nbytes(stored), stored.session)
                     if lease is None:
                         break  # host memory is full: it stays
                     self._store(segment, stored, lease)
@@ -316,8 +315,8 @@ class Vault:
                 slot = lease.view[layout.offset : layout.offset + layout.nbytes]
                 self.device.store(_flat(segment.parts[name]), slot)
         except BaseException:
-            give_back = partial(self.tiers.pool.give_back, lease.slot)
-            self.tiers.leaving.free_when(self.device.stored(), give_back)
+            give_back = partial(self.room.pool.give_back, lease.slot)
+            self.room.leaving.free_when(self.device.stored(), give_back)
             raise
         stored.lease = lease
         self.on_host += stored.nbytes
@@ -370,7 +369,7 @@ def _layouts(segment: Segment) -> dict[Any, Layout]:
     return layouts if segment.nbytes else {}
 
 
-def _room(stored: Stored) -> int:
+def _slot_nbytes(stored: Stored) -> int:
     last = max(stored.layouts.values(), key=lambda one: one.offset)
     return last.offset + last.nbytes
 

@@ -3,7 +3,8 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +63,20 @@ def keeping_with(limits: Settings) -> Iterator[Any]:
 def keeping() -> Iterator[Any]:
     with keeping_with(Settings(host_memory=128 * KIB, arena=128 * KIB)) as one:
         yield one
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """A `ServerSide`."""
+    from tests.engine.keepers import ServerSide  # it needs torch, which need not be there
+
+    with closing(ServerSide(tmp_path)) as answering:
+        yield answering
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A disk tier's directory."""
+    folder = tmp_path / "state"
+    folder.mkdir(0o700)
+    return folder

@@ -14,7 +14,7 @@ import torch
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.devices import Cpu
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.errors import Lost
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.settings import KIB, Settings
@@ -129,3 +129,40 @@ def running(
         yield keeping
     finally:
         end(keeping)
+
+
+def kept_in(keeping: Keeping, value: int = 1, layer: int = 2, session: int = 1) -> Entry:
+    kept = keeping.keep(bits(value), session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
+    return keeping.entries[kept.id]
+
+
+def evicted(keeping: Keeping, entry: Entry, tier: str = "disk") -> Entry:
+    for _ in keeping.tiers.evict(entry.body, tier):
+        pass
+    assert entry.body.tiers == (tier,)
+    return entry
+
+
+def in_turns(*works: Iterator[None]) -> None:
+    """A step of each, until all have ended."""
+    left = list(works)
+    while left:
+        left = [one for one in left if next(one, works) is not works]
+
+
+def brought(keeping: Keeping, entry: Entry, tier: str) -> Iterator[None]:
+    """As a job does that uses *entry*."""
+    keeping.hold(entry)
+    try:
+        yield from keeping.tiers.bring(entry.body, tier)
+    finally:
+        keeping.let_go(entry)
+
+
+def used(keeping: Keeping) -> tuple[int, int, int]:
+    keeping.settle()
+    return keeping.room.slabs.used, keeping.pool.used, keeping.disk.used
+
+
+def bits(value: int = 1) -> torch.Tensor:
+    return torch.full((2, 5, 512), float(value))

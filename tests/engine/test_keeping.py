@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -29,12 +27,6 @@ from djinn_zmq.settings import KIB
 from djinn_zmq.wire.messages import Granted, Join, Kept, Retire
 from djinn_zmq.wire.tensors import Device, Frame, Inline, Slot, Tensor
 from tests.engine.keepers import ENGINE, IDS, LIMITS, OWNER, Late, ServerSide, end, running
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerSide]:
-    with closing(ServerSide(tmp_path)) as answering:
-        yield answering
 
 
 @pytest.fixture
@@ -232,13 +224,13 @@ class Failing(Late):
 def test_what_cannot_be_copied_takes_no_room(server: ServerSide, device_memory: int | None) -> None:
     device = Failing()
     with running(server, device, device_memory) as keeping:
-        before = state_of(keeping), keeping.tiers.slabs.used
+        before = state_of(keeping), keeping.room.slabs.used
         device.fails, device.busy = True, True
         with pytest.raises(torch.OutOfMemoryError):
             keep(keeping, kib(64))
         device.busy = False  # with what it had begun of it
         keeping.settle()
-        assert (state_of(keeping), keeping.tiers.slabs.used) == before
+        assert (state_of(keeping), keeping.room.slabs.used) == before
 
 
 def test_an_arena_that_the_device_refuses_is_nobodys_and_what_is_there_is_kept_in(
@@ -249,7 +241,7 @@ def test_an_arena_that_the_device_refuses_is_nobodys_and_what_is_there_is_kept_i
         keep(keeping, kib(384))
         shared, state = server.arenas.nbytes(), state_of(keeping)
         device.fails = True
-        for _ in keeping.room(384 * KIB, OWNER):  # one is made beside us, and comes to nothing
+        for _ in keeping.make_room(384 * KIB, OWNER):  # one is made beside us, and comes to nothing
             pass
         assert state_of(keeping) == state and not keeping.fits(384 * KIB, OWNER)
         with pytest.raises(StartError):
@@ -327,7 +319,7 @@ def test_an_arena_whose_last_copy_was_dropped_on_its_way_may_go_before_that_is_n
         kepts = [keep(keeping, kib(450)) for _ in range(4)]
         keeping.drop([kept.id for kept in kepts])
         device.finish()
-        keeping.tiers.settle()
+        keeping.room.settle()
         data = torch.randn(2, 5, 8)
         other = keeping.keep(data, session=2, owner=LOCAL_OWNER, run=7, layer=2, ids=IDS)
         assert (

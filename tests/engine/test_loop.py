@@ -135,7 +135,7 @@ def test_news_that_a_question_took_are_not_waited_for_where_the_socket_spoke_of_
     made, told = threading.Event(), threading.Event()
 
     def asks(loop: EngineLoop) -> Iterator[None]:
-        growing = loop._keeping.tiers.growing
+        growing = loop._keeping.room.growing
         assert growing.begin(1, "another zone")
         loop._keeping.arenas._grower.submit(int).result()  # behind what makes it, and tells of it
         made.set()

@@ -45,7 +45,7 @@ def test_a_hold_that_is_given_up_before_it_was_told_of_ends(keeping: Keeping, co
     kept = keeping.keep(data, session=1, owner=OWNER, run=7, layer=2, ids=IDS)
     device.finish()
     keeping.tiers.fill()
-    slabs, used = keeping.tiers.slabs.slabs, keeping.pool.used
+    slabs, used = keeping.room.slabs.slabs, keeping.pool.used
     session, model = EngineSession(1, OWNER, "tiny", asker=os.getpid()), object()
     _, turns = Mover(keeping, Runner(keeping)).hold(
         Hold(kept.id, "device", copy), (), session, model, Stopwatch(), shared=True
@@ -56,7 +56,7 @@ def test_a_hold_that_is_given_up_before_it_was_told_of_ends(keeping: Keeping, co
     turns.close()  # as a client does that waits no longer
     assert not keeping.holds.of(1) and keeping.entries[kept.id].body.idle
     device.busy = False
-    keeping.tiers.settle()
+    keeping.room.settle()
     assert sum(len(slab.leased) for slab in slabs.values()) == 1 and keeping.pool.used == used
 
 
@@ -75,7 +75,7 @@ def test_views_of_one_checkpoint_that_end_with_their_client_leave_no_descriptor(
         keeping.holds.view(number, 1, body, client.pid)
     keeping.drop_session(1)
     client.communicate()
-    keeping.tiers.settle()
+    keeping.room.settle()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -88,8 +88,8 @@ def kept_in(keeping: Keeping, session: int = 1) -> Entry:
 
 
 def leased(keeping: Keeping) -> int:
-    keeping.tiers.settle()
-    return sum(len(slab.leased) for slab in keeping.tiers.slabs.slabs.values())
+    keeping.room.settle()
+    return sum(len(slab.leased) for slab in keeping.room.slabs.slabs.values())
 
 
 def test_a_slot_that_a_client_had_mapped_waits_for_its_end_for_who_reads_it_and_for_the_device(
@@ -138,7 +138,7 @@ def test_who_wants_room_does_not_wait_for_a_client_to_end(keeping: Keeping) -> N
     keeping.holds.view(101, 1, entry.body, client.pid)
     keeping.drop_session(1)
     assert leased(keeping) == 1
-    turns = keeping.room(LIMITS.host_memory * 2, OWNER)
+    turns = keeping.make_room(LIMITS.host_memory * 2, OWNER)
     assert sum(1 for _ in zip(turns, range(100), strict=False)) < 100
     client.communicate()
 
@@ -153,7 +153,7 @@ def test_what_a_client_gives_back_or_its_engine_ends_with_leaves_no_descriptor_a
     keeping.drop([101, 102])
     assert len(os.listdir("/proc/self/fd")) == before
     assert not entry.body.views and entry.body.idle
-    while keeping.tiers.slabs.lease(64, COPIES):
+    while keeping.room.slabs.lease(64, COPIES):
         pass
     entry.body.users += 1  # its own slot gives no way
     with pytest.raises(ArenaFull):
@@ -179,7 +179,7 @@ def test_a_spare_that_gives_way_gives_its_room_in_host_memory_as_well(keeping: K
     hold = keeping.holds.lend_copy(101, 1, entry.body, os.getpid())
     assert len(hold.spares) == 2
     entry.body.users += 1
-    while keeping.tiers.slabs.lease(64, COPIES):
+    while keeping.room.slabs.lease(64, COPIES):
         pass
     keeping.holds.lend_copy(102, 1, entry.body, os.getpid())
     assert len(hold.spares) == 1 and keeping.pool.used == used + GRANULE

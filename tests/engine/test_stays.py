@@ -211,7 +211,7 @@ def test_what_the_device_has_no_room_for_is_a_job_and_is_not_copied_to_it_before
     body = keeping.entries[engine.point].body
     list(keeping.tiers.evict(body, "host"))
     device.reads_host = False
-    while keeping.tiers.slabs.lease(64):
+    while keeping.room.slabs.lease(64):
         pass
     seen = []
     device.see = lambda *what: seen.append(what)  # on a GPU that is a copy
@@ -234,7 +234,7 @@ def test_its_copy_to_host_memory_is_begun_behind_the_answer(engine: Engine, hold
 def test_each_answer_names_the_next_spare_and_all_slots_come_back(
     engine: Engine, hold: Hold
 ) -> None:
-    slabs, pool, kept, spare = engine.keeping.tiers.slabs, engine.keeping.pool, {}, hold.spare
+    slabs, pool, kept, spare = engine.keeping.room.slabs, engine.keeping.pool, {}, hold.spare
     before = slabs.used, pool.used
     for value in range(5):
         data = torch.full((2, 5, 8), float(value))
@@ -246,10 +246,10 @@ def test_each_answer_names_the_next_spare_and_all_slots_come_back(
     engine.keeping.drop(list(kept))
     engine.keeping.tiers.fill()
     engine.device.finish()
-    engine.keeping.tiers.settle()
+    engine.keeping.room.settle()
     assert (slabs.used, pool.used) == before
     engine.keeping.drop([99])
-    engine.keeping.tiers.settle()
+    engine.keeping.room.settle()
     assert slabs.used < before[0] and pool.used < before[1] and not engine.keeping.holds._lent
 
 
@@ -274,7 +274,7 @@ def test_what_is_sent_as_the_writable_slot_is_copied_and_stays_the_clients(
 
 
 def test_where_the_slab_is_full_there_is_no_spare(engine: Engine, hold: Hold) -> None:
-    slabs = engine.keeping.tiers.slabs
+    slabs = engine.keeping.room.slabs
     assert hold.writable is not None
     taken = []
     while slot := slabs.lease_beside(hold.writable.where, 64):
@@ -290,7 +290,7 @@ def test_slots_of_what_was_released_are_spares_again_when_the_device_is_done_wit
     engine: Engine, hold: Hold
 ) -> None:
     assert hold.writable is not None
-    while engine.keeping.tiers.slabs.lease_beside(hold.writable.where, 64):
+    while engine.keeping.room.slabs.lease_beside(hold.writable.where, 64):
         pass
     for _ in range(5):
         assert engine.ask(hidden=hold.spare)
@@ -307,7 +307,7 @@ def test_what_goes_to_host_memory_alone_is_the_clients_to_change_once_it_is_answ
     assert hold.writable is not None
     engine.device.reads_host = False
     engine.keeping.entries[engine.point].body.users += 1  # what layers read gives no way
-    while engine.keeping.tiers.slabs.lease(64):
+    while engine.keeping.room.slabs.lease(64):
         pass
     assert engine.ask(hidden=put(engine, hold.writable.where, torch.ones(2, 5, 8)))
     (kept,) = engine.said[-1][1].checkpoints
@@ -324,23 +324,23 @@ def test_a_hold_that_ends_while_its_slot_is_copied_is_lent_no_more_spares(
     assert hold.writable is not None
     engine.device.busy = True
     assert engine.ask(hidden=put(engine, hold.writable.where, torch.ones(2, 5, 8)))
-    slabs = engine.keeping.tiers.slabs
+    slabs = engine.keeping.room.slabs
     engine.keeping.drop([99])
-    engine.keeping.tiers.settle()
+    engine.keeping.room.settle()
     assert slabs.slabs[2].leased  # and its slots are not others' before that copy is made
     engine.device.busy = False
     engine.stays.answer()
     assert engine.said[-1][1].spare is None and not engine.keeping.holds._lent
-    engine.keeping.tiers.settle()
+    engine.keeping.room.settle()
     assert not slabs.slabs[2].leased
 
 
 def test_what_is_kept_ready_for_spares_gives_way_to_what_is_wanted_now(
     engine: Engine, hold: Hold
 ) -> None:
-    tiers, told, body = engine.keeping.tiers, hold.spare, engine.keeping.entries[engine.point].body
+    room, told, body = engine.keeping.room, hold.spare, engine.keeping.entries[engine.point].body
     body.users += 1  # as of a job that asks for a copy
-    while tiers.slabs.lease(64, COPIES):
+    while room.slabs.lease(64, COPIES):
         pass
     another = engine.keeping.holds.lend_copy(100, 1, body, os.getpid())
     assert another.writable is not None and not another.spares and hold.spare == told
@@ -357,11 +357,11 @@ def test_what_is_kept_ready_for_spares_gives_way_to_what_is_wanted_now(
 def test_what_stands_in_a_spare_that_is_dropped_before_its_copy_is_begun_is_kept_until_that_is_done(
     engine: Engine, hold: Hold
 ) -> None:
-    slabs, pool = engine.keeping.tiers.slabs, engine.keeping.pool
+    slabs, pool = engine.keeping.room.slabs, engine.keeping.pool
     assert engine.ask(hidden=hold.spare)
     before = slabs.used, pool.used
     engine.keeping.drop([engine.said[-1][1].checkpoints[0].id])
-    engine.keeping.tiers.settle()
+    engine.keeping.room.settle()
     assert (slabs.used, pool.used) == before
     engine.keeping.tiers.fill()
     engine.device.finish()

@@ -1,8 +1,7 @@
 """Checkpoints on their way between tiers, several at once, beside a disk that takes its time."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
@@ -19,64 +18,27 @@ from djinn_zmq.errors import ArenaFull, UnknownCheckpoint
 from djinn_zmq.settings import KIB, MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.tiers import Hold, Move
-from tests.engine.keepers import IDS, OWNER, Late, ServerSide, end, running
+from tests.engine.keepers import (
+    IDS,
+    OWNER,
+    Late,
+    ServerSide,
+    bits,
+    brought,
+    end,
+    evicted,
+    in_turns,
+    kept_in,
+    running,
+    used,
+)
 from tests.engine.test_disk import disk_held
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerSide]:
-    with closing(ServerSide(tmp_path)) as answering:
-        yield answering
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "state"
-    folder.mkdir(0o700)
-    return folder
 
 
 @pytest.fixture
 def keeping(server: ServerSide, state: Path) -> Iterator[Keeping]:
     with running(server, device_memory=4 * MIB, state=state) as kept:
         yield kept
-
-
-def kept_in(keeping: Keeping, value: int = 1, layer: int = 2, session: int = 1) -> Entry:
-    kept = keeping.keep(bits(value), session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
-    return keeping.entries[kept.id]
-
-
-def evicted(keeping: Keeping, entry: Entry, tier: str = "disk") -> Entry:
-    for _ in keeping.tiers.evict(entry.body, tier):
-        pass
-    assert entry.body.tiers == (tier,)
-    return entry
-
-
-def in_turns(*works: Iterator[None]) -> None:
-    """A step of each, until all have ended."""
-    left = list(works)
-    while left:
-        left = [one for one in left if next(one, works) is not works]
-
-
-def brought(keeping: Keeping, entry: Entry, tier: str) -> Iterator[None]:
-    """As a job does that uses *entry*."""
-    keeping.hold(entry)
-    try:
-        yield from keeping.tiers.bring(entry.body, tier)
-    finally:
-        keeping.let_go(entry)
-
-
-def used(keeping: Keeping) -> tuple[int, int, int]:
-    keeping.settle()
-    return keeping.tiers.slabs.used, keeping.pool.used, keeping.disk.used
-
-
-def bits(value: int = 1) -> torch.Tensor:
-    return torch.full((2, 5, 512), float(value))
 
 
 # ---- several at once
@@ -87,7 +49,7 @@ def test_what_two_bring_to_host_memory_at_once_takes_one_slot(keeping: Keeping, 
     entry = evicted(keeping, kept_in(keeping))
     if begun == "device":
         in_turns(brought(keeping, entry, "device"))
-        keeping.tiers._drop_host(entry.body)
+        keeping.room.drop_host(entry.body)
     while keeping.pool.ready(KIB):
         keeping.pool.lease(KIB, 9)  # both wait until one more arena is made
     before = keeping.pool.used
@@ -220,7 +182,7 @@ def test_what_has_a_file_is_adopted_from_it_where_its_copy_in_host_memory_is_gon
     in_turns(dead.tiers.file(entry.body))
     told = entry.kept
     assert told.tiers == ("device", "host", "disk")
-    dead.tiers._drop_host(entry.body)  # and it ends before that is told
+    dead.room.drop_host(entry.body)  # and it ends before that is told
     end(dead)
     with running(server, device_memory=4 * MIB, state=state) as keeping:
         assert keeping.adopt([told], IDS, OWNER) == []
@@ -233,37 +195,6 @@ def test_what_has_a_file_is_adopted_from_it_where_its_copy_in_host_memory_is_gon
 # ---- files
 
 
-def test_a_file_that_is_there_has_the_numbers_of_those_that_are_left_by_then(
-    keeping: Keeping, state: Path
-) -> None:
-    entry = kept_in(keeping)
-    with disk_held(keeping.disk):
-        keeping.tiers._write_one()
-        shared = keeping.entries[keeping.share(entry, 8).id]
-        keeping.drop([entry.id])
-        filing = keeping.tiers.file(shared.body)  # another wants it to have one
-        next(filing)
-    in_turns(filing)
-    assert keeping.disk.used == shared.body.nbytes
-    keeping.disk._writer.submit(int).result()
-    assert [path.name for path in state.iterdir()] == [f"{shared.id:016x}.safetensors"]
-    assert shared.body.disk == shared.id
-
-
-def test_what_is_released_while_its_file_is_written_leaves_nothing(
-    keeping: Keeping, state: Path
-) -> None:
-    entry = kept_in(keeping)
-    with disk_held(keeping.disk):
-        keeping.tiers._write_one()
-        keeping.drop([entry.id])
-        assert used(keeping)[1:] == (entry.body.nbytes, entry.body.nbytes)  # the thread reads it
-    keeping.disk._writer.submit(int).result()
-    assert used(keeping) == (0, 0, 0)
-    keeping.disk.close()
-    assert not list(state.iterdir())
-
-
 def test_what_could_not_be_written_counts_for_nothing_and_is_not_tried_by_itself_again(
     keeping: Keeping, state: Path
 ) -> None:
@@ -272,7 +203,7 @@ def test_what_could_not_be_written_counts_for_nothing_and_is_not_tried_by_itself
     with pytest.raises(ArenaFull, match="the file could not be written: .*No such file"):
         in_turns(keeping.tiers.evict(entry.body, "disk"))
     assert keeping.disk.used == 0 and entry.body.tiers == ("device", "host")
-    assert not keeping.tiers._write_one()
+    assert not keeping.room._write_one()
     state.mkdir()
 
 
@@ -281,23 +212,9 @@ def test_a_full_disk_refuses_with_sizes(keeping: Keeping) -> None:
     keeping.disk.unclaimed = keeping.disk.limit - entry.body.nbytes + 1
     with pytest.raises(ArenaFull, match="of disk asked"):
         in_turns(keeping.tiers.evict(entry.body, "disk"))
-    assert not keeping.tiers._write_one()
+    assert not keeping.room._write_one()
     keeping.disk.unclaimed -= 1
     evicted(keeping, entry)
-
-
-def test_files_are_written_in_advance_when_host_memory_is_three_quarters_full(
-    keeping: Keeping,
-) -> None:
-    entry = kept_in(keeping)
-    limit = keeping.pool.limit
-    keeping.pool.limit = keeping.pool.used * 4 // 3 + 1
-    keeping.settle()
-    assert not keeping.disk.used
-    keeping.pool.limit -= KIB
-    keeping.settle()
-    assert keeping.disk.used == entry.body.nbytes
-    keeping.pool.limit = limit
 
 
 # ---- who gives up waiting
@@ -324,39 +241,7 @@ def test_room_that_was_taken_for_who_waits_no_longer_is_free_again(
     done.set()
     assert used(keeping)[0] == 0
     in_turns(brought(keeping, entry, "device"), brought(keeping, entry, "device"))
-    assert keeping.tiers.slabs.used == entry.body.nbytes
-
-
-# ---- what gives way
-
-
-def gone_from_host(keeping: Keeping, entries: Sequence[Entry]) -> list[int]:
-    """In which order *entries*, which have files, give way in host memory."""
-    order = []
-    while keeping.tiers._drop_one():
-        order += [
-            place
-            for place, entry in enumerate(entries)
-            if entry.body.host is None and place not in order
-        ]
-    return order
-
-
-def test_what_was_used_last_gives_way_last_and_what_is_away_for_longest_first(
-    keeping: Keeping,
-) -> None:
-    entries = [kept_in(keeping, session=session) for session in (1, 2, 3, 4, 5)]
-    for entry in entries:
-        in_turns(keeping.tiers.file(entry.body))
-    tiers = keeping.tiers
-    for session, expected_s in ((3, 100.0), (4, 200.0), (2, 300.0), (5, 400.0)):
-        tiers.away(session, expected_s)
-    in_turns(tiers.back(2))
-    keeping.tiers.forget_session(5)
-    keeping.hold(entries[0])
-    keeping.hidden(entries[0])
-    keeping.let_go(entries[0])
-    assert gone_from_host(keeping, entries) == [3, 2, 1, 4, 0]
+    assert keeping.room.slabs.used == entry.body.nbytes
 
 
 def test_a_slot_that_is_filled_when_its_body_has_left_it_is_no_news(server: ServerSide) -> None:
@@ -364,26 +249,9 @@ def test_a_slot_that_is_filled_when_its_body_has_left_it_is_no_news(server: Serv
     with running(server, device, device_memory=4 * MIB) as keeping:
         entry = kept_in(keeping)
         device.finish()
-        assert keeping.tiers._drop_one()  # before that was noted
+        assert keeping.room._drop_one()  # before that was noted
         keeping.tiers.fill()
         assert entry.body.tiers == ("device",) and not keeping.tiers.storing
-
-
-def test_who_wants_room_waits_for_slots_that_the_device_is_done_with_soon(
-    server: ServerSide,
-) -> None:
-    device = Late()
-    with running(server, device) as keeping:
-        kepts = [kept_in(keeping) for _ in range(3)]
-        while keeping.pool.ready(KIB):
-            keeping.pool.lease(KIB, 9)
-        keeping.pool.limit = keeping.pool.mapped
-        keeping.drop([kept.id for kept in kepts])
-        waiting = keeping.room(kepts[0].body.nbytes, OWNER)
-        next(waiting)
-        device.finish()
-        in_turns(waiting)
-        assert keeping.fits(kepts[0].body.nbytes, OWNER)
 
 
 def test_a_file_is_begun_when_the_copy_is_there_that_it_is_made_of(
@@ -446,7 +314,7 @@ def test_what_is_used_again_while_it_is_written_keeps_its_other_copies(keeping: 
 
 def test_what_is_on_the_device_alone_gets_a_file_as_well(keeping: Keeping) -> None:
     entry = kept_in(keeping)
-    keeping.tiers._drop_host(entry.body)
+    keeping.room.drop_host(entry.body)
     in_turns(keeping.tiers.file(entry.body))
     assert entry.body.tiers == ("device", "host", "disk")
 
@@ -464,6 +332,6 @@ def test_what_is_released_while_it_is_evicted_leaves_nothing(keeping: Keeping) -
 def test_what_is_evicted_to_host_memory_is_there_though_it_has_a_file(keeping: Keeping) -> None:
     entry = evicted(keeping, kept_in(keeping))
     in_turns(brought(keeping, entry, "device"))
-    keeping.tiers._drop_host(entry.body)
+    keeping.room.drop_host(entry.body)
     in_turns(keeping.tiers.evict(entry.body, "host"))
     assert entry.body.tiers == ("host", "disk")

@@ -78,22 +78,22 @@ def test_host_memory_is_nobody_elses_while_a_copy_that_was_given_up_is_written_t
     go_on(leaving, lambda: bool(vault.on_host))
     next(leaving)
     leaving.close()  # as of a job that is cancelled
-    pool = vault.tiers.pool
+    pool = vault.room.pool
     used = pool.used
     assert used and not vault.drop_copies()
     segments.clear()
     vault.settle()
-    vault.tiers.settle()
+    vault.room.settle()
     assert (vault.on_host, pool.used) == (0, used)
     done = True
-    vault.tiers.settle()
+    vault.room.settle()
     assert not pool.used
 
 
 def test_what_ends_in_the_middle_of_something_is_freed_where_nothing_is_in_the_middle(
     vault: Vault,
 ) -> None:
-    segments, pool = conversation(1.0) + conversation(2.0), vault.tiers.pool
+    segments, pool = conversation(1.0) + conversation(2.0), vault.room.pool
     vault.track(1, segments)
     go_on(vault.shrink())
     before = (vault.on_device, vault.on_host, pool.used)
@@ -106,7 +106,7 @@ def test_what_ends_in_the_middle_of_something_is_freed_where_nothing_is_in_the_m
 
 
 def test_who_wants_host_memory_gets_first_what_has_ended(vault: Vault) -> None:
-    segments, pool = conversation(1.0) + conversation(2.0), vault.tiers.pool
+    segments, pool = conversation(1.0) + conversation(2.0), vault.room.pool
     vault.track(1, segments)
     go_on(vault.shrink())
     segments.clear()
@@ -195,8 +195,8 @@ def test_what_could_not_be_copied_out_whole_has_no_copy(obeying: Vault, told: To
     told.fails = "out"
     with pytest.raises(RuntimeError, match="a mistake"):
         go_on(obeying.shrink())
-    obeying.tiers.settle()
-    assert (here(segments), obeying.on_host, obeying.tiers.pool.used) == (len(segments), 0, 0)
+    obeying.room.settle()
+    assert (here(segments), obeying.on_host, obeying.room.pool.used) == (len(segments), 0, 0)
     told.fails = ""
     go_on(obeying.shrink())
     gone = [one for one in segments if not here([one])]
@@ -267,7 +267,7 @@ def test_what_is_away_leaves_before_what_was_not_used_for_longer(obeying: Vault)
     first, second = conversation(1.0), conversation(2.0)
     obeying.track(1, first)
     obeying.track(2, second)
-    obeying.tiers.away(2, 60.0)
+    obeying.room.away(2, 60.0)
     go_on(obeying.shrink())
     assert here(first) == LAYERS > here(second)
 
@@ -298,7 +298,7 @@ def test_the_only_copy_is_not_given_up_and_a_spare_one_is(obeying: Vault) -> Non
     go_on(obeying.ready(obeying.pin(1, first)))
     while obeying.drop_copies():
         pass
-    assert (obeying.on_host, obeying.tiers.pool.used) == (0, 0)
+    assert (obeying.on_host, obeying.room.pool.used) == (0, 0)
     assert values(first) == {1.0} and here(first) == LAYERS
 
 

@@ -1,0 +1,111 @@
+"""What gives way to what, and what is written in advance so that it can."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.settings import KIB, MIB
+from tests.engine.keepers import OWNER, Late, ServerSide, in_turns, kept_in, running, used
+from tests.engine.test_disk import disk_held
+
+
+@pytest.fixture
+def keeping(server: ServerSide, state: Path) -> Iterator[Keeping]:
+    with running(server, device_memory=4 * MIB, state=state) as kept:
+        yield kept
+
+
+def gone_from_host(keeping: Keeping, entries: Sequence[Entry]) -> list[int]:
+    """In which order *entries*, which have files, give way in host memory."""
+    order = []
+    while keeping.room._drop_one():
+        order += [
+            place
+            for place, entry in enumerate(entries)
+            if entry.body.host is None and place not in order
+        ]
+    return order
+
+
+def test_what_was_used_last_gives_way_last_and_what_is_away_for_longest_first(
+    keeping: Keeping,
+) -> None:
+    entries = [kept_in(keeping, session=session) for session in (1, 2, 3, 4, 5)]
+    for entry in entries:
+        in_turns(keeping.tiers.file(entry.body))
+    room, tiers = keeping.room, keeping.tiers
+    for session, expected_s in ((3, 100.0), (4, 200.0), (2, 300.0), (5, 400.0)):
+        room.away(session, expected_s)
+    in_turns(tiers.back(2))
+    keeping.room.forget_session(5)
+    keeping.hold(entries[0])
+    keeping.hidden(entries[0])
+    keeping.let_go(entries[0])
+    assert gone_from_host(keeping, entries) == [3, 2, 1, 4, 0]
+
+
+def test_who_wants_room_waits_for_slots_that_the_device_is_done_with_soon(
+    server: ServerSide,
+) -> None:
+    device = Late()
+    with running(server, device) as keeping:
+        kepts = [kept_in(keeping) for _ in range(3)]
+        while keeping.pool.ready(KIB):
+            keeping.pool.lease(KIB, 9)
+        keeping.pool.limit = keeping.pool.mapped
+        keeping.drop([kept.id for kept in kepts])
+        waiting = keeping.make_room(kepts[0].body.nbytes, OWNER)
+        next(waiting)
+        device.finish()
+        in_turns(waiting)
+        assert keeping.fits(kepts[0].body.nbytes, OWNER)
+
+
+def test_files_are_written_in_advance_when_host_memory_is_three_quarters_full(
+    keeping: Keeping,
+) -> None:
+    entry = kept_in(keeping)
+    limit = keeping.pool.limit
+    keeping.pool.limit = keeping.pool.used * 4 // 3 + 1
+    keeping.settle()
+    assert not keeping.disk.used
+    keeping.pool.limit -= KIB
+    keeping.settle()
+    assert keeping.disk.used == entry.body.nbytes
+    keeping.pool.limit = limit
+
+
+def test_a_file_that_is_there_has_the_numbers_of_those_that_are_left_by_then(
+    keeping: Keeping, state: Path
+) -> None:
+    entry = kept_in(keeping)
+    with disk_held(keeping.disk):
+        keeping.room._write_one()
+        shared = keeping.entries[keeping.share(entry, 8).id]
+        keeping.drop([entry.id])
+        filing = keeping.tiers.file(shared.body)  # another wants it to have one
+        next(filing)
+    in_turns(filing)
+    assert keeping.disk.used == shared.body.nbytes
+    keeping.disk._writer.submit(int).result()
+    assert [path.name for path in state.iterdir()] == [f"{shared.id:016x}.safetensors"]
+    assert shared.body.disk == shared.id
+
+
+def test_what_is_released_while_its_file_is_written_leaves_nothing(
+    keeping: Keeping, state: Path
+) -> None:
+    entry = kept_in(keeping)
+    with disk_held(keeping.disk):
+        keeping.room._write_one()
+        keeping.drop([entry.id])
+        assert used(keeping)[1:] == (entry.body.nbytes, entry.body.nbytes)  # the thread reads it
+    keeping.disk._writer.submit(int).result()
+    assert used(keeping) == (0, 0, 0)
+    keeping.disk.close()
+    assert not list(state.iterdir())
