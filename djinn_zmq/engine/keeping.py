@@ -137,6 +137,7 @@ class Keeping:
     def settle(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        self.vault.settle()
         self.room.settle()
         self.room.write_behind()
 

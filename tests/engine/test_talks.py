@@ -56,6 +56,7 @@ def keeping() -> Iterator[Keeping]:
 def _gives_all_back(keeping: Keeping) -> Iterator[None]:
     yield
     keeping.drop(list(keeping.entries))
+    keeping.settle()
     assert keeping.pool.used == 0
 
 
