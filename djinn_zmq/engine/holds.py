@@ -184,7 +184,7 @@ class Holds:
         waits = done is not None and bool(hold.slots)
         for slot in hold.slots:
             del self._lent[slot.where]
-            self._room.leaving.free_after(slot, done or (lambda: True), lambda: not hold.readers)
+            self._room.leaving.free_after(slot, done, lambda: not hold.readers)
         for spare in hold.spares:
             self._give_back_lease(spare)
         hold.spares.clear()

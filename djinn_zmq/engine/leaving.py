@@ -28,14 +28,14 @@ class Leaving:
         """Will some of them be free without a client's doing?"""
         return bool(self._waiting)
 
-    def free_when(self, done: Done, give_back: GiveBack) -> None:
-        """Call *give_back* when *done* says so, which may be now."""
-        if done():
+    def free_when(self, done: Done | None, give_back: GiveBack) -> None:
+        """Call *give_back* when *done* says so, which may be now. None: nothing is waited for."""
+        if done is None or done():
             give_back()
         else:
             self._waiting.append((done, give_back))
 
-    def free_after(self, slot: DeviceSlot, *conditions: Done) -> None:
+    def free_after(self, slot: DeviceSlot, *conditions: Done | None) -> None:
         """*slot* could be written into by a client: free it when *conditions* hold, that of its end among
         them, and the device is through with all that was begun by then: nothing orders behind that what
         the next client does."""
@@ -44,7 +44,7 @@ class Leaving:
         def done() -> bool:
             nonlocal computed
             if computed is None:
-                if not all(condition() for condition in conditions):
+                if not all(condition is None or condition() for condition in conditions):
                     return False
                 computed = self._device.computed()
             return computed()

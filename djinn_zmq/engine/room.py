@@ -96,6 +96,7 @@ class Room:
             return None
 
     def host_slot_of(self, body: Body) -> tuple[Lease | None, ArenaFull | None]:
+        """A slot for *body*, at once, whatever gives way for it; or None, and what is full."""
         while True:
             try:
                 return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
@@ -106,6 +107,7 @@ class Room:
                     return None, exc
 
     def device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
+        """The same on the device; None also where it has no tier."""
         if not self.slabs.limit:
             return None
         slot = self.slabs.lease(nbytes, zone)
@@ -151,6 +153,7 @@ class Room:
         return False
 
     def drop_host(self, body: Body) -> None:
+        """Its copy in host memory; it must have another."""
         begin_ns = time.perf_counter_ns()
         assert body.host is not None
         self.pool.give_back(body.host.slot)
@@ -158,6 +161,7 @@ class Room:
         self._moved(body, "evict", time.perf_counter_ns() - begin_ns)
 
     def drop_device(self, body: Body) -> None:
+        """The same of its copy on the device."""
         begin_ns = time.perf_counter_ns()
         assert body.device is not None
         self.slabs.give_back(body.device.where)
@@ -240,13 +244,13 @@ class Room:
         if body.host is not None:
             self._when_settled(body, partial(self.pool.give_back, body.host.slot))
         if body.mapped and body.device is not None:
-            self.leaving.free_after(body.device, *body.mapped, body.busy or _done)
+            self.leaving.free_after(body.device, *body.mapped, body.busy)
         elif body.device is not None:
             self._when_settled(body, partial(self.slabs.give_back, body.device.where))
 
     def _when_settled(self, body: Body, give_back: Callable[[], None]) -> None:
         """Whoever gets the slot next may not be ordered behind the device's copies."""
-        self.leaving.free_when(body.busy or _done, give_back)
+        self.leaving.free_when(body.busy, give_back)
 
     def close(self) -> None:
         """Let go of every view of the arenas, so that they can be unmapped."""
@@ -254,7 +258,3 @@ class Room:
         self._bodies.clear()
         self.writing.clear()
         self.leaving.clear()
-
-
-def _done() -> bool:
-    return True

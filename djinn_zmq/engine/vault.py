@@ -75,9 +75,8 @@ class Vault:
     on_host: int = 0
     _coming: int = 0  # bytes that are being brought
     moves: list[Moved] = field(default_factory=list)  # to be told
-    gone: deque[Stored] = field(
-        default_factory=deque
-    )  # of segments that are no more: to be settled
+    # Of segments that are no more: to be settled.
+    gone: deque[Stored] = field(default_factory=deque)
     shrinking: bool = False
     _stored: "weakref.WeakKeyDictionary[Segment, Stored]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -115,7 +114,7 @@ class Vault:
     def _drop_copy(self, stored: Stored) -> None:
         assert stored.lease is not None
         give_back = partial(self.room.pool.give_back, stored.lease.slot)
-        self.room.leaving.free_when(stored.storing or (lambda: True), give_back)
+        self.room.leaving.free_when(stored.storing, give_back)
         stored.lease = stored.storing = None
         self.on_host -= stored.nbytes
 

@@ -72,5 +72,7 @@ def test_what_a_client_wrote_into_waits_for_its_end_and_then_for_what_the_device
 def test_what_nobody_uses_any_more_is_free_at_once(rooms) -> None:
     leaving, freed, asked = rooms
     leaving._device.computed = lambda: lambda: True
-    leaving.free_after(SLOT, lambda: True)
-    assert freed == ["a slot"] and not leaving and not asked
+    leaving.free_after(SLOT, None, lambda: True)
+    leaving.free_when(None, lambda: freed.append("another"))
+    leaving.free_when(lambda: True, lambda: freed.append("a third"))
+    assert freed == ["a slot", "another", "a third"] and not leaving and not asked
