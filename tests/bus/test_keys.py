@@ -3,6 +3,7 @@ import hashlib
 import os
 import resource
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,9 +224,11 @@ class Gate:
 
     def hears(self, wait_ms: int = WAIT_MS) -> Incoming | None:
         """What the router gives of the next message. Raises TimeoutError."""
+        end_s = time.monotonic() + wait_ms / 1000
         while not self.router.socket.poll(0):
-            if not self.poller.poll(wait_ms):
+            if (left_s := end_s - time.monotonic()) <= 0:
                 raise TimeoutError("nothing comes")
+            self.poller.poll(1000 * left_s)
             self.admission.answer()
         return self.router.receive()
 
