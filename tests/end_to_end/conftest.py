@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,22 +93,6 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 @contextmanager
-def once_running(server: Running, act: Callable[[], Any]) -> Iterator[None]:
-    """Beside the block: *act* as soon as somebody's run is on its way."""
-
-    def watch() -> None:
-        with server.connect() as watcher:
-            tiny = watcher.model("tiny")
-            until(lambda: tiny.ping() == "running", "a run is on its way")
-            act()
-
-    with ThreadPoolExecutor(1) as thread:
-        acted = thread.submit(watch)
-        yield
-        acted.result()
-
-
-@contextmanager
 def running(folder: Path, *options: str, port: int | str = 0) -> Iterator[Running]:
     """A server in *folder*; at the end it must go by itself and leave nothing there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -149,17 +132,13 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Iterator[Running]:
+def served() -> Iterator[Running]:
     """One server with tiny, over ipc and over tcp on the loopback, for all that leave it as able as
     it was: an engine takes seconds to start."""
-    with running(tmp_path_factory.mktemp("served") / "s", "--model=tiny", port=free_port()) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def mortal(tmp_path_factory) -> Iterator[Running]:
-    """One server for those of a module's tests that kill its engine: six times in a minute ends it."""
-    with running(tmp_path_factory.mktemp("mortal") / "s", "--model=tiny") as one:
+    with (
+        tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name,  # as `short_path`
+        running(Path(name) / "s", "--model=tiny", port=free_port()) as one,
+    ):
         yield one
 
 

@@ -2,43 +2,20 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio, errors
-from djinn_zmq.bus.keys import allow, new_pair
-from tests.end_to_end.conftest import free_port, running
-from tests.end_to_end.test_failure import until
+from tests.end_to_end.programs import Program, debugger, kill
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 STORY = "ann and tom went out . then ann gave a drink to"
 PLACES = ["embedding", 0, 2, "layers.2.self_attn", "layers.2.mlp", 3, "norm"]
 WAIT_S = 20.0
-
-
-class Program:
-    """Somebody else's program: a connection of its own, asked from a thread of its own."""
-
-    def __init__(self, server: djinn.Server, model: str = "tiny") -> None:
-        self.server = server
-        self.model = server.model(model)
-        self._thread = ThreadPoolExecutor(1)
-
-    def does(self, work, *args, **options) -> Future:
-        return self._thread.submit(work, *args, **options)
-
-    def runs(self, prompt: str = FRANCE, **options) -> Future:
-        return self.does(self.model.run, prompt, **options)
-
-    def close(self) -> None:
-        self.server.close()
-        self._thread.shutdown()
 
 
 @pytest.fixture(params=["lane", "bus", "frames"])
@@ -335,52 +312,6 @@ def test_sessions_name_the_program_behind_them(alone, server):
     assert mine.pid == os.getpid() and "python" in mine.program
 
 
-def test_without_room_for_what_is_held_the_debugger_goes_and_the_program_goes_on(serve):
-    with serve("--model=tiny", "--host-memory=1") as small, small.connect() as server:
-        one = Program(small.connect())
-        try:
-            attached = server.attach(one.model.session_id, stop_at=2)
-            answer = one.runs(np.ones((200, 200), int), logits=1)
-            with pytest.raises(errors.ArenaFull):
-                attached.wait(WAIT_S)
-            assert answer.result(WAIT_S).state == "finished"
-            with server.attach(one.model.session_id, stop_at=2) as attached:
-                answer = one.runs()
-                attached.wait(WAIT_S)
-                os.kill(small.engine_pid(), signal.SIGKILL)
-                with pytest.raises(errors.Lost):
-                    attached.wait(WAIT_S)
-                with pytest.raises(errors.Lost):
-                    answer.result(WAIT_S)
-        finally:
-            one.close()
-
-
-DEBUGGER = """
-import sys, djinn_zmq as djinn
-key = sys.argv[3] if len(sys.argv) > 3 else None
-with djinn.connect(sys.argv[1], key=key) as server:
-    attached = server.attach(int(sys.argv[2]), stop_at=2)
-    print("attached", flush=True)
-    print(attached.wait(), flush=True)
-    sys.stdin.read()
-"""
-
-
-def debugger(*words: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", DEBUGGER, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=WAIT_S)
-
-
 def test_a_program_goes_on_when_its_debugger_is_killed(program, tiny):
     process = debugger(program.server.connection.endpoint, program.model.session_id)
     assert process.stdout.readline() == "attached\n"
@@ -389,42 +320,6 @@ def test_a_program_goes_on_when_its_debugger_is_killed(program, tiny):
     assert not answer.done()
     kill(process)
     assert bits(answer.result(WAIT_S).logits) == bits(tiny.run(FRANCE).logits)
-
-
-def test_over_tcp_the_same_key_may_attach_and_another_may_not(serve, tmp_path):
-    for name in ("server", "alice", "bob"):
-        new_pair(tmp_path / "keys", name)
-    for name in ("alice", "bob"):
-        allow(tmp_path / "keys", tmp_path / "keys" / f"{name}.pub")
-    alice, bob = (tmp_path / "keys" / f"{name}.key" for name in ("alice", "bob"))
-    with serve("--model=tiny", f"--keys={tmp_path / 'keys'}", port=free_port()) as keyed:
-        one = Program(djinn.connect(keyed.tcp, key=alice))
-        try:
-            number = one.model.session_id
-            for options in ({"endpoint": keyed.tcp, "key": bob}, {"endpoint": keyed.endpoint}):
-                with djinn.connect(**options) as stranger:
-                    with pytest.raises(errors.UnknownSession):
-                        stranger.attach(number)
-                    with pytest.raises(errors.UnknownSession):
-                        stranger.runs(number)
-            process = debugger(keyed.tcp, number, alice)
-            assert process.stdout.readline() == "attached\n"
-            answer = one.runs()
-            assert "held after layer 2" in process.stdout.readline()
-            kill(process)
-            assert answer.result(WAIT_S).top(1)[0].token == "paris"
-            with djinn.connect(keyed.tcp, key=alice) as other:  # its number is free again
-                until(lambda: _attaches(other, number), "attached again")
-        finally:
-            one.close()
-
-
-def _attaches(server: djinn.Server, number: int) -> bool:
-    try:
-        server.attach(number).detach()
-    except errors.Busy:
-        return False
-    return True
 
 
 STRANGER = """
@@ -444,13 +339,17 @@ with djinn.connect(sys.argv[1]) as server:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a second user")
-def test_another_user_over_ipc_cannot_attach(short_path):
-    with running(short_path / "s", "--model=tiny") as one, one.connect() as server:
-        number = server.model("tiny").session_id
-        command = [sys.executable, "-c", STRANGER, one.endpoint, str(number)]
-        shut = subprocess.run(command, check=False, capture_output=True, text=True, timeout=WAIT_S)
-        assert "Unreachable" in shut.stderr  # the socket's directory is its user's alone
-        for path, mode in ((short_path, 0o711), (one.path.parent, 0o711), (one.path, 0o777)):
+def test_another_user_over_ipc_cannot_attach(served, tiny):
+    command = [sys.executable, "-c", STRANGER, served.endpoint, str(tiny.session_id)]
+    shut = subprocess.run(command, check=False, capture_output=True, text=True, timeout=WAIT_S)
+    assert "Unreachable" in shut.stderr  # the socket's directory is its user's alone
+    opened = {served.path.parent.parent: 0o711, served.path.parent: 0o711, served.path: 0o777}
+    modes = {path: path.stat().st_mode for path in opened}
+    try:
+        for path, mode in opened.items():
             path.chmod(mode)
         asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=WAIT_S)
-        assert asked.stdout == "False ''\nrefused\nrefused\n", asked.stderr
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert asked.stdout == "False ''\nrefused\nrefused\n", asked.stderr

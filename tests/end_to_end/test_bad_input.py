@@ -323,27 +323,6 @@ def test_a_run_that_takes_longer_than_its_timeout_is_cancelled_by_name(tiny):
         tiny.run(ids, timeout_s=0.001)
 
 
-def test_a_full_arena_is_refused_with_sizes_and_loses_nothing(serve):
-    with serve("--host-memory=1") as running, running.connect() as server:
-        tiny = server.model("tiny")
-        ids = np.ones((16, 200), int)  # 400 KiB a checkpoint
-        first = tiny.run(ids, stop_at=1)
-        second = tiny.run(ids, stop_at=2)
-        answer = first.checkpoint.resume().logits.tobytes()
-        with pytest.raises(
-            errors.ArenaFull, match=r"400\.0 KiB of host memory asked, .* limit 1\.0 MiB"
-        ):
-            tiny.run(ids, save_at=[1, 2, 3])
-        assert server.status().memory.checkpoints == 2
-        second.checkpoint.release()
-        third = tiny.run(ids, stop_at=3)
-        assert first.checkpoint.resume().logits.tobytes() == answer
-        assert third.checkpoint.resume().logits.tobytes() == answer
-        with pytest.raises(errors.ArenaFull):
-            tiny.run(np.ones((64, 256), int), stop_at=1)
-        assert tiny.run(FRANCE).top(1)[0].token == "paris"
-
-
 def test_a_tier_there_is_not_is_refused_by_name(point):
     assert point.tier == "host"
     with pytest.raises(errors.RequestError, match="no disk tier: serve with --state"):

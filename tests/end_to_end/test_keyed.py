@@ -15,6 +15,7 @@ import djinn_zmq as djinn
 from djinn_zmq.cli.main import main
 from djinn_zmq.errors import (
     AccessDenied,
+    Busy,
     RequestError,
     UnknownCheckpoint,
     UnknownSession,
@@ -23,6 +24,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 from tests.end_to_end.conftest import free_port, until
+from tests.end_to_end.programs import Program, debugger, kill
 from tests.end_to_end.strangers import bits, every_way_into, paused, sessions_of
 
 FRANCE = "the capital of france is"
@@ -152,11 +154,11 @@ def test_bulk_goes_through_curve_whole(keyed, keys):
     with djinn.connect(tcp, key=keys / "alice.key") as server, djinn.connect(ipc) as near:
         far, here = server.model("tiny"), near.model("tiny")
         ids = np.random.default_rng(8).integers(0, far.vocab_size, (BATCH, POSITIONS))
-        point = far.run(ids, stop_at=1, logits="none").checkpoint
+        point = far.run(ids, stop_at=0, logits="none").checkpoint
         whole = point.hidden.fetch()
-        assert bits(whole) == bits(here.run(ids, stop_at=1, logits="none").checkpoint.hidden)
+        assert bits(whole) == bits(here.run(ids, stop_at=0, logits="none").checkpoint.hidden)
         whole[0] = 1
-        again = point.resume(hidden=whole, stop_at=1, logits="none").checkpoint
+        again = point.resume(hidden=whole, stop_at=0, logits="none").checkpoint
         assert bits(again.hidden) == bits(whole)
 
 
@@ -284,6 +286,38 @@ def test_a_killed_client_with_a_key_leaves_nothing_once_the_grace_is_over(keyed,
         assert list(dict.fromkeys(states))[-2:] == ["kept", "gone"]
         after = owner.status().memory
         assert (after.checkpoints, after.used) == (before.checkpoints, before.used)
+
+
+def test_the_same_key_may_attach_to_a_program_and_another_may_not(keyed, keys):
+    tcp, ipc = keyed
+    alice, bob = keys / "alice.key", keys / "bob.key"
+    one = Program(djinn.connect(tcp, key=alice))
+    try:
+        number = one.model.session_id
+        for options in ({"endpoint": tcp, "key": bob}, {"endpoint": ipc}):
+            with djinn.connect(**options) as stranger:
+                with pytest.raises(UnknownSession):
+                    stranger.attach(number)
+                with pytest.raises(UnknownSession):
+                    stranger.runs(number)
+        process = debugger(tcp, number, alice)
+        assert process.stdout.readline() == "attached\n"
+        answer = one.runs()
+        assert "held after layer 2" in process.stdout.readline()
+        kill(process)
+        assert answer.result(WAIT_S).top(1)[0].token == "paris"
+        with djinn.connect(tcp, key=alice) as other:  # its number is free again
+            until(lambda: _attaches(other, number), "attached again")
+    finally:
+        one.close()
+
+
+def _attaches(server: djinn.Server, number: int) -> bool:
+    try:
+        server.attach(number).detach()
+    except Busy:
+        return False
+    return True
 
 
 def test_a_secret_that_others_could_read_is_not_used(keyed, keys, tmp_path):

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from djinn_zmq.errors import (
     DeadlineExceeded,
     EditError,
     LayerError,
-    Lost,
     PromptError,
     RequestError,
     UnknownCheckpoint,
@@ -378,33 +376,6 @@ def test_branches_of_a_closed_session_are_gone_by_name(tiny):
     with pytest.raises((UnknownCheckpoint, UnknownSession)):
         tiny.run(FRANCE, stop_at=1).checkpoint.resume(djinn.Patch(point))
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
-
-
-def test_after_an_engines_death_what_needs_its_past_is_lost_by_name(served):
-    with served.connect() as server:
-        tiny = server.model("tiny")
-        plain = tiny.run(FRANCE, stop_at=2).checkpoint
-        session = tiny.session()
-        point = session.run(FRANCE, stop_at=2).checkpoint
-        hidden = bits(point.hidden.fetch())
-        session.generate(max_new_tokens=3, ends=()).finish()
-        pid = served.engine_pid()
-        os.kill(pid, signal.SIGKILL)
-        limit = time.monotonic() + WAIT_S
-        while server.status().engines[0].pid == pid:
-            assert time.monotonic() < limit
-        assert plain.resume().top(1)[0].token == "paris"
-        with pytest.raises(Lost, match="the keys and values of 5 tokens, which died with their"):
-            point.resume()
-        assert bits(point.hidden.fetch()) == hidden, "what it saved is there all the same"
-        with pytest.raises(Lost, match="branch .* is gone"):
-            session.run("a")
-        assert next(one for one in server.sessions() if one.id == session.id).kv == 0
-        count = len(session.ids)
-        session.rebuild()
-        session.run("a")
-        assert len(session.ids) == count + 1
-        session.close()
 
 
 def test_the_same_in_asyncio_code(served):

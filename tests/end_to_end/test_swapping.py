@@ -1,12 +1,8 @@
 """Conversations whose keys and values are more than the device may hold: all go on, bit for bit."""
 
-import os
-import signal
-
 import numpy as np
 import pytest
 
-from djinn_zmq.errors import Lost
 from tests.end_to_end.conftest import free_port, running
 
 SESSIONS, TOKENS = 24, 200
@@ -90,11 +86,3 @@ def test_hints_bring_keys_and_values_back_before_they_are_asked_for(server, tiny
         tiny.ping()
     spans = dict(talks[0].run([7]).spans)
     assert "prefetch" not in spans
-
-
-def test_after_an_engines_death_they_are_lost_by_name(served, server, tiny, talks):
-    talks[0].run(prompt(0))
-    os.kill(served.engine_pid(), signal.SIGKILL)
-    with pytest.raises(Lost):
-        for _ in range(1000):
-            talks[0].run([7])
