@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import published
-from bench.manual_offload import HIDDEN, PREALLOCATED, THEN
+from bench.cases import HIDDEN, PREALLOCATED, THEN
 from djinn_zmq.probe import schema, tables
 from djinn_zmq.probe.results import SCHEMA, write_json
 

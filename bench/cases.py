@@ -9,6 +9,11 @@ from djinn_zmq.probe.rounds import Case, Clock, Task, host_clock
 
 INDEPENDENT = None  # the layer of a case in which no layer occurs
 
+# The manual offload's variants, by which the table finds them: it is made without torch.
+PREALLOCATED, PER_CALL = "preallocated", "allocated in each call"
+THEN = "then layers N+1..L and head"
+HIDDEN, WITH_KV = "hidden state", "hidden state and KV"
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:

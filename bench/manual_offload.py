@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import Found, Timed, both_clocks
+from bench.cases import HIDDEN, PER_CALL, PREALLOCATED, THEN, WITH_KV, Found, Timed, both_clocks
 from bench.config import only
 from bench.plain import Plain, kv_shape
 from bench.writing import BEFORE, FIRST, rewriting
 from djinn_zmq.probe.results import NotMeasured
 
 NAME = "manual_offload"
-PREALLOCATED, PER_CALL = "preallocated", "allocated in each call"
-THEN = "then layers N+1..L and head"
-HIDDEN, WITH_KV = "hidden state", "hidden state and KV"
 
 
 @dataclass(slots=True)
