@@ -4,8 +4,15 @@ import gc
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Running
 
 FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
 
@@ -42,3 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rooms = [item.path.parent.name for item in items]
     rank = {room: FIRST.index(room) if room in FIRST else len(FIRST) for room in rooms}
     items.sort(key=lambda item: rank[item.path.parent.name])  # stable: files stay together
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator["Running"]:
+    """One server with tiny, over ipc and over tcp on the loopback, for all of a worker's tests that
+    leave it as able as it was: an engine takes seconds to start."""
+    from tests.end_to_end.conftest import free_port, running  # what a worker needs that starts one
+
+    with (
+        tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name,  # others may be let in
+        running(Path(name) / "s", "--model=tiny", port=free_port()) as one,
+    ):
+        yield one

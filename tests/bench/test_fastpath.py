@@ -72,7 +72,7 @@ def test_the_stopped_sessions_get_no_more_host_memory_than_this_machine_has(tmp_
 
 
 def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkeypatch):
-    options = ("--samples=2", f"--json={tmp_path / 'import.json'}")
+    options = ("--samples=1", f"--json={tmp_path / 'import.json'}")
     made = {
         "noop": Part("no-op", "bench.there_is_none", (), 20),
         "import": Part("import", "bench.import_time", options, 60),

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from bench import config, memory_pressure, plots
 from bench.pressure_config import MemoryPressure
 from djinn_zmq.errors import RequestError
-from djinn_zmq.probe import schema
+from djinn_zmq.probe import schema, serving
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -36,7 +36,8 @@ def test_all_sessions_resume_with_the_plain_models_tokens_and_a_figure_is_drawn(
     assert (tmp_path / "figures" / "figure6-memory-virtualization-tiny-9.png") in written
 
 
-def test_what_is_asked_for_and_cannot_be_measured_is_a_failure_by_name(tmp_path):
+def test_what_is_asked_for_and_cannot_be_measured_is_a_failure_by_name(tmp_path, lend):
+    lend(serving)
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("kv: true", "kv: false") % ", plateau: 1.05, bit_exact: true")
     ended = CliRunner().invoke(

@@ -29,8 +29,10 @@ def samples(baseline: str, variant: str, base_s: float, a_layer_s: float = 0.0) 
     ]
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Where figures and table are, and the names of the files that were written."""
+    folder = tmp_path_factory.mktemp("results")
     found = Results("resume_latency", this_machine(), {"max_length": 8, "model": "tiny"})
     found.settings |= {"served": "tiny", "device": "cpu"}
     found.samples = [
@@ -38,18 +40,19 @@ def folder(tmp_path):
         *samples("manual_offload", "hidden state, preallocated", 1e-6),
         *samples("djinn", "ipc, to ready, edited none", 5e-4),
     ]
-    write(found, tmp_path / "resume_latency.json")
+    write(found, folder / "resume_latency.json")
     steps = (Step("raw socket", 1e-5, 9), Step("lane", -2e-6, 9), Step("compute", 9e-4, 9))
     whole = Samples.of(RESUME, np.full(9, 1e-3))
     ladder = Results("decompose", this_machine(), {"nbytes": 54, "to": "logits"}, samples=[whole])
     ladder.settings |= {"model": "tiny", "endpoint": "ipc"}
     ladder.tables["steps"] = Decomposition(steps, whole, 54).rows()
-    write(ladder, tmp_path / "decompose.json")
-    return tmp_path
+    write(ladder, folder / "decompose.json")
+    written = plots.draw([folder], folder / "figures")
+    return folder / "figures", {path.name for path in written}
 
 
-def test_every_figure_is_written_as_pdf_and_png_and_the_table_as_markdown_and_json(folder):
-    written = {path.name for path in plots.draw([folder], folder / "figures")}
+def test_every_figure_is_written_as_pdf_and_png_and_the_table_as_markdown_and_json(drawn):
+    folder, written = drawn
     assert written == {
         "figure7-resume-crossover-tiny-8.pdf",
         "figure7-resume-crossover-tiny-8.png",
@@ -58,11 +61,11 @@ def test_every_figure_is_written_as_pdf_and_png_and_the_table_as_markdown_and_js
         "capabilities.json",
         "capabilities.md",
     }
-    assert all((folder / "figures" / name).stat().st_size > 1000 for name in written)
+    assert all((folder / name).stat().st_size > 1000 for name in written)
 
 
-def test_every_cell_of_the_table_is_measured_or_cited_or_says_that_it_is_neither(folder):
-    plots.draw([folder], folder)
+def test_every_cell_of_the_table_is_measured_or_cited_or_says_that_it_is_neither(drawn, tmp_path):
+    folder, _ = drawn
     table = schema.read_capabilities(folder / capabilities.FILE)
     assert table.columns[-1] == "Djinn"
     cell = table.rows[0].cells[-1]
@@ -71,9 +74,9 @@ def test_every_cell_of_the_table_is_measured_or_cited_or_says_that_it_is_neither
     assert "| recompute | manual offload |" in text and "not measured yet" in text
     found = json.loads((folder / capabilities.FILE).read_text())
     found["rows"][0]["cells"][0]["source"] = "hearsay"
-    (folder / capabilities.FILE).write_text(json.dumps(found))
+    (tmp_path / capabilities.FILE).write_text(json.dumps(found))
     with pytest.raises(ValueError, match="neither measured nor cited"):
-        schema.read_capabilities(folder / capabilities.FILE)
+        schema.read_capabilities(tmp_path / capabilities.FILE)
 
 
 def test_a_folder_without_results_is_refused_in_one_sentence(tmp_path):

@@ -3,15 +3,16 @@ everything it was asked for, or says by name what it could not."""
 
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 import djinn_zmq as djinn
 from bench import manual_offload, report, resume_latency
@@ -20,41 +21,41 @@ from bench.cases import Timed
 from bench.djinn_resume import Variant
 from bench.plain import Plain
 from bench.writing import AFTER_NUMPY, ALONE, BEFORE, FIRST, WITH_EDIT
-from djinn_zmq.probe import schema
+from djinn_zmq.probe import schema, serving
 from djinn_zmq.probe.machine import this_machine
 from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.samples import Samples
 from djinn_zmq.probe.serving import own_server, sockets_folder
 
-ROOT = Path(__file__).parents[2]
 UNTOUCHED = "ready, all rewritten in place, the resume alone, over untouched memory"
 ALIKE = "… over memory written alike before the clock"
 BY_NUMPY = "… written by one thread (numpy), over untouched memory"
 TINY = ("--model=tiny", "--device=cpu", "--max-length=6", "--warmup=0", "--per-turn=1")
 
 
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "bench.resume_latency", *options]
+pytestmark = pytest.mark.usefixtures("unpinned")
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*options), cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
-    )
+def run(*options: str) -> Result:
+    return CliRunner().invoke(resume_latency.main, [*TINY, *options])
 
 
 @pytest.fixture(scope="module")
-def served():
-    with sockets_folder() as folder, own_server(folder, "--threads=1") as one:
-        yield one
+def tiered():
+    """A server as the experiment starts it for itself, with all tiers. The last test kills it."""
+    with sockets_folder() as folder, sockets_folder() as state:
+        tiers = resume_latency.tier_options("cpu", state)
+        with own_server(folder, "--threads=1", *tiers) as one:
+            yield one
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, tiered):
     """Everything, measured once: where it is, and what was printed."""
     folder = tmp_path_factory.mktemp("whole")
-    ended = run(*TINY, "--repeat=4", "--layers", "1", "2", "4", f"--output-dir={folder}")
-    assert ended.returncode == 0, ended.stderr
+    ended = run("--repeat=2", "--layers", "1", "2", "4", f"--server={tiered.ipc}",
+                f"--output-dir={folder}")  # fmt: skip
+    assert ended.exit_code == 0, ended.output
     return folder, ended.stdout
 
 
@@ -75,7 +76,7 @@ def test_every_baseline_is_measured_at_every_layer_or_named_with_the_reason(whol
         assert f"djinn: lane, to ready, edited row_in_place, {timed}" in missing + measured
     assert f"edited in_place, {AFTER_NUMPY}" in measured
     assert f"row_in_place, {AFTER_NUMPY}" not in missing + measured
-    assert all(one.n == 4 for one in found.samples)
+    assert all(one.n == 2 for one in found.samples)
     rising = [fit for fit in found.fits if fit.name == "recompute: to layer N"]
     assert rising[0].depths == [1, 2, 4] and "us a layer" in printed
     for name in ("recompute", "manual_offload", "djinn_resume"):
@@ -144,39 +145,6 @@ def test_an_offload_is_written_in_front_of_the_clock_or_on_it(monkeypatch):
     assert len(wrote) == 2
 
 
-def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(tmp_path, served):
-    options = (*TINY, "--baselines", "djinn", "recompute", "--edits", "none", "--layers", "1", "2",
-               "--ends", "ready", "--tiers", "host", f"--output-dir={tmp_path}")  # fmt: skip
-    kept = tmp_path / "rounds.jsonl"
-    with sockets_folder() as folder, own_server(folder, "--threads=1") as one:
-        process = subprocess.Popen(
-            command(*options, "--repeat=100000", f"--server={one.ipc}"),
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        limit = time.monotonic() + 60
-        while not (kept.exists() and kept.read_text().count('"round"') > 2):
-            assert time.monotonic() < limit and process.poll() is None
-            time.sleep(0.01)
-        os.kill(one.pids[0], signal.SIGKILL)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    last = said.strip().splitlines()[-1]
-    assert last.startswith("Error: the server is gone in mid-benchmark") and str(kept) in last
-    assert "Traceback" not in said
-    partial = schema.read(tmp_path / "resume_latency.json")
-    done = partial.settings["rounds_taken"]
-    assert done >= 3 and partial.not_measured[-1].why == "the run was interrupted"
-
-    ended = CliRunner().invoke(
-        resume_latency.main, [*options, f"--repeat={done + 2}", f"--server={served.ipc}"]
-    )
-    assert ended.exit_code == 0, ended.output
-    assert f"going on after {done} of {done + 2} rounds" in ended.stdout
-    whole = schema.read(tmp_path / "resume_latency.json")
-    assert whole.settings["rounds_taken"] == done + 2 and whole.settings["sittings"] == 2
-    assert whole.samples[0].samples[:done] == partial.samples[0].samples
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -193,9 +161,7 @@ def test_what_is_wrong_is_said_in_one_sentence_before_anything_is_measured(
 ):
     monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 0.2)  # nobody to wait for
     server = () if any("--server" in one for one in options) else (f"--server={served.ipc}",)
-    ended = CliRunner().invoke(
-        resume_latency.main, [*TINY, *server, *options, f"--output-dir={tmp_path}"]
-    )
+    ended = run(*server, *options, f"--output-dir={tmp_path}")
     assert ended.exit_code == 1 and ended.exception.__class__ is SystemExit
     assert words in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "resume_latency.json").exists()
@@ -209,15 +175,70 @@ def test_a_wrong_key_in_the_file_is_named_with_those_that_are_allowed(tmp_path):
     assert 'there is no key "layrs": allowed are baselines' in ended.stderr
 
 
-def test_each_baseline_is_a_command_of_its_own_on_the_device_of_the_named_server(tmp_path, served):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_each_baseline_is_a_command_of_its_own_on_the_device_of_the_named_server(
+    tmp_path, served, monkeypatch
+):
     options = [one for one in TINY if one != "--device=cpu"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.recompute", *options, "--repeat=2", "--layers", "1", "2", "3",
-         f"--server={served.tcp}", f"--output-dir={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    asked = [*options, "--repeat=2", "--layers", "1", "2", "3", f"--server={served.tcp}"]
+    monkeypatch.setattr(sys, "argv", ["recompute", *asked, f"--output-dir={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench.recompute", run_name="__main__")  # `python -m bench.recompute`
+    assert ended.value.code == 0
     found = json.loads((tmp_path / "recompute_latency.json").read_text())
     assert {one["labels"]["baseline"] for one in found["samples"]} == {"recompute"}
     assert found["settings"]["device"] == "cpu"
     assert not (tmp_path / "djinn_resume_latency.json").exists()
+
+
+def test_where_no_server_is_named_it_starts_one_with_all_tiers_on_its_device(
+    tmp_path, served, monkeypatch
+):
+    started = []
+
+    @contextmanager
+    def lent(folder, *more, **options):
+        started.append((more, options))
+        yield served
+
+    monkeypatch.setattr(serving, "own_server", lent)
+    ended = run("--repeat=1", "--layers=1", "--baselines=recompute", f"--output-dir={tmp_path}")
+    assert ended.exit_code == 0, ended.output
+    ((more, options),) = started
+    assert {"--threads=1", "--spin-us=0", "--gpu-memory=256"} < set(more)
+    assert any(one.startswith("--state=") for one in more)
+    assert options == {"model": "tiny", "shape": None, "device": "cpu", "dtype": "auto"}
+    assert schema.read(tmp_path / "resume_latency.json").pinned[1].who == "servers"
+
+
+def test_a_server_that_is_killed_costs_a_round_and_the_same_command_goes_on(
+    tmp_path, served, tiered
+):
+    options = ("--baselines", "djinn", "recompute", "--edits", "none", "--layers", "1", "2",
+               "--ends", "ready", "--tiers", "host", f"--output-dir={tmp_path}")  # fmt: skip
+    kept = tmp_path / "rounds.jsonl"
+
+    def kill_after_three_rounds() -> None:
+        limit = time.monotonic() + 60
+        while not (kept.exists() and kept.read_text().count('"round"') > 2):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        os.kill(tiered.pids[0], signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as thread:
+        killed = thread.submit(kill_after_three_rounds)
+        ended = run(*options, "--repeat=100000", f"--server={tiered.ipc}")
+        killed.result()
+    assert ended.exit_code == 1 and ended.exception.__class__ is SystemExit
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: the server is gone in mid-benchmark") and str(kept) in last
+    partial = schema.read(tmp_path / "resume_latency.json")
+    done = partial.settings["rounds_taken"]
+    assert done >= 3 and partial.not_measured[-1].why == "the run was interrupted"
+
+    ended = run(*options, f"--repeat={done + 2}", f"--server={served.ipc}")
+    assert ended.exit_code == 0, ended.output
+    assert f"going on after {done} of {done + 2} rounds" in ended.stdout
+    whole = schema.read(tmp_path / "resume_latency.json")
+    assert whole.settings["rounds_taken"] == done + 2 and whole.settings["sittings"] == 2
+    assert whole.samples[0].samples[:done] == partial.samples[0].samples

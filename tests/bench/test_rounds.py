@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from bench import rounds
 
 
-def test_it_counts_keys_and_values_and_draws_what_stays_resident(tmp_path):
+def test_it_counts_keys_and_values_and_draws_what_stays_resident(tmp_path, lend):
     pytest.importorskip("matplotlib")
+    lend(rounds)
     found, drawn = tmp_path / "rounds.json", tmp_path / "rounds.png"
     options = ["--rounds=3", "--warm-up=1", "--positions=20"]
     ended = CliRunner().invoke(rounds.main, [*options, f"--json={found}", f"--plot={drawn}"])

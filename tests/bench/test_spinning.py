@@ -1,32 +1,11 @@
-"""What spinning saves and costs is measured beside what sleeps, where there are CPUs for it."""
+"""Ends that spin are measured where there are CPUs for it (how: test_bench.py)."""
 
 import pytest
 from click.testing import CliRunner
 
 from bench import noop, resume_latency
-from bench.budgets import awake, line_of
 from bench.spinning import Spinning, over
-from djinn_zmq.probe import pinning, schema
-
-WITHOUT = [f"--without={one}" for one in ("ipc", "server only", "front", "raw socket")]
-
-
-def test_ends_that_spin_are_measured_beside_those_that_sleep_and_so_is_what_they_cost(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(pinning, "SPINNING", 1)
-    path = tmp_path / "noop.json"
-    options = ("--quick", "--samples=20", "--no-load", "--spin-us=50", *WITHOUT, f"--json={path}")
-    ended = CliRunner().invoke(noop.main, options)
-    assert ended.exit_code == 0, ended.output
-    found = schema.read(path)
-    for idle_ms in (0, 2, 50):
-        lines = [line_of(one, found, "") for one in awake(idle_ms, 50) if one.part == "spin-noop"]
-        assert [len(line.ratios) for line in lines] == [2, 2, 2, 2]
-        assert {line.verdict for line in lines} == {"-"}
-    assert all(one.limit is None for one in found.ratios if "--spin-us" in one.name)
-    assert not any("ipc" in one.name for one in found.samples)
-    assert all(one.cpus is None for one in found.pinned)
+from djinn_zmq.probe import pinning
 
 
 @pytest.mark.parametrize("bench", [noop, resume_latency])

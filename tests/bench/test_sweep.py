@@ -7,7 +7,8 @@ from click.testing import CliRunner
 from bench import sweep
 
 
-def test_every_way_is_measured_compared_with_full_forwards_and_written_down(tmp_path):
+def test_every_way_is_measured_compared_with_full_forwards_and_written_down(tmp_path, lend):
+    lend(sweep)
     path = tmp_path / "sweep.json"
     options = ["--quick", "--rounds=2", "--no-pin", f"--json={path}"]
     ended = CliRunner().invoke(sweep.main, options)

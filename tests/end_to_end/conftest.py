@@ -131,17 +131,6 @@ def short_path() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[Running]:
-    """One server with tiny, over ipc and over tcp on the loopback, for all that leave it as able as
-    it was: an engine takes seconds to start."""
-    with (
-        tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name,  # as `short_path`
-        running(Path(name) / "s", "--model=tiny", port=free_port()) as one,
-    ):
-        yield one
-
-
 @pytest.fixture
 def fresh(tmp_path) -> Iterator[Running]:
     """A server of a test's own, which may do to it what it likes."""

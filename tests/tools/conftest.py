@@ -1,0 +1,3 @@
+from tests.bench.conftest import lend, served, unpinned
+
+__all__ = ["lend", "served", "unpinned"]
