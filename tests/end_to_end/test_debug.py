@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -225,68 +224,6 @@ def test_a_script_of_lines_runs_to_its_first_mistake(served, tmp_path):
     assert "Traceback" not in done.stdout
 
 
-def popen(*words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "djinn_zmq.cli.main", *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-SCRIPT = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("tiny")
-model = AutoModelForCausalLM.from_pretrained("tiny")
-inputs = tokenizer("the capital of france is", return_tensors="pt")
-print("ready", flush=True)
-for asked in sys.stdin:
-    if asked == "forward\\n":
-        best = model(**inputs).logits[0, -1].argmax()
-    else:
-        best = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, 5:]
-    print(tokenizer.decode(best), flush=True)
-"""
-
-
-def test_a_script_under_exec_is_attached_to_and_its_output_changes(served, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    np.save(tmp_path / "vector.npy", 10 * np.random.default_rng(1).normal(size=64))
-    script = popen("exec", "--server", served.endpoint, str(tmp_path / "script.py"))
-
-    def says() -> str:
-        return script.stdout.readline().strip()
-
-    def asks(asked: str) -> None:
-        script.stdin.write(f"{asked}\n")
-        script.stdin.flush()
-
-    def debugged(asked: str, *edits: str) -> str:
-        """What it says where its next forward is stopped after layer 2, and goes on with *edits*."""
-        lines = ["break 2", f"attach {script.pid}", "continue", *edits, "detach"]
-        options = [word for line in lines for word in ("-c", line)]
-        debugger = popen("debug", "--server", served.endpoint, *options)
-        while debugger.stdout.readline() != "> continue\n":
-            assert debugger.poll() is None
-        asks(asked)
-        words, _ = debugger.communicate(timeout=WAIT_S)
-        assert debugger.returncode == 0 and "stopped after layer 2" in words, words
-        return says()
-
-    try:
-        assert says() == "ready"
-        for asked, plain in (("forward", "paris"), ("generate", "paris .")):
-            asks(asked)
-            assert says() == plain
-            assert debugged(asked, f"edit add {tmp_path / 'vector.npy'} [0, -1]") != plain
-            assert debugged(asked) == plain
-    finally:
-        script.kill()
-        script.communicate()
-
-
 def test_what_is_missing_is_said_in_one_line(served, tmp_path):
     done = command("--server", f"ipc://{tmp_path}/none", "-c", "help")
     assert done.returncode == 1 and done.stderr.startswith("Error: no server at ")
@@ -412,9 +349,11 @@ def test_a_session_with_every_word_in_a_real_terminal(served, tmp_path):
     assert "+lens" in (tmp_path / "debug_history").read_text()
 
 
-def test_ctrl_c_cancels_the_run_and_drops_the_line_and_the_debugger_stays(fresh, tmp_path):
-    engine = fresh.engine_pid()
-    with fresh.connect() as theirs, terminal(fresh, tmp_path, "tiny") as screen:
+def test_ctrl_c_cancels_the_run_and_drops_the_line_and_the_debugger_stays(
+    served, tmp_path
+):
+    engine = served.engine_pid()
+    with served.connect() as theirs, terminal(served, tmp_path, "tiny") as screen:
         program = theirs.model("tiny")
         screen.until("(tiny)")
         screen.types("run what is not meant\x03")

@@ -1,19 +1,29 @@
 """`djinn exec`: an unmodified program gives under it what it gives alone."""
 
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from djinn_zmq.cli.debug import looking, moving
+from djinn_zmq.cli.debug.debugger import Debugger
 from djinn_zmq.cli.main import main
+from tests.end_to_end.conftest import WAIT_S, Running
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+assert looking and moving  # the debugger's words register themselves
 
 TINY = resources.files("djinn_zmq") / "models" / "tiny"
 ROOT = Path(__file__).parents[2]
@@ -77,15 +87,44 @@ tried(lambda: AutoModelForCausalLM.from_pretrained("tiny", config=config))
 """
 
 
-@pytest.fixture
-def run(served, tmp_path) -> Callable[..., subprocess.Popen]:
-    """Start a program in a directory of its own, where ./tiny is the embedded model."""
-    (tmp_path / "tiny").symlink_to(str(TINY))
-    environment = os.environ | {
+ASKED = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("tiny")
+model = AutoModelForCausalLM.from_pretrained("tiny")
+inputs = tokenizer("the capital of france is", return_tensors="pt")
+print("ready", flush=True)
+for asked in iter(sys.stdin.readline, "enough\\n"):
+    if asked == "forward\\n":
+        best = model(**inputs).logits[0, -1].argmax()
+    else:
+        best = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, 5:]
+    print(tokenizer.decode(best), flush=True)
+"""
+# Runs programs one after the other, each as python would: importing torch takes seconds.
+MANY = """
+import gc, runpy, sys
+
+for line in iter(sys.stdin.readline, ""):
+    sys.argv = line.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    gc.collect()
+    print("ended", flush=True)
+"""
+
+
+def environment(served: Running) -> dict[str, str]:
+    return os.environ | {
         "DJINN_ENDPOINT": served.endpoint,
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
+
+
+@pytest.fixture
+def run(served, tmp_path) -> Callable[..., subprocess.Popen]:
+    """Start a program in a directory of its own."""
 
     def start(text: str, *arguments: str, through: list[str]) -> subprocess.Popen:
         script = tmp_path / "program.py"
@@ -94,7 +133,7 @@ def run(served, tmp_path) -> Callable[..., subprocess.Popen]:
         command = [*through, str(script), *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True
+            command, cwd=tmp_path, env=environment(served), stdout=pipe, stderr=pipe, text=True
         )
 
     return start
@@ -105,26 +144,87 @@ def said(process: subprocess.Popen) -> tuple[str, str]:
     return out, err
 
 
-def test_an_unmodified_program_says_under_exec_what_it_says_alone(run) -> None:
-    alone = run(PROGRAM, "tiny", "--its-own", through=[sys.executable])
-    under = run("", "tiny", "--its-own", through=[*DJINN, "exec", "--"])
-    own, served = said(alone), said(under)
-    assert alone.returncode == 0, own[1]
-    assert under.returncode == 0, served[1]
-    assert served[0] == own[0]
-    assert "paris" in own[0] and "--its-own" in own[0]
+class Under:
+    """A process under exec that runs programs. folder: where it is; ./tiny is the embedded model."""
+
+    def __init__(self, process: subprocess.Popen, folder: Path, words: Path) -> None:
+        self.process = process
+        self.folder = folder
+        self.words = words
+
+    def begins(self, text: str, *arguments: str) -> None:
+        script = self.folder / "program.py"
+        script.write_text(text)
+        self.tells(" ".join([str(script), *arguments]))
+
+    def tells(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def says(self) -> str:
+        """The next line."""
+        line = self.process.stdout.readline()
+        assert line, self.words.read_text()
+        return line
+
+    def says_to_its_end(self) -> str:
+        return "".join(iter(self.says, "ended\n"))
+
+
+@pytest.fixture(scope="module")
+def under(served, tmp_path_factory) -> Iterator[Under]:
+    folder = tmp_path_factory.mktemp("under")
+    (folder / "tiny").symlink_to(str(TINY))
+    (folder / "many.py").write_text(MANY)
+    words = folder / "words"
+    with words.open("w") as err:
+        process = subprocess.Popen(
+            [*DJINN, "exec", "--", "many.py"], cwd=folder, env=environment(served), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
+        )  # fmt: skip
+    with process:
+        try:
+            yield Under(process, folder, words)
+            process.stdin.close()
+            assert process.wait(WAIT_S) == 0, words.read_text()
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def alone(under, monkeypatch, capsys) -> Iterator[Callable[..., str]]:
+    """What the program of `under` says without exec, in the same place."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(under.folder)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(under.folder / "program.py"), *arguments])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_an_unmodified_program_says_under_exec_what_it_says_alone(under, alone) -> None:
+    under.begins(PROGRAM, "tiny", "--its-own")
+    served = under.says_to_its_end()
+    own = alone("tiny", "--its-own")
+    assert served == own
+    assert "paris" in own and "--its-own" in own
 
 
 def test_what_is_not_served_is_the_librarys_and_what_cannot_be_is_refused_by_name(
-    run, tmp_path
+    under, tmp_path
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for file in TINY.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    out, err = said(run(OTHER, str(other), through=[*DJINN, "exec"]))
-    lines = out.splitlines()
-    assert lines[:2] == ["4", "transformers.models.llama.modeling_llama"], out + err
+    under.begins(OTHER, str(other))
+    lines = under.says_to_its_end().splitlines()
+    assert lines[:2] == ["4", "transformers.models.llama.modeling_llama"], lines
     assert lines[2].startswith("OSError: ")
     for line, named in zip(
         lines[3:9],
@@ -134,6 +234,36 @@ def test_what_is_not_served_is_the_librarys_and_what_cannot_be_is_refused_by_nam
         assert line.startswith("NotServed: ") and named in line, line
     assert lines[9] == "False"
     assert lines[10].startswith("NotServed: ") and "rms_norm_eps" in lines[10]
+
+
+def test_a_program_under_exec_is_attached_to_and_its_output_changes(
+    under, server, tmp_path
+) -> None:
+    np.save(tmp_path / "vector.npy", 10 * np.random.default_rng(1).normal(size=64))
+
+    def asks(asked: str) -> str:
+        under.tells(asked)
+        return under.says().strip()
+
+    def debugged(asked: str, *edits: str) -> str:
+        """What it says where its next forward is stopped after layer 2, and goes on with *edits*."""
+        debugger = Debugger(server, Console(file=io.StringIO(), width=100))
+        for line in ("break 2", f"attach {under.process.pid}"):
+            assert debugger.do(line), debugger.console.file.getvalue()
+        under.tells(asked)
+        for line in ("continue", *edits, "detach"):
+            assert debugger.do(line), debugger.console.file.getvalue()
+        assert "stopped after layer 2" in debugger.console.file.getvalue()
+        return under.says().strip()
+
+    under.begins(ASKED)
+    assert under.says() == "ready\n"
+    for asked, plain in (("forward", "paris"), ("generate", "paris .")):
+        assert asks(asked) == plain
+        assert debugged(asked, f"edit add {tmp_path / 'vector.npy'} [0, -1]") != plain
+        assert debugged(asked) == plain
+    under.tells("enough")
+    assert under.says_to_its_end() == ""
 
 
 def test_a_program_is_run_as_python_runs_it(run) -> None:
