@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,21 +31,34 @@ from tests.end_to_end.conftest import free_port
 
 FRANCE = "the capital of france is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
+HAS_GPU = Path("/proc/driver/nvidia/version").exists()
 WAIT_S = 60.0
 
 
-class Started:
-    """A command that runs on, and what it has said so far, its engine's words among it."""
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
-    def __init__(self, arguments, environment, **options) -> None:
+
+class Started:
+    """A command that runs on, and what it has said so far, its engine's words among it.
+
+    terminal: whether it runs in one of its own."""
+
+    def __init__(self, arguments, environment, *, terminal: bool = False) -> None:
+        ours, theirs = pty.openpty() if terminal else os.pipe()
+        self._ours = os.fdopen(ours, "r+b" if terminal else "rb", buffering=0)
         self.process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, *(["-c", OWN_TERMINAL] if terminal else []), *arguments],
             env=environment,
-            stdin=options.pop("stdin", subprocess.DEVNULL),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            **options,
+            stdin=theirs if terminal else subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
         )
+        os.close(theirs)
         self.words = ""
         self._ended = False
         self._news = threading.Condition()
@@ -51,10 +66,11 @@ class Started:
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            with self._news:
-                self.words += line.decode()
-                self._news.notify_all()
+        with contextlib.suppress(OSError):  # a terminal whose other end is gone
+            for line in self._ours:
+                with self._news:
+                    self.words += line.decode().replace("\r", "")
+                    self._news.notify_all()
         with self._news:
             self._ended = True
             self._news.notify_all()
@@ -69,6 +85,9 @@ class Started:
             self._news.wait_for(lambda: said() or self._ended, WAIT_S)
         assert said(), self.words
 
+    def types(self, keys: bytes) -> None:
+        self._ours.write(keys)
+
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.wait()
@@ -82,7 +101,7 @@ class Started:
         if self.process.poll() is None:
             self.process.kill()
         self.wait()
-        self.process.stdout.close()
+        self._ours.close()
         assert "Traceback" not in self.words, self.words
 
 
@@ -92,11 +111,15 @@ def home(short_path) -> Path:
     return short_path
 
 
-@pytest.fixture
-def environment(home, tmp_path) -> dict[str, str]:
+def environment_of(home: Path, cache: Path) -> dict[str, str]:
     """A user's environment, with nothing of this one's servers and models in it."""
     clean = {name: value for name, value in os.environ.items() if name != "DJINN_ENDPOINT"}
-    return clean | {"XDG_RUNTIME_DIR": str(home), "DJINN_CACHE": str(tmp_path / "cache")}
+    return clean | {"XDG_RUNTIME_DIR": str(home), "DJINN_CACHE": str(cache)}
+
+
+@pytest.fixture
+def environment(home, tmp_path) -> dict[str, str]:
+    return environment_of(home, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -160,7 +183,17 @@ def refused(run):
 
 
 @pytest.fixture
-def refused_server(run_alone):
+def refused_server(refused, monkeypatch):
+    """What `djinn serve` says that must not serve."""
+    for name in ("keep_freed_memory", "allow_many_descriptors"):
+        monkeypatch.setattr(command, name, lambda: None)  # those of this process stay
+    monkeypatch.setattr(command.Server, "serve", lambda server: pytest.fail("it serves"))
+    return lambda *options: refused("serve", *options)
+
+
+@pytest.fixture
+def refused_alone(run_alone):
+    """The same of a server's own process."""
     return lambda *options: one_sentence(run_alone(*options, module="djinn_zmq.server"))
 
 
@@ -182,29 +215,6 @@ def engine_of(endpoint: str) -> int:
 
 
 # ---- serving
-
-
-@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has a GPU")
-def test_without_a_gpu_the_server_says_so_and_answers_before_its_model_is_loaded(start, home):
-    port = free_port()
-    started = start("--port", port, "--gpu", 0, "--model", "tiny")
-    started.wait_for("djinn: serving at")
-    ipc, tcp = f"ipc://{home}/djinn/djinn.sock", f"tcp://127.0.0.1:{port}"
-    with djinn.connect(ipc) as here, djinn.connect(tcp) as there:
-        assert (here.ping(), there.ping()) == ("serving", "serving")
-        status = here.status()
-        assert status.engines[0].state in ("starting", "loading")
-        assert status.models == ()
-        assert status.endpoints == (ipc, tcp)
-        assert status.pid == started.process.pid
-        for server in (here, there):  # both wait for the model, and get it
-            assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
-        engine = here.status().engines[0]
-        assert (engine.state, engine.device) == ("ready", "cpu")
-    assert "djinn: no NVIDIA GPU on this machine (--gpu 0): serving on the CPU" in started.words
-    assert started.end() == 0
-    wait_gone(engine.pid)
-    assert os.listdir(home / "djinn") == []
 
 
 def broken_json(folder: Path) -> None:
@@ -245,40 +255,70 @@ def test_a_broken_model_directory_is_refused_with_the_reason_and_others_are_serv
     mended.close()
 
 
+class Odd(NamedTuple):
+    """A server in a terminal of its own, with float32 and a broken model, told to serve on a GPU where there
+    is none."""
+
+    started: Started
+    home: Path  # the runtime directory
+    port: int
+    broken: Path
+
+    @property
+    def ipc(self) -> str:
+        return f"ipc://{self.home}/djinn/djinn.sock"
+
+
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """A server with float32 and a broken model: its endpoint, and that model's directory."""
-    folder = tmp_path_factory.mktemp("odd")
+def odd(tmp_path_factory) -> Iterator[Odd]:
+    folder, port = tmp_path_factory.mktemp("odd"), free_port()
     shutil.copytree(TINY, folder / "broken")
     broken_json(folder / "broken")
-    (folder / "run").mkdir(mode=0o700)
-    endpoint, model = folder / "run" / "djinn.sock", folder / "broken"
-    options = ["--port=0", f"--ipc={endpoint}", "--dtype=float32", "--threads=1"]
-    started = Started(["-m", "djinn_zmq.server", *options, f"--model={model}"], os.environ)
-    try:
-        started.wait_for("djinn: serving at")
-        yield f"ipc://{endpoint}", model
-        assert started.end() == 0
-        assert os.listdir(endpoint.parent) == []
-    finally:
-        started.close()
+    options = [f"--port={port}", "--dtype=float32", "--threads=1", f"--model={folder / 'broken'}"]
+    with tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as home:
+        started = Started(
+            ["-m", "djinn_zmq.server", *options, *([] if HAS_GPU else ["--gpu=0"])],
+            environment_of(Path(home), folder / "cache"),
+            terminal=True,
+        )
+        try:
+            started.wait_for("djinn: serving at")
+            yield Odd(started, Path(home), port, folder / "broken")
+        finally:
+            started.close()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_without_a_gpu_the_server_says_so_and_answers_before_a_model_is_loaded(odd):
+    ipc, tcp = odd.ipc, f"tcp://127.0.0.1:{odd.port}"
+    with djinn.connect(ipc) as here, djinn.connect(tcp) as there:
+        assert (here.ping(), there.ping()) == ("serving", "serving")
+        status = here.status()
+        assert status.engines[0].state in ("starting", "loading")
+        assert status.models == ()
+        assert status.endpoints == (ipc, tcp)
+        assert status.pid == odd.started.process.pid
+        for server in (here, there):  # both wait for the model, and get it
+            assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+        engine = here.status().engines[0]
+        assert (engine.state, engine.device) == ("ready", "cpu")
+    said = "djinn: no NVIDIA GPU on this machine (--gpu 0): serving on the CPU"
+    assert said in odd.started.words
 
 
 def test_a_server_started_with_a_broken_model_answers_and_gives_the_reason(odd):
-    endpoint, folder = odd
-    with djinn.connect(endpoint) as server:
+    with djinn.connect(odd.ipc) as server:
         assert server.ping() == "serving"
         with pytest.raises(DjinnError, match=r"config\.json"):
-            server.model(folder)
+            server.model(odd.broken)
         assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
         assert [model.name for model in server.status().models] == ["tiny"]
 
 
 def test_dtype_float32_serves_float32_whatever_is_stored(odd, tiny, run):
-    endpoint, _ = odd
     stored = tiny.run(FRANCE, stop_at=2).checkpoint.hidden.fetch()
     assert stored.dtype == ml_dtypes.bfloat16
-    with djinn.connect(endpoint) as server:
+    with djinn.connect(odd.ipc) as server:
         model = server.model("tiny")
         assert (model.dtype, model.info.nbytes) == ("float32", 2 * tiny.info.nbytes)
         point = model.run(FRANCE, stop_at=2).checkpoint
@@ -289,7 +329,7 @@ def test_dtype_float32_serves_float32_whatever_is_stored(odd, tiny, run):
         done = point.resume()
         assert done.logits.dtype == np.float32 and done.top(1)[0].token == "paris"
         assert done.logits.tobytes() == model.run(FRANCE).logits.tobytes()
-        assert "float32" in run("ps", "--server", endpoint)[1]
+        assert "float32" in run("ps", "--server", odd.ipc)[1]
 
 
 # ---- refusing to serve
@@ -375,10 +415,10 @@ def test_a_wrong_option_is_a_usage_error_that_names_it(environment, home, option
 
 
 def test_a_second_server_on_a_socket_is_refused_by_name_and_the_first_goes_on(
-    served, tiny, refused_server
+    served, tiny, refused_alone
 ):
     files = sorted(os.listdir(served.path.parent))
-    complaint = refused_server("--port", 0, "--ipc", served.path)
+    complaint = refused_alone("--port", 0, "--ipc", served.path)
     assert f"a server already serves {served.path}: stop it with 'djinn stop'" in complaint
     assert sorted(os.listdir(served.path.parent)) == files
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
@@ -387,10 +427,10 @@ def test_a_second_server_on_a_socket_is_refused_by_name_and_the_first_goes_on(
 
 
 def test_a_port_in_use_is_refused_by_name_and_nothing_of_the_second_server_stays(
-    served, tiny, refused_server, home
+    served, tiny, refused_alone, home
 ):
     port = served.tcp.rpartition(":")[2]
-    complaint = refused_server("--port", port)
+    complaint = refused_alone("--port", port)
     assert f"tcp://127.0.0.1:{port} is in use by another process" in complaint
     assert os.listdir(home / "djinn") == []
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
@@ -596,66 +636,36 @@ async def connecting(endpoint: str) -> None:
         raise AssertionError("connected to nobody")
 
 
-@pytest.mark.parametrize("loaded", [True, False], ids=["serving", "starting"])
-def test_ctrl_c_in_a_terminal_ends_server_and_engine_and_leaves_nothing(environment, home, loaded):
+def test_ctrl_c_in_a_terminal_ends_a_server_that_serves_and_its_engine_and_leaves_nothing(odd):
+    with djinn.connect(odd.ipc) as server:
+        server.model("tiny").run(FRANCE, stop_at=1)
+    ends_at_ctrl_c(odd.started, odd.home)
+
+
+def test_ctrl_c_in_a_terminal_ends_a_server_whose_engine_starts_and_leaves_nothing(start, home):
+    started = start("--port=0", "--model=tiny", terminal=True)
+    started.wait_for("djinn: serving at")
+    ends_at_ctrl_c(started, home)
+
+
+def ends_at_ctrl_c(started: Started, home: Path) -> None:
     """The terminal sends SIGINT to all of its foreground processes."""
-    master, slave = pty.openpty()
-
-    own_terminal = (
-        "import fcntl, os, sys, termios\n"
-        "os.setsid()\n"
-        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
-    )
-    serving = ["-m", "djinn_zmq.server", "--port=0", "--threads=1", "--model=tiny"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", own_terminal, *serving],
-        env=environment,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
-    try:
-        words = read_until(master, "djinn: serving at")
-        endpoint = f"ipc://{home}/djinn/djinn.sock"
-        engine = engine_of(endpoint)
-        if loaded:
-            with djinn.connect(endpoint) as server:
-                server.model("tiny").run(FRANCE, stop_at=1)
-        os.write(master, b"\x03")
-        words += read_until(master, "djinn: stopped")
-        assert process.wait(WAIT_S) == 0
-        assert "Traceback" not in words
-        wait_gone(engine)
-        assert os.listdir(home / "djinn") == []
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        os.close(master)
-
-
-def read_until(master: int, words: str) -> str:
-    said = ""
-    limit = time.monotonic() + WAIT_S
-    while words not in said:
-        assert select.select([master], [], [], limit - time.monotonic())[0], said
-        try:
-            said += os.read(master, 4096).decode()
-        except OSError:  # the last process at the other end is gone
-            break
-    assert words in said
-    return said
+    engine = engine_of(f"ipc://{home}/djinn/djinn.sock")
+    started.types(b"\x03")
+    assert started.wait() == 0
+    assert started.words.endswith("djinn: stopped\n")
+    wait_gone(engine)
+    assert os.listdir(home / "djinn") == []
 
 
 def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environment, home):
     program = (
         "import os, djinn_zmq as djinn\n"
-        "with djinn.local('tiny') as model:\n"
-        "    status = model.server.status()\n"
-        "    print(status.pid, status.engines[0].pid, flush=True)\n"
+        "def loading(_):\n"
+        "    print('loading', flush=True)\n"
         "    os.read(0, 1)\n"
+        "with djinn.local('tiny', progress=loading):\n"
+        "    pass\n"
     )
     started = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -665,8 +675,12 @@ def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environ
     )
     with started:
         try:
-            pids = [int(word) for word in started.stdout.readline().split()]
-            assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+            assert started.stdout.readline() == b"loading\n"
+            (socket,) = home.glob("djinn/local-*/djinn.sock")
+            with djinn.connect(f"ipc://{socket}") as server:
+                status = server.status()
+            pids = [status.pid, status.engines[0].pid]
+            assert all(Path(f"/proc/{pid}").exists() for pid in pids)
         finally:
             started.kill()
     for pid in pids:
@@ -706,8 +720,8 @@ def test_a_command_that_does_not_exist_is_a_usage_error(run):
     assert run("--version")[1].startswith("djinn, version ")
 
 
-def test_the_demo_does_the_main_job_and_holds_what_it_shows(run_alone, home):
-    status, said, complaint = run_alone("demo")
+def test_the_demo_does_the_main_job_and_holds_what_it_shows(run, home):
+    status, said, complaint = run("demo")
     assert status == 0, (said, complaint)
     assert complaint == ""
     assert said.count("✓") >= 4 and "✗" not in said

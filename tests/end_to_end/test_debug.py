@@ -349,9 +349,7 @@ def test_a_session_with_every_word_in_a_real_terminal(served, tmp_path):
     assert "+lens" in (tmp_path / "debug_history").read_text()
 
 
-def test_ctrl_c_cancels_the_run_and_drops_the_line_and_the_debugger_stays(
-    served, tmp_path
-):
+def test_ctrl_c_cancels_the_run_and_drops_the_line_and_the_debugger_stays(served, tmp_path):
     engine = served.engine_pid()
     with served.connect() as theirs, terminal(served, tmp_path, "tiny") as screen:
         program = theirs.model("tiny")
