@@ -1,7 +1,6 @@
 """Every example runs on the embedded model and shows what it says it shows."""
 
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +15,18 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def run(served, tmp_path) -> Callable[..., str]:
-    """Run an example in a directory of its own; gives what it prints."""
-    environment = os.environ | {"DJINN_ENDPOINT": served.endpoint, "PYTHONPATH": str(ROOT)}
+def run(served, tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """Run an example in a directory of its own, as python would; gives what it prints."""
+    monkeypatch.setenv("DJINN_ENDPOINT", served.endpoint)
+    monkeypatch.chdir(tmp_path)
 
-    def start(name: str, *arguments: str) -> str:
-        command = [sys.executable, str(EXAMPLES / name), *arguments]
-        done = subprocess.run(
-            command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run(name: str, *arguments: str) -> str:
+        script = str(EXAMPLES / name)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
 
-    return start
+    return run
 
 
 def test_the_lens_sees_the_answer_come_up_in_the_last_layers(run) -> None:
@@ -56,7 +54,10 @@ def test_the_trace_finds_the_subject_early_and_the_last_token_late(run, tmp_path
     assert (tmp_path / "causal_trace.png").read_bytes().startswith(PNG)
 
 
-def test_a_program_that_is_attached_to_answers_otherwise_and_then_as_before(run) -> None:
+def test_a_program_that_is_attached_to_answers_otherwise_and_then_as_before(
+    run, monkeypatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the program that it starts
     text = run("attach_to_a_running_program.py")
     said = [line.split()[-1] for line in text.splitlines() if line.endswith(("paris", "berlin"))]
     assert said == ["paris", "paris", "berlin", "paris"] and "held after layer 2" in text
