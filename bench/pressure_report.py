@@ -89,11 +89,16 @@ def _evictions(pressure: "Pressure", came: Sequence["Came"], wanted: int) -> Che
 
 
 def _freed(pressure: "Pressure", came: Sequence["Came"], wanted: bool) -> Check:
-    last = pressure.timeline[-1]
+    """Beyond what was there before the first stop."""
+    begin, last = pressure.timeline[0], pressure.timeline[-1]
     what = "nothing is kept once all is released"
-    nbytes = sum(last.get(name) or 0 for name in ("host", "device", "disk", "kv"))
-    empty = last["checkpoints"] == 0 and nbytes == 0
-    return Check(what, empty is wanted, f"{last['checkpoints']} kept, {format_bytes(nbytes)}")
+    nbytes, before = (
+        sum(row.get(name) or 0 for name in ("host", "device", "disk", "kv"))
+        for row in (last, begin)
+    )
+    kept = last["checkpoints"] - begin["checkpoints"]
+    empty = kept <= 0 and nbytes <= before
+    return Check(what, empty is wanted, f"{kept} kept, {format_bytes(max(0, nbytes - before))}")
 
 
 _CHECKS: dict[str, Any] = {

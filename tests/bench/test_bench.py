@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def noops(tmp_path_factory, served):
     with pytest.MonkeyPatch.context() as patch, lending(served) as lend:
         lend(noop)
         patch.setattr(pinning, "SPINNING", 1)
+        patch.setattr(noop, "QUICK", replace(noop.QUICK, window_s=0.05))
         return results_of(
             noop, tmp_path_factory.mktemp("noop"),
             "--samples=20", "--clients=2", f"--spin-us={SPIN_US}",

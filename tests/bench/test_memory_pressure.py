@@ -23,7 +23,8 @@ validation: {sessions: 6, token_accuracy: 1.0, others_right: true, everything_fr
 """
 
 
-def test_all_sessions_resume_with_the_plain_models_tokens_and_a_figure_is_drawn(tmp_path):
+def test_all_sessions_resume_with_the_plain_models_tokens_and_a_figure_is_drawn(tmp_path, lend):
+    lend(serving)
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG % "")
     options = [f"--config={path}", f"--output-dir={tmp_path}"]

@@ -572,7 +572,7 @@ def test_an_endpoint_that_leads_nowhere_is_refused_in_one_sentence(refused, endp
 # ---- ending
 
 
-def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run_alone, home):
+def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run, run_alone, home):
     started = start("--port", free_port())
     started.wait_for("djinn: serving at")
     endpoint = f"ipc://{home}/djinn/djinn.sock"
@@ -590,7 +590,7 @@ def test_stop_ends_the_server_and_its_engine_and_leaves_nothing(start, run_alone
     assert started.words.endswith("djinn: stopped\n")
     wait_gone(engine)
     assert os.listdir(home / "djinn") == []
-    assert run_alone("ps")[0] == 1
+    assert run("ps")[0] == 1
 
 
 def test_stop_over_tcp_is_refused(served, refused):

@@ -297,13 +297,12 @@ def test_a_programs_error_is_shown_where_it_was_made(run) -> None:
     assert err.endswith("KeyError: 'k'\n")
 
 
-def test_exec_says_what_is_missing_and_teaches(run) -> None:
-    process = run("pass", through=[*DJINN, "exec", "--server", "ipc:///tmp/nobody.sock"])
-    assert "djinn serve" in said(process)[1]
-    out = subprocess.run(
-        [*DJINN, "exec", "--help"], check=True, capture_output=True, text=True
-    ).stdout
-    out = " ".join(out.split())
+def test_exec_says_what_is_missing_and_teaches(tmp_path) -> None:
+    (tmp_path / "program.py").touch()
+    asked = ["exec", "--server", "ipc:///tmp/nobody.sock", str(tmp_path / "program.py")]
+    ended = CliRunner().invoke(main, asked)
+    assert ended.exit_code == 1 and "djinn serve" in ended.stderr
+    out = " ".join(CliRunner().invoke(main, ["exec", "--help"]).stdout.split())
     for word in ("from_pretrained", "NotServed", "djinn debug", "Not covered"):
         assert word in out
 
