@@ -304,16 +304,23 @@ def test_other_architectures_are_called_and_generate_in_beams_as_by_themselves(p
     assert len(own) == len(remote) and all(map(same, own, remote)), remote
 
 
-@pytest.mark.parametrize("way", ["lane", "bus", "tcp"])
-def test_outputs_larger_than_a_message_come_whole_by_every_way(pair, served, way: str) -> None:
+@pytest.fixture(scope="module")
+def large(pair):
+    """A call, and what the plain model gives."""
     ids = torch.arange(12 * 250).reshape(12, 250) % 199
-    plain, _ = pair("tiny")
+
+    def call(model):
+        return model(ids, output_hidden_states=True, labels=ids)
+
+    return call, both([pair("tiny")[0]], call)[0]
+
+
+@pytest.mark.parametrize("way", ["lane", "bus", "tcp"])
+def test_outputs_larger_than_a_message_come_whole_by_every_way(large, served, way: str) -> None:
+    call, own = large
     endpoint = served.tcp if way == "tcp" else served.endpoint
     with djinn.connect(endpoint, lane=way == "lane") as server:
-        remote = RemoteCausalLM.of(server.model("tiny"))
-        own, other = both(
-            (plain, remote), lambda model: model(ids, output_hidden_states=True, labels=ids)
-        )
+        (other,) = both([RemoteCausalLM.of(server.model("tiny"))], call)
     assert own.logits.nbytes > 1 << 20
     assert same(own.logits, other.logits) and same(own.loss, other.loss)
     assert all(map(same, own.hidden_states, other.hidden_states))
