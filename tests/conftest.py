@@ -58,7 +58,9 @@ def served() -> Iterator["Running"]:
     from tests.end_to_end.conftest import free_port, running  # what a worker needs that starts one
 
     with (
-        tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name,  # others may be let in
+        tempfile.TemporaryDirectory(
+            prefix="djinn-test-", dir="/tmp"
+        ) as name,  # others may be let in
         running(Path(name) / "s", "--model=tiny", port=free_port()) as one,
     ):
         yield one

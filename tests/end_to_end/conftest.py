@@ -132,13 +132,6 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def fresh(tmp_path) -> Iterator[Running]:
-    """A server of a test's own, which may do to it what it likes."""
-    with running(tmp_path / "s", "--model=tiny") as one:
-        yield one
-
-
-@pytest.fixture
 def serve(tmp_path) -> Callable[..., object]:
     """Start servers with options of the test's choice: `with serve("--model=x") as server`."""
     count = iter(range(100))
