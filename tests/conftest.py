@@ -57,10 +57,9 @@ def served() -> Iterator["Running"]:
     leave it as able as it was: an engine takes seconds to start."""
     from tests.end_to_end.conftest import free_port, running  # what a worker needs that starts one
 
+    # In a folder that a test may open to another user.
     with (
-        tempfile.TemporaryDirectory(
-            prefix="djinn-test-", dir="/tmp"
-        ) as name,  # others may be let in
+        tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name,
         running(Path(name) / "s", "--model=tiny", port=free_port()) as one,
     ):
         yield one
