@@ -2,7 +2,8 @@
 
 Each session has a clock of the time it was worked for. The next layer goes to the run whose session
 is furthest behind. A session that comes back from idling starts a little behind all others (so a
-short run passes between two layers of a long one), but never keeps time it did not use.
+short run passes between two layers of a long one), but never keeps time it did not use: where there
+are no others it starts where the one that has had most is.
 
 A job whose answer comes in parts pauses where its client takes no more of them, and gets no turns
 until it does: a slow reader makes no queue grow, here or on the way.
@@ -48,6 +49,7 @@ class Active:
 class Turns:
     def __init__(self) -> None:
         self._active: list[Active] = []
+        self._latest_ns = 0  # the clock that is furthest ahead: who comes when nobody works begins there
 
     def __bool__(self) -> bool:
         """Is there a job to work on?"""
@@ -68,7 +70,9 @@ class Turns:
     def welcome(self, session: EngineSession) -> None:
         """*session* comes, or comes back from a pause: take from it the time it did not use."""
         working = [one.job.session for one in self._active if one.ready]
-        if working and session not in working:
+        if not working:
+            session.worked_ns = self._latest_ns
+        elif session not in working:
             behind = min(one.worked_ns for one in working) - HEAD_START_NS
             session.worked_ns = max(session.worked_ns, behind)
 
@@ -77,7 +81,9 @@ class Turns:
         return min((one for one in self._active if one.ready), key=_worked_ns)
 
     def worked(self, active: Active, elapsed_ns: int) -> None:
-        active.job.session.worked_ns += elapsed_ns
+        session = active.job.session
+        session.worked_ns += elapsed_ns
+        self._latest_ns = max(self._latest_ns, session.worked_ns)
         # Behind its session's other jobs, so that they take turns too.
         if active in self._active:
             self._active.remove(active)

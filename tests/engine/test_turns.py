@@ -80,3 +80,15 @@ def test_a_deadline_that_is_weeks_away_is_not_waited_for_longer_than_epoll_can(o
     with select.epoll() as epoll, socket.socket() as closed:  # never asleep: it is ready at once
         epoll.register(closed, select.EPOLLHUP)
         assert epoll.poll(wait_s)
+
+
+def test_a_session_that_comes_when_nobody_works_brings_no_time_from_before(one, other) -> None:
+    turns, long, mine, again = Turns(), active(other), active(one), active(other)
+    turns.add(long)
+    turns.worked(long, 10**12)
+    turns.remove(long)
+    turns.add(mine)
+    turns.add(again)  # though its session has had a quarter of an hour before
+    assert turns.next() is mine
+    turns.worked(mine, 1)
+    assert turns.next() is again
