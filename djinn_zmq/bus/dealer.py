@@ -2,6 +2,7 @@
 
 import os
 import socket as pysocket
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -68,13 +69,13 @@ class Dealer:
             if not buffers:
                 self._send(frame, DONTWAIT)
                 return
-            self._send(frame, MORE_NOW)
+            flags = [MORE_NOW, *[SNDMORE] * (len(buffers) - 1), 0]
+            copies = [True, *[len(buffer) < SLOT_FROM for buffer in buffers]]
+            # In one call of C: a KeyboardInterrupt between two frames would leave half a message, and
+            # the next one would be the other half.
+            deque(map(self._send, (frame, *buffers), flags, copies), maxlen=0)
         except zmq.Again as exc:
             raise Busy("the queue to the server is full: no server takes from it") from exc
-        last = len(buffers) - 1
-        for place, buffer in enumerate(buffers):
-            more = SNDMORE if place < last else 0
-            self._send(buffer, more, copy=len(buffer) < SLOT_FROM)
 
     def receive(self, wait: bool = False) -> Frames | None:
         """The next message, or None when there is none now.
@@ -84,11 +85,15 @@ class Dealer:
         buffers: list[memoryview] = []
         try:  # a Frame knows whether more follow
             first = last = self._receive(0 if wait else DONTWAIT, copy=False)
+            while last.more:
+                last = self._receive(copy=False)
+                buffers.append(last.buffer)
         except zmq.Again:
             return None
-        while last.more:
-            last = self._receive(copy=False)
-            buffers.append(last.buffer)
+        except BaseException:  # a KeyboardInterrupt: what is left of it is no message's beginning
+            while self.socket.getsockopt(zmq.RCVMORE):
+                self._receive()
+            raise
         if len(buffers) > BUFFERS_LIMIT:
             raise ProtocolError(f"a message of {len(buffers)} buffers: at most {BUFFERS_LIMIT}")
         return first.bytes, buffers

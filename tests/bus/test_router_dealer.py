@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from djinn_zmq.bus import dealer as dealer_room
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import (
@@ -328,3 +331,63 @@ def test_an_endpoint_that_is_no_address_is_refused_by_name(endpoint: str) -> Non
 def test_an_ipc_endpoint_without_a_socket_file_says_so_at_once(path: str) -> None:
     with pytest.raises(Unreachable, match="start one with 'djinn serve'"):
         Dealer(f"ipc://{path}", Settings(), None)
+
+
+def interrupted_at(step: int, work: Callable[[], object]) -> bool:
+    """Have a KeyboardInterrupt come at that step of the dealer's own Python in *work*. False: it has fewer."""
+    left = step
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != dealer_room.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                sys.settrace(before)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_no_half_message_is_sent_by_who_is_interrupted(bus: Any) -> None:
+    bus.bind()
+    dealer, buffers = bus.dealer(), [b"one", bytes(64 * KIB), b"three"]
+    steps = 0
+    while interrupted_at(steps, lambda: dealer.send(b"broken off", buffers)):
+        steps += 1
+        dealer.send(b"next")
+        while (arrived := bus.arrives()).frame != b"next":
+            assert (arrived.frame, arrived.buffers) == (b"broken off", buffers)
+        assert not arrived.buffers
+    assert steps > 10
+
+
+def test_what_is_left_of_a_message_when_its_reader_is_interrupted_begins_no_other(bus: Any) -> None:
+    router, dealer = bus.bind(), bus.dealer()
+    dealer.send(b"hello")
+    route = bus.arrives().route
+    steps = 0
+    while True:
+        router.send(route, b"broken off", [b"one", b"two"])
+        router.send(route, b"next", [b"three"])
+        assert dealer.socket.poll(int(bus.wait_s * 1000))
+        interrupted = interrupted_at(steps, dealer.receive)
+        answer = bus.answer(dealer)
+        if answer == (b"broken off", [b"one", b"two"]):  # it had not been begun
+            answer = bus.answer(dealer)
+        assert answer == (b"next", [b"three"])
+        if not interrupted:
+            break
+        steps += 1
+    assert steps > 10
