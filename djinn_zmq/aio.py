@@ -122,15 +122,12 @@ class AsyncConnection(Connection):
                 if not reply.done() and call.late(limit_s):
                     self._forget(request)  # what comes while the server is asked is given back
                     raise await self.run(self.why_late(call))
-            return reply.result()
+            return self.settle(request, call)
         except asyncio.CancelledError:
             if not self.closed:
                 with suppress(DjinnError):  # who cancels is not to get another error
                     self.cancel(request, call.session)
                 self._look_again()
-                reply = self.reply_to(request)
-                if isinstance(reply, Message):
-                    self.give_back(reply)
             raise
         finally:
             self._forget(request)

@@ -102,10 +102,13 @@ class Connection:
         raise reply
 
     def give_up(self, request: int) -> None:
+        """Nobody waits for *request* any more: what has come for it, and what will, is given back."""
         call = self._calls.pop(request)
         if call.arriving is not None:
             for part in call.arriving.parts:
                 self.give_back(part)
+        if type(call.reply) is Message:
+            self.give_back(call.reply)
 
     def cancel(self, request: int, session: int) -> None:
         """Tell the engine that nobody waits for *request* any more; its answer is not awaited."""

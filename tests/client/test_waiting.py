@@ -12,6 +12,7 @@ from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.errors import Busy
 from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from tests.client import test_parts
@@ -113,3 +114,39 @@ def test_who_cancels_a_wait_for_a_part_gets_no_other_error(
             assert len(set(script.cancelled)) == 1
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def given_back(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """What was released because nobody took it."""
+    found: list[Message] = []
+    monkeypatch.setattr(Connection, "give_back", lambda _, message: found.append(message))
+    return found
+
+
+@pytest.mark.parametrize("script", [(3, "reply")], indirect=True)
+def test_an_answer_that_has_come_when_it_is_given_up_is_given_back(
+    script: Script, given_back: list[Message]
+) -> None:
+    with djinn.connect(script.endpoint) as server:
+        parts = parts_on(server)
+        assert next(parts) == 0
+        call = server.connection._calls[parts._request]
+        while call.reply is None:  # it comes while another is waited for
+            server.ping()
+        parts.close()
+        assert len(given_back) == 3 and given_back[-1] is call.reply
+
+
+@pytest.mark.parametrize("script", [(0, "reply")], indirect=True)
+def test_what_is_taken_in_asyncio_code_is_not_given_back(
+    script: Script, given_back: list[Message]
+) -> None:
+    async def main() -> None:
+        async with aio.connect(script.endpoint) as server:
+            assert await server.ping() == "scripted"
+            assert [part async for part in parts_on(server)] == []
+            assert not server.connection._calls
+
+    asyncio.run(main())
+    assert not given_back
