@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import suppress
 
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, T
@@ -97,8 +98,9 @@ class WaitingConnection(Connection):
                         self.take(*frames)
                     else:
                         self._look(request, call, limit)
-            except KeyboardInterrupt:
-                self.abandon(request)
+            except BaseException:  # a KeyboardInterrupt, or the caller's own progress function
+                with suppress(DjinnError):  # who interrupts is not to get another error
+                    self.abandon(request)
                 raise
         return self.take_part(request)
 
@@ -124,5 +126,6 @@ class WaitingConnection(Connection):
         waited for just now are none of this."""
         for request, call in list(self._calls.items()):
             if call.arriving is None:
-                self.cancel(request, call.session)
+                with suppress(DjinnError):  # who interrupts is not to get another error
+                    self.cancel(request, call.session)
                 self.give_up(request)

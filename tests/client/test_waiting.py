@@ -44,6 +44,10 @@ class Slow(Script):
             super()._take(route, header, meta)
 
 
+def full(*_: object) -> None:
+    raise Busy("the way is full")
+
+
 @pytest.fixture
 def slow(script: Script) -> Iterator[Slow]:
     script.__class__ = Slow
@@ -95,9 +99,6 @@ def test_a_session_that_is_opened_when_nobody_waits_for_it_any_more_is_closed(sl
 def test_who_cancels_a_wait_for_a_part_gets_no_other_error(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise Busy("the way is full")
-
     async def main() -> None:
         async with aio.connect(script.endpoint) as server:
             parts = parts_on(server)
@@ -150,3 +151,49 @@ def test_what_is_taken_in_asyncio_code_is_not_given_back(
 
     asyncio.run(main())
     assert not given_back
+
+
+@pytest.mark.parametrize("script", [(0, "silence")], indirect=True)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_who_interrupts_a_wait_gets_no_other_error(
+    script: Script, monkeypatch: pytest.MonkeyPatch, in_parts: bool
+) -> None:
+    ended = []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def operation() -> Operation[None]:
+        try:
+            yield Call(Op.TOKENS, messages.Tokens("", None), session=7)
+        finally:
+            ended.append(True)
+
+    with djinn.connect(script.endpoint) as server:
+        parts = parts_on(server)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.connection, "_hear", interrupt)
+            patch.setattr(Connection, "cancel", full)
+            with pytest.raises(KeyboardInterrupt):
+                next(parts) if in_parts else server.drive(operation())
+        assert ended or in_parts
+        parts.close()
+        assert not server.connection._calls and server.ping() == "scripted"
+
+
+@pytest.mark.parametrize("script", [(0, "silence")], indirect=True)
+def test_parts_that_were_waited_for_when_the_callers_own_function_failed_are_cancelled(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("in progress")
+
+    with djinn.connect(script.endpoint) as server:
+        parts = parts_on(server)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.connection, "_hear", fail)
+            with pytest.raises(ValueError, match="in progress"):
+                next(parts)
+        assert not server.connection._calls
+        server.ping()
+        assert len(script.cancelled) == 1
