@@ -99,6 +99,9 @@ class AsyncConnection(Connection):
             exc.add_note(f"in request {len(replies)} of {len(step)}, counted from 0")
             for reply in replies:
                 self.give_back(reply)
+            if isinstance(exc, asyncio.CancelledError):
+                for one in sent:
+                    self._cancel(*one)
             raise
         finally:
             for request, _ in sent:  # one before them failed: these are not awaited
@@ -124,13 +127,17 @@ class AsyncConnection(Connection):
                     raise await self.run(self.why_late(call))
             return self.settle(request, call)
         except asyncio.CancelledError:
-            if not self.closed:
-                with suppress(DjinnError):  # who cancels is not to get another error
-                    self.cancel(request, call.session)
-                self._look_again()
+            self._cancel(request, call)
             raise
         finally:
             self._forget(request)
+
+    def _cancel(self, request: int, call: Call) -> None:
+        """The task that asked *call* was cancelled."""
+        if not self.closed:
+            with suppress(DjinnError):  # who cancels is not to get another error
+                self.cancel(request, call.session)
+            self._look_again()
 
     def _left_s(self, call: Call, limit_s: float) -> float:
         """For how long to wait before it is looked at once more whether *call* is late."""

@@ -197,3 +197,22 @@ def test_parts_that_were_waited_for_when_the_callers_own_function_failed_are_can
         assert not server.connection._calls
         server.ping()
         assert len(script.cancelled) == 1
+
+
+@pytest.mark.parametrize("script", [(1, "silence")], indirect=True)
+def test_a_task_that_is_cancelled_cancels_all_that_it_has_asked_together(script: Script) -> None:
+    def operation() -> Operation[None]:
+        yield [Call(Op.TOKENS, messages.Tokens("", None), session=7) for _ in range(3)]
+
+    async def main() -> None:
+        async with aio.connect(script.endpoint) as server:
+            asking = asyncio.ensure_future(server.drive(operation()))
+            while len(server.connection._calls) < 3:
+                await asyncio.sleep(0)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            await server.ping()
+            assert len(set(script.cancelled)) == 3 and not server.connection._calls
+
+    asyncio.run(main())
