@@ -5,6 +5,7 @@ hold the GIL for microseconds. A wake-up tells the engine's loop that one of the
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from djinn_zmq.errors import ArenaFull
 from djinn_zmq.memory import files
 from djinn_zmq.memory.files import Saved
 from djinn_zmq.settings import format_bytes
+
+_log = logging.getLogger(__name__)
 
 
 class Disk:
@@ -76,10 +79,18 @@ class Disk:
         return self._watched(self._writer.submit(work))
 
     def link(self, number: int, other: int) -> None:
-        """Checkpoint *other* shares the file of *number*."""
+        """Checkpoint *other* shares the file of *number*. Where there can be no link it has none of its own:
+        see `remove`."""
         assert self.folder is not None
         one, two = files.path_of(self.folder, number), files.path_of(self.folder, other)
-        self._writer.submit(os.link, one, two)
+
+        def work() -> None:
+            try:
+                os.link(one, two)
+            except OSError as exc:
+                _log.warning("checkpoint %#x has no file of its own: %s", other, exc)
+
+        self._writer.submit(work)
 
     def load(self, number: int, target: memoryview) -> "Future[Any]":
         """Read the hidden state of *number* into *target*. Raises (there) BadFile."""
@@ -101,12 +112,17 @@ class Disk:
         assert self.folder is not None
         return files.read(files.path_of(self.folder, number))
 
-    def remove(self, number: int) -> None:
+    def remove(self, number: int, heir: int = 0) -> None:
+        """Checkpoint *number* has no file any more. heir: one that shared it, and has it now, whether it
+        could be linked or not."""
         assert self.folder is not None
         path = files.path_of(self.folder, number)
+        inherited = files.path_of(self.folder, heir)
 
         def work() -> None:
             with contextlib.suppress(FileNotFoundError):
+                if heir:
+                    path.replace(inherited)  # of two links to one file both stay
                 path.unlink()
 
         self._writer.submit(work)

@@ -229,8 +229,9 @@ class Room:
         """Checkpoint *number* is no more."""
         body.checkpoints.discard(number)
         if body.disk and (body.checkpoints or len(body.tiers) > 1):
-            self.disk.remove(number)
-            body.disk = min(body.checkpoints, default=body.disk)
+            if number == body.disk:
+                body.disk = min(body.checkpoints, default=number)
+            self.disk.remove(number, body.disk)
         # Else whoever uses it may still have to read it: the file goes with the body.
         self._free_unless_needed(body)
 

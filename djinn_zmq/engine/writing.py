@@ -70,9 +70,10 @@ class Writing:
         # The file is there under these numbers; meanwhile some may have gone and others come.
         for number in body.checkpoints.difference(one.numbers):
             self._disk.link(one.numbers[0], number)
+        heir = min(body.checkpoints, default=0)
         for number in set(one.numbers) - body.checkpoints:
-            self._disk.remove(number)
-        body.disk = min(body.checkpoints, default=one.numbers[0])
+            self._disk.remove(number, heir)
+        body.disk = heir or one.numbers[0]
         self._moved(body, "write", time.perf_counter_ns() - one.begin_ns)
 
     def clear(self) -> None:

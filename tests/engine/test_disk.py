@@ -1,13 +1,19 @@
 """The disk tier's threads."""
 
+import errno
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from djinn_zmq.engine.disk import Disk
+from djinn_zmq.errors import BadFile
 from djinn_zmq.memory.files import FORMAT, path_of
 from djinn_zmq.settings import KIB
 
@@ -61,3 +67,74 @@ def disk_held(disk: Disk) -> Iterator[Callable[[], None]]:
         yield gate.set
     finally:
         gate.set()
+
+
+def test_a_file_that_has_lost_its_number_is_the_others_whether_they_could_be_linked_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that has no hard links, or for a file that has too many."""
+    disk = Disk(tmp_path, 1024 * KIB, lambda: None)
+    arrays = {"hidden": np.zeros((1, 2, 4), np.float32), "ids": IDS}
+    disk.save([7], arrays, {"format": FORMAT, "layer": "2"}).result(10)
+    data = path_of(tmp_path, 7).read_bytes()
+    disk.link(7, 8)
+    with monkeypatch.context() as patch, disk_held(disk) as let_go:
+        patch.setattr(os, "link", refused)
+        disk.link(7, 9)
+        disk.remove(7, 8)
+        let_go()
+        wait_for(disk)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
+    disk.remove(8, 9)
+    wait_for(disk)
+    assert path_of(tmp_path, 9).read_bytes() == data
+    disk.remove(9)
+    disk.remove(9)  # there is none: nothing happens
+    disk.close()
+    assert not list(tmp_path.iterdir())
+
+
+def refused(*_: Any) -> None:
+    raise OSError(errno.EPERM, "no hard links here")
+
+
+def wait_for(disk: Disk) -> None:
+    """Until its writer has done all that it was told."""
+    disk._writer.submit(lambda: None).result(10)
+
+
+def test_what_is_counted_and_what_is_others_leaves_that_much_less_room(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, 100, lambda: None)
+    assert (disk.used, disk.unclaimed) == (0, 0)
+    assert disk.fits(100) and not disk.fits(101)
+    assert "100 B free, limit 100 B:" in str(disk.full(200))
+    disk.used, disk.unclaimed = 50, 20
+    assert disk.fits(30) and not disk.fits(31)
+    assert "30 B free, limit 100 B, 20 B of it with what model.returned() lists" in str(
+        disk.full(200)
+    )
+    disk.used = 200
+    assert "200 B of disk asked, 0 B free" in str(disk.full(200))
+    disk.close()
+    nowhere = Disk(None, 100, lambda: None)
+    assert not nowhere.fits(0) and nowhere.limit == 0
+    nowhere.close()
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, 1024 * KIB, lambda: None)
+    data = np.zeros((1, 2, 4), np.float32)
+    disk.save([7], {"hidden": data, "ids": IDS}, {"format": FORMAT, "layer": "2"}).result(10)
+    for nbytes in (data.nbytes - 1, data.nbytes + 1):
+        future = disk.load(7, memoryview(bytearray(nbytes)))
+        with pytest.raises(BadFile, match=f"{data.nbytes} bytes of hidden, not {nbytes}"):
+            future.result(10)
+    disk.close()
+
+
+def test_who_closes_waits_for_what_is_under_way(tmp_path: Path) -> None:
+    disk, done = Disk(tmp_path, 1024 * KIB, lambda: None), []
+    for thread in (disk._writer, disk._reader):
+        thread.submit(lambda: (time.sleep(0.01), done.append(True)))
+    disk.close()
+    assert len(done) == 2
