@@ -37,7 +37,9 @@ def read(
     if isinstance(where, Slot):
         whole = over(arenas.view(where, tensor.nbytes), tensor.dtype, tensor.shape)
     elif isinstance(where, File) and state is not None:
-        saved = files.read(files.path_of(Path(state), where.number))
+        own = files.path_of(Path(state), record.kept.id)
+        # Whose file it was made to share may have been released since; its own link may be still to come.
+        saved = files.read(own if own.exists() else files.path_of(Path(state), where.number))
         whole = files.mapped(saved, saved.hidden)
         if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")

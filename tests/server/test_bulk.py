@@ -1,18 +1,20 @@
 """Pieces of selections: the bytes that numpy's own indexing gives, at the cost of the piece."""
 
 import tracemalloc
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 
+from djinn_zmq.memory import files
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.bulk import PIECE_LIMIT, Chosen, read
 from djinn_zmq.server.registry import KeptRecord
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire.edits import Pick, Rest, Stretch, Take, selection
 from djinn_zmq.wire.messages import Kept, Read
-from djinn_zmq.wire.tensors import Frame, Slot, Tensor
+from djinn_zmq.wire.tensors import File, Frame, Slot, Tensor
 
 ALL = Stretch(None, None, None)
 INDICES = {
@@ -79,3 +81,17 @@ def test_a_piece_of_a_large_selection_costs_what_it_reads(name: str) -> None:
         assert data == expected.reshape(-1).view(np.uint8)[offset:][:PIECE_LIMIT].tobytes()
         assert (reply.dtype, reply.shape) == ("float32", expected.shape)
         assert most < 6 * PIECE_LIMIT
+
+
+@pytest.mark.parametrize("number", [7, 8])
+def test_a_checkpoint_is_read_from_a_file_of_its_own_or_the_one_that_it_shares(
+    tmp_path: Path, number: int
+) -> None:
+    """Whose file it shares may be released, and then has none; its own link may not be there yet."""
+    whole = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    arrays = {"hidden": whole, "ids": np.zeros((1, 2), np.int64)}
+    files.write(files.path_of(tmp_path, number), arrays, {"format": files.FORMAT, "layer": "2"})
+    kept = Kept(8, 1, 1, 2, Tensor("float32", whole.shape, File(7)))
+    record = KeptRecord(kept, Tensor("int64", (1, 2), Frame(0)))
+    _, (data,) = read(record, Read(8, (), 0, PIECE_LIMIT), cast(Arenas, None), str(tmp_path))
+    assert data == whole.tobytes()
