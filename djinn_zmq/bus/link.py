@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from djinn_zmq.bus.lane import LINK_CAPACITY, Ends, Lane, Piece
 from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire.codec import HEADER_SIZE
 
+RINGFUL = LINK_CAPACITY // HEADER_SIZE  # more messages than its ring cannot hold
 PAUSE_MS = 1  # between two looks of an engine that waits for the server to read
 
 

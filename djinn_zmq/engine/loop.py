@@ -14,8 +14,8 @@ import torch
 
 from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.lease import LeaseSocket, close_all
-from djinn_zmq.bus.link import Link
-from djinn_zmq.bus.poll import MANY, Poll
+from djinn_zmq.bus.link import RINGFUL, Link
+from djinn_zmq.bus.poll import Poll
 from djinn_zmq.engine import cards, replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
@@ -212,7 +212,8 @@ class EngineLoop:
         return self._link.lane.unfinished()
 
     def _hear_server(self) -> None:
-        for _ in range(MANY):
+        """Take all that it has said by now."""
+        for _ in range(RINGFUL):
             if not self._on_link():
                 return
 
@@ -281,7 +282,7 @@ class EngineLoop:
         """begin_ns: when it was there."""
         try:
             message = codec.decode(frame, buffers, header)
-            if self._notices.adopting:
+            if self._notices.adopting and envelope[:1] != TAG:  # a lane may overtake what is to come
                 self._notices.finish_adopting(header.op)
             if envelope:
                 if not buffers and len(frame) <= EXAMPLE_LIMIT:

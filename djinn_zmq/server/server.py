@@ -22,8 +22,8 @@ from typing import Any
 import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
-from djinn_zmq.bus.lane import LINK_CAPACITY
 from djinn_zmq.bus.lease import close_all
+from djinn_zmq.bus.link import RINGFUL
 from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
@@ -51,7 +51,6 @@ NEVER = float("inf")
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
 PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
 UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
-RINGFUL = LINK_CAPACITY // codec.HEADER_SIZE  # more messages than that a link's ring cannot hold
 LINGER_MS = 200  # for the last answers
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(

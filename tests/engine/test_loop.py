@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from djinn_zmq.bus.lane import CAPACITY, Lane, wait
 from djinn_zmq.bus.lease import LeaseSocket, close_all, pair
 from djinn_zmq.bus.link import Link
+from djinn_zmq.bus.poll import MANY
 from djinn_zmq.engine.devices import Broken, Cpu
 from djinn_zmq.engine.loop import EngineLoop, connect
 from djinn_zmq.engine.working import Work
@@ -98,9 +99,9 @@ def take_share(server: LeaseSocket) -> None:
     close_all(fds)
 
 
-def answer_to_a_ping(lane: Lane, envelope: bytes) -> Pong | None:
+def answer_to_a_ping(lane: Lane, envelope: bytes, session: int = 5) -> Any:
     """What comes back over *lane*, of all that comes, under *envelope*; None: nothing in time."""
-    lane.send(envelope, codec.encode(Op.PING, Ping(), request=9, session=5))
+    lane.send(envelope, codec.encode(Op.PING, Ping(), request=9, session=session))
     read, write = os.pipe()
     limit = time.monotonic() + WAIT_S
     found = None
@@ -217,3 +218,41 @@ def test_what_is_dropped_of_a_conversation_is_its_sessions_no_more() -> None:
         link.send(b"", codec.encode(Op.DROP, Drop((7,)), session=5))
         assert answer_to_a_ping(link.lane, b"i")
         assert list(left) == [8]
+
+
+def test_what_the_server_has_said_is_heard_before_a_lane_however_much_it_is() -> None:
+    told = threading.Event()
+
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        assert told.wait(WAIT_S)
+        yield from ()
+
+    lane, lane_ends = Lane.create(CAPACITY, SETTINGS)
+    with engine_that(asks) as (link, server):
+        server.send(Listen(3, "a user"), *lane_ends)
+        lane_ends.close()
+        for session in range(6, 6 + 5 * MANY):
+            link.send(b"", codec.encode(Op.ENTER, Enter("a user", "tiny", 0), session=session))
+        told.set()
+        assert isinstance(answer_to_a_ping(lane, b"", session), Pong)
+    lane.close()
+
+
+def test_what_comes_over_a_lane_does_not_end_what_the_server_hands_over() -> None:
+    finished: list[bool] = []
+
+    def asks(loop: EngineLoop) -> Iterator[None]:
+        loop._keeping.finish_adopting = lambda: finished.append(True)  # type: ignore[method-assign]
+        yield from ()
+
+    lane, lane_ends = Lane.create(CAPACITY, SETTINGS)
+    ids = inline(np.ones((1, 2), np.int64))
+    kept = Kept(77, 5, 7, 2, Tensor("float32", (1, 2, 4), Device(0, 0, 1)))
+    with engine_that(asks) as (link, server):
+        server.send(Listen(3, "a user"), *lane_ends)
+        lane_ends.close()
+        link.send(b"", codec.encode(Op.ADOPT, Adopt(ids, (kept,)), session=5))
+        answer_of(link, Op.DROP)
+        assert isinstance(answer_to_a_ping(lane, b""), Pong) and not finished
+        assert isinstance(answer_to_a_ping(link.lane, b"i"), Pong) and finished
+    lane.close()
