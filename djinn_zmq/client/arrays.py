@@ -73,17 +73,30 @@ class RemoteArray:
 
     def _read(self, index: Index) -> Operation[np.ndarray]:
         chosen = selection(index, self.shape, "the array")
-        whole = yield from self._whole()
-        if whole is None:
-            return (yield from self._pull(index))
-        return self._checked(np.array(whole[chosen]))
+        copy = yield from self._copied(lambda whole: np.array(whole[chosen]))
+        return (yield from self._pull(index)) if copy is None else copy
 
     def read_into(self, target: np.ndarray) -> Operation[None]:
         """All of it, into an array of its shape and dtype."""
-        whole = yield from self._whole()
-        target[...] = (yield from self._pull(())) if whole is None else whole
-        if whole is not None:
-            self._checked(target)
+
+        def take(whole: np.ndarray) -> np.ndarray:
+            target[...] = whole
+            return target
+
+        if (yield from self._copied(take)) is None:
+            target[...] = yield from self._pull(())
+
+    def _copied(self, take: Callable[[np.ndarray], np.ndarray]) -> Operation[np.ndarray | None]:
+        """What *take* makes of the shared slot it is in, once it has stood still meanwhile; None where it is in
+        none that can be mapped. Raises Lost where it was released."""
+        for _ in range(TRIES):
+            whole = yield from self._whole()
+            if whole is None:
+                return None
+            copy = take(whole)
+            if self._stands():
+                return copy
+        return None
 
     def view(self) -> Any:
         """All of it, read-only, where it stands: nothing is copied.
@@ -138,15 +151,15 @@ class RemoteArray:
             self._kept = reply.meta.kept[0]
         return None
 
-    def _checked(self, copy: np.ndarray) -> np.ndarray:
-        """*copy*, if what it was made of has stood still meanwhile."""
+    def _stands(self) -> bool:
+        """Is what was just copied still where it was?"""
         where = self._kept.tensor.where
         assert isinstance(where, Slot)
         try:
             self._connection.sharing.arena(where.arena).check(where)
-        except StaleSlot as exc:
-            raise Lost(f"{self!r} was released or evicted while it was read") from exc
-        return copy
+        except StaleSlot:
+            return False
+        return True
 
     def _pull(self, index: Index) -> Operation[np.ndarray]:
         """Pieces over the bus, several asked for at once."""
