@@ -141,7 +141,7 @@ class AsyncConnection(Connection):
 
     def _left_s(self, call: Call, limit_s: float) -> float:
         """For how long to wait before it is looked at once more whether *call* is late."""
-        return max(LOOK_S, limit_s + call.held_s - time.monotonic()) if self.met else LOOK_S
+        return max(LOOK_S, limit_s + call.held_s - time.perf_counter()) if self.met else LOOK_S
 
     async def _part(self, request: int, timeout_s: float | None = None) -> Message | None:
         self._look_again()

@@ -39,7 +39,7 @@ class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python
     parts: how many parts of its answer may be under way at once; 0: it is answered in one.
     lane: the way it took; None: the bus.
     held_s: for how long a debugger has held what was asked, which does not count; held_since: now it
-    does, from then on (monotonic seconds).
+    does, from then on (perf_counter seconds).
     sent_ns, arrived_ns: when it was on its way, and when its reply had come (perf_counter_ns).
     reply: what came, or why nothing will; arriving: where its answer comes in parts.
     """
@@ -61,12 +61,13 @@ class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python
     arriving: Arriving | None = None
 
     def waits_until(self) -> float | None:
-        """When its client gives up waiting (monotonic seconds); the engine has done so before."""
-        return None if self.timeout_s is None else time.monotonic() + self.timeout_s + 2 * LOOK_S
+        """When its client gives up waiting, since it was sent (perf_counter seconds); the engine has done so
+        before."""
+        return None if self.timeout_s is None else self.sent_ns / 1e9 + self.timeout_s + 2 * LOOK_S
 
     def hold(self, held: bool) -> None:
         """A debugger holds it from now on, or does no more: meanwhile its time stands still."""
-        now = time.monotonic()
+        now = time.perf_counter()
         if self.held_since is not None:
             self.held_s += now - self.held_since
         self.held_since = now if held else None
@@ -75,7 +76,7 @@ class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python
         """Has its client waited long enough? limit_s: of `waits_until`."""
         if limit_s is None or self.held_since is not None:
             return False
-        return time.monotonic() > limit_s + self.held_s
+        return time.perf_counter() > limit_s + self.held_s
 
 
 @dataclass(slots=True, eq=False)
