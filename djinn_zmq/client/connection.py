@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -249,16 +250,24 @@ class Connection:
             lane.send(b"", frame, buffers)
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
-        for offset in range(0, len(data), PIECE):
-            frame = codec.encode(
-                Op.CHUNK,
-                messages.Chunk(offset),
-                flags=Flag.ONE_WAY,
-                request=request,
-                session=session,
-                buffers=1,
-            )
-            self._dealer.send(frame, [data[offset : offset + PIECE]])
+        try:
+            for offset in range(0, len(data), PIECE):
+                self._send_piece(request, session, offset, data[offset : offset + PIECE])
+        except BaseException:  # a KeyboardInterrupt: the server is not to keep room for the rest
+            with suppress(Busy):
+                self._send_piece(request, session, len(data), b"")  # refused, and all with it
+            raise
+
+    def _send_piece(self, request: int, session: int, offset: int, data: Piece) -> None:
+        frame = codec.encode(
+            Op.CHUNK,
+            messages.Chunk(offset),
+            flags=Flag.ONE_WAY,
+            request=request,
+            session=session,
+            buffers=1,
+        )
+        self._dealer.send(frame, [data])
 
     # ---- receiving
 

@@ -9,7 +9,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
-from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.calls import PIECE, Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.errors import Busy
 from djinn_zmq.wire import codec, messages
@@ -230,3 +230,42 @@ def test_a_client_gives_up_when_its_time_has_passed_since_it_asked_however_often
     assert call.late(call.waits_until())
     call.held_s = 9.0  # by a debugger: that does not count
     assert not call.late(call.waits_until())
+
+
+class Keeping(Script):
+    """Keeps what comes of uploads as the server does, and answers none."""
+
+    offsets: list[int]
+
+    def _take(self, route: bytes, header: codec.Header, meta: msgspec.Struct) -> None:
+        if header.op == Op.CHUNK:
+            self.offsets.append(meta.offset)  # type: ignore[attr-defined]
+        super()._take(route, header, meta)
+
+
+def test_an_upload_that_is_interrupted_is_broken_off(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a piece that cannot be: the server drops what has come."""
+    script.__class__ = Keeping
+    script.offsets = []  # type: ignore[attr-defined]
+    data = memoryview(bytes(3 * PIECE))
+
+    def operation() -> Operation[None]:
+        yield Call(Op.UPLOAD, messages.Upload(len(data)), session=7, data=data)
+
+    with djinn.connect(script.endpoint) as server:
+        send, sent = server.connection._dealer.send, []
+
+        def interrupted(*args: object) -> None:
+            send(*args)
+            sent.append(args)
+            if len(sent) == 3:  # the request and two pieces
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.connection._dealer, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                server.drive(operation())
+        assert server.ping() == "scripted"
+        assert script.offsets == [0, PIECE, len(data)]  # type: ignore[attr-defined]
