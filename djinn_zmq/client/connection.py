@@ -238,8 +238,7 @@ class Connection:
         lane = self.lanes.of(session)
         if lane is None or not self.lanes.disturbed():
             return lane
-        if not self.alive():
-            raise Lost(f"the server at {self.endpoint} is gone")
+        self.check_alive()
         return self.lanes.of(session)
 
     def _send(self, frame: bytes, buffers: Sequence[Piece], lane: Lane | None) -> None:
@@ -354,13 +353,20 @@ class Connection:
             return False
         return True
 
+    def check_alive(self) -> None:
+        """Raises Lost where the server is gone; then all that was asked of it is, though it be back already."""
+        if not self.alive():
+            lost = Lost(f"the server at {self.endpoint} is gone")
+            self.fail_all(lost)
+            raise lost
+
     def look(self) -> None:
         """Raises Lost where the server is gone, as far as this machine can tell. Does not wait for
         another thread that uses the connection: that finds out by itself."""
         if self._lock.acquire(blocking=False):
             try:
-                if not self._closed and not self.alive():
-                    raise Lost(f"the server at {self.endpoint} is gone")
+                if not self._closed:
+                    self.check_alive()
             finally:
                 self._lock.release()
 
@@ -371,12 +377,14 @@ class Connection:
         if broken is None:
             return
         lane, error = broken
-        while (message := lane.receive()) is not None:  # what it still said
-            self.take(*message[1:])
-        for call in self._calls.values():
-            if call.lane is lane and call.reply is None:
-                call.reply = error
-        self.lanes.drop(lane)
+        try:
+            while (message := lane.receive()) is not None:  # what it still said
+                self.take(*message[1:])
+        finally:  # also where that is nonsense, or the caller's own progress function fails
+            for call in self._calls.values():
+                if call.lane is lane and call.reply is None:
+                    call.reply = error
+            self.lanes.drop(lane)
 
     def _on_lanes_change(self) -> None:
         """A lane was made, or is about to be closed."""

@@ -7,15 +7,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
 from djinn_zmq.bus.lane import Ends, Lane
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client.calls import Call
 from djinn_zmq.client.lanes import CAPACITY, Lanes
 from djinn_zmq.client.sharing import Sharing
+from djinn_zmq.client.waiting import WaitingConnection
+from djinn_zmq.errors import Lost, ProtocolError
 from djinn_zmq.settings import Settings
-from djinn_zmq.wire.messages import Broken, Granted, Offer
+from djinn_zmq.wire.messages import Broken, Granted, Offer, Ping
+from djinn_zmq.wire.ops import Op
 
 SESSION, ENGINE = 7, 0
 
@@ -123,3 +128,41 @@ def test_a_forked_child_that_left_the_lanes_wakes_no_engine_of_its_parents(ends)
     lanes.wake()
     assert not select.select([engine], [], [], 0)[0]
     lane.close()
+
+
+def test_all_that_was_asked_over_a_broken_lane_fails_whatever_its_last_message_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The caller's own progress function, or nonsense in the ring."""
+
+    class Last:
+        closed = False
+
+        def receive(self) -> None:
+            raise ProtocolError("nonsense")
+
+    lane, dropped = cast(Lane, Last()), []
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    lost = Lost("gone")
+    monkeypatch.setattr(connection.lanes, "on_broken", lambda _: (lane, lost))
+    monkeypatch.setattr(connection.lanes, "drop", dropped.append)
+    call, other = Call(Op.PING, Ping(), lane=lane), Call(Op.PING, Ping())
+    connection._calls = {1: call, 2: other}
+    with pytest.raises(ProtocolError):
+        connection._on_broken_lane(Broken(1, "gone"))
+    assert (call.reply, other.reply, dropped) == (lost, None, [lane])
+    connection.close()
+
+
+def test_a_server_that_went_and_came_back_owes_nothing_to_who_was_not_looking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is seen once that it went: by whoever looks first."""
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    call = Call(Op.PING, Ping())
+    connection._calls = {1: call}
+    monkeypatch.setattr(connection, "alive", lambda: False)
+    with pytest.raises(Lost, match="is gone"):
+        connection.look()
+    assert isinstance(call.reply, Lost)
+    connection.close()
