@@ -66,6 +66,8 @@ class Events:
                 wanted = operation.send(step)
         except StopIteration as end:
             event: Event | None = end.value
+        finally:
+            operation.close()  # now: an interpreter keeps its last error, and all that this refers to
         if event is None:
             raise StopIteration
         return event
@@ -104,16 +106,20 @@ class Events:
         self._end = weakref.finalize(self, subscriber.close)
         limit_s = time.monotonic() + CHANGED_S
         found: list[tuple[bytes, bytes]] = []
-        while not subscriber.holds:
-            found += subscriber.take()
-            if not subscriber.holds:
-                if time.monotonic() > limit_s:
-                    raise Lost(f"no events come from {endpoint}")
-                yield Heard(subscriber)
+        try:
+            while not subscriber.holds:
+                found += subscriber.take()
+                if not subscriber.holds:
+                    if time.monotonic() > limit_s:
+                        raise Lost(f"no events come from {endpoint}")
+                    yield Heard(subscriber)
+            yield from self._catch_up()
+            for topic, frame in found:
+                yield from self._take(topic, frame)
+        except BaseException:  # it begins anew, if it is asked once more
+            self._end()
+            raise
         self._subscriber = subscriber
-        yield from self._catch_up()
-        for topic, frame in found:
-            yield from self._take(topic, frame)
 
     def _take(self, topic: bytes, frame: bytes) -> Operation[None]:
         published: Published = codec.decode(frame).meta

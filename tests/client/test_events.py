@@ -1,0 +1,62 @@
+"""Listening to what happens on a server: what becomes of it where the beginning fails."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from djinn_zmq.client import events as room
+from djinn_zmq.client.events import Events
+from djinn_zmq.errors import Lost
+from djinn_zmq.wire.tiers import Event, EventsReply
+
+BEFORE = Event(1, 0.0, "session", 0, "it was", 0, 0)
+
+
+class Quiet:
+    """Is listened to at once, and hears nothing."""
+
+    holds = True
+
+    def __init__(self, *_: object) -> None:
+        self.closed = False
+        made.append(self)
+
+    def take(self) -> list[tuple[bytes, bytes]]:
+        return []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+made: list[Quiet] = []
+
+
+def answered(*events: Event) -> Any:
+    return SimpleNamespace(meta=EventsReply(events, "tcp://*:1", "scope"))
+
+
+def test_who_could_not_begin_to_listen_begins_anew_and_misses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made.clear()
+    monkeypatch.setattr(room, "Subscriber", Quiet)
+    connection = SimpleNamespace(closed=False, endpoint="tcp://host:2", settings=None, keys=None)
+    events = Events(SimpleNamespace(connection=connection), (), 0)
+    asking = events._next()
+    next(asking)
+    asking.send(answered())  # where they are published; then what was before is asked for
+    with pytest.raises(Lost):
+        asking.throw(Lost("no answer"))
+    assert [one.closed for one in made] == [True]
+
+    asking = events._next()
+    next(asking)
+    asking.send(answered())
+    asking.send(answered(BEFORE))
+    with pytest.raises(StopIteration) as end:
+        asking.send(answered())
+    assert end.value.value == BEFORE
+    assert [one.closed for one in made] == [True, False]
+    events.close()
+    assert [one.closed for one in made] == [True, True]
