@@ -112,6 +112,11 @@ class Arena:
         """All of the arena, header and table included; for a driver that registers its pages."""
         return self._memory
 
+    @property
+    def empty(self) -> bool:
+        """Is none of its slots in use?"""
+        return not any(self._table[1::2])
+
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first *nbytes* of *slot*. No copy; call `check` again after reading.
 
