@@ -463,7 +463,7 @@ class Connection:
             )
             try:
                 self._send(frame, (), None if ended else self.lanes.of(session))
-            except Busy:
+            except BaseException:  # Busy, or a KeyboardInterrupt: said next time
                 by_session[session] = numbers
                 self._garbage.extend((s, n) for s, ns in by_session.items() for n in ns)
                 raise

@@ -269,3 +269,29 @@ def test_an_upload_that_is_interrupted_is_broken_off(
                 server.drive(operation())
         assert server.ping() == "scripted"
         assert script.offsets == [0, PIECE, len(data)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [Busy("full"), KeyboardInterrupt()])
+def test_what_could_not_be_released_now_is_released_with_the_next_request(
+    script: Script, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    said: list[tuple[int, ...]] = []
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def noted(frame: bytes, *_: object) -> None:
+        message = codec.decode(frame)
+        said.append((message.header.session, *sorted(message.meta.ids)))
+
+    with djinn.connect(script.endpoint) as server:
+        connection = server.connection
+        for session, number in ((7, 1), (8, 2), (7, 3)):
+            connection.forget(session, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(connection, "_send", fail)
+            with pytest.raises(type(error)):
+                server.ping()
+            patch.setattr(connection, "_send", noted)
+            server.ping()
+    assert sorted(said) == [(7, 1, 3), (8, 2)]
