@@ -136,10 +136,7 @@ class Stays:
                 self._answers.soon(stay.envelope)
         except Exception as exc:  # noqa: BLE001  the device's
             self._failed(exc)
-            self._keeping.drop((stay.kept.id,))
-            self._answers.tell(Op.DROP, Drop((stay.kept.id,)), stay.session.id)
-            error = RunError(f"{type(exc).__name__}: {exc}")
-            self._answers.refuse(stay.envelope, stay.header, error)
+            self._refuse(stay, RunError(f"{type(exc).__name__}: {exc}"))
             return True
         kept = (stay.kept,)
         spans = (("restore", time.perf_counter_ns() - stay.begin_ns),)
@@ -160,4 +157,10 @@ class Stays:
         """Those of *session* are over."""
         for stay in [one for one in self._waiting if one.session.id == session]:
             self._waiting.remove(stay)
-            self._answers.refuse(stay.envelope, stay.header, error)
+            self._refuse(stay, error)
+
+    def _refuse(self, stay: _Stay, error: DjinnError) -> None:
+        """It comes to nothing: nobody will ever refer to what it was to be."""
+        self._keeping.drop((stay.kept.id,))
+        self._answers.tell(Op.DROP, Drop((stay.kept.id,)), stay.session.id)
+        self._answers.refuse(stay.envelope, stay.header, error)

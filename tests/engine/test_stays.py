@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from djinn_zmq.engine.devices import Broken
 from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Keeping
@@ -113,12 +114,28 @@ def test_who_asks_again_meanwhile_is_the_one_who_is_answered_and_once(engine: En
     assert [one[0] for one in engine.said] == ["kept", b"b"]
 
 
-def test_a_session_that_ends_meanwhile_is_told_so(engine: Engine) -> None:
+def test_a_session_that_ends_meanwhile_is_told_so_and_nothing_is_kept(engine: Engine) -> None:
+    before = sorted(engine.keeping.entries)
     engine.device.busy = True
     assert engine.ask(hidden=engine.data)
     engine.stays.end(1, Cancelled("its session was closed"))
-    envelope, error = engine.said[-1]
+    (_, kept), (op, drop), (envelope, error) = engine.said
     assert envelope == b"a" and isinstance(error, Cancelled) and not engine.stays
+    assert op == Op.DROP and drop.ids == (kept[0].id,)
+    assert sorted(engine.keeping.entries) == before
+
+
+def test_a_device_that_is_of_no_use_after_an_error_ends_the_engine(engine: Engine) -> None:
+    def fails() -> bool:
+        raise RuntimeError("CUDA error")
+
+    def broken(error: Exception) -> None:
+        raise Broken("its context is poisoned") from error
+
+    engine.device.computed = lambda: fails
+    engine.stays._failed = broken
+    with pytest.raises(Broken):
+        engine.ask(hidden=engine.data)
 
 
 def test_a_device_that_fails_meanwhile_is_an_error_of_that_request(engine: Engine) -> None:
@@ -401,5 +418,5 @@ def test_sessions_that_ask_under_the_same_number_wait_and_end_by_themselves(engi
     engine.stays.end(1, Cancelled("its session was closed"))
     engine.device.busy = False
     engine.stays.answer()
-    assert [one[0] for one in engine.said] == ["kept", "kept", b"a", b"b"]
+    assert [one[0] for one in engine.said] == ["kept", "kept", Op.DROP, b"a", b"b"]
     assert engine.said[-1][1].state == "stopped"
