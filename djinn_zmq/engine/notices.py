@@ -4,6 +4,7 @@ that are dropped or handed over, and that all is to be written because the serve
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -114,7 +115,8 @@ class Notices:
             self._link.send(b"", codec.failure(message.header, named))
             return
         self._models[asked.name] = model
-        self._keeping.arenas.prepare()
+        with suppress(DjinnError, OSError):  # the first run will say what is wrong
+            self._keeping.arenas.prepare()
         reply = messages.Loaded(model.info)
         self._link.send(b"", codec.encode(Op.LOAD, reply, flags=Flag.REPLY))
 

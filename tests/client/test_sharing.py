@@ -35,7 +35,10 @@ def test_an_arena_that_holds_nothing_any_more_is_unmapped_when_another_is_mapped
     sharing.arena(1).check(last.slot)
     engines[1].give_back(first.slot)
     sharing.arena(2)
-    assert list(sharing._arenas) == [1, 2]  # something is in the one, the other may be about to get it
+    assert list(sharing._arenas) == [
+        1,
+        2,
+    ]  # something is in the one, the other may be about to get it
     engines[1].give_back(last.slot)
     filled = engines[2].lease(GRANULE, 1)
     assert filled is not None

@@ -219,7 +219,9 @@ def test_a_task_that_is_cancelled_cancels_all_that_it_has_asked_together(script:
     asyncio.run(main())
 
 
-def test_a_client_gives_up_when_its_time_has_passed_since_it_asked_however_often_it_looked() -> None:
+def test_a_client_gives_up_when_its_time_has_passed_since_it_asked_however_often_it_looked() -> (
+    None
+):
     call = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=10.0)
     call.sent_ns = time.perf_counter_ns()
     limit_s = call.waits_until()
