@@ -71,12 +71,9 @@ class Turns:
 
     def welcome(self, session: EngineSession) -> None:
         """*session* comes, or comes back from a pause: take from it the time it did not use."""
-        working = [one.job.session for one in self._active if one.ready]
-        if not working:
-            session.worked_ns = self._latest_ns
-        elif session not in working:
-            behind = min(one.worked_ns for one in working) - HEAD_START_NS
-            session.worked_ns = max(session.worked_ns, behind)
+        working = [one.job.session.worked_ns for one in self._active if one.ready]
+        behind = min(working) - HEAD_START_NS if working else self._latest_ns
+        session.worked_ns = max(session.worked_ns, behind)
 
     def next(self) -> Active:
         """The job to work on; among equals the one that has waited longest."""

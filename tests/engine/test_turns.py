@@ -17,6 +17,7 @@ from djinn_zmq.wire.codec import MAGIC, Header
 from djinn_zmq.wire.messages import Progress
 
 PART = Part(Progress("part", 0, 0))
+HALT: Any = object()
 
 
 def active(session: EngineSession, *, deadline_ms: int = 0, age_s: float = 0.0) -> Active:
@@ -92,3 +93,43 @@ def test_a_session_that_comes_when_nobody_works_brings_no_time_from_before(one, 
     assert turns.next() is mine
     turns.worked(mine, 1)
     assert turns.next() is again
+
+
+def test_a_job_that_a_debugger_holds_gets_no_turn_and_its_time_stands_still(one) -> None:
+    turns, held = Turns(), active(one, deadline_ms=1_000, age_s=0.5)
+    turns.add(held)
+    held.halt = HALT
+    assert not turns and turns.until_s() is None and held.left_s == float("inf")
+    held.job.watch = Stopwatch(time.perf_counter_ns() - int(2.5e9))
+    held.halt, held.held_ns = None, 2 * 10**9
+    assert turns and 0.0 < held.left_s < 0.51  # what it was held for does not count
+
+
+def test_jobs_of_one_session_take_turns_and_are_found_by_it(one, other) -> None:
+    turns, jobs, others = Turns(), [active(one) for _ in range(3)], active(other)
+    for job in (*jobs, others):
+        turns.add(job)
+    turns.worked(others, HEAD_START_NS)
+    seen = []
+    for _ in range(6):
+        seen.append(turns.next())
+        turns.worked(seen[-1], 1)
+    assert seen == 2 * jobs
+    assert set(turns.of(one)) == set(turns.of(one.id)) == set(jobs) and turns.of(3) == []
+    turns.remove(jobs[0])
+    turns.worked(jobs[0], 1)  # it has ended in that turn: it does not come back
+    assert set(turns.of(one)) == set(jobs[1:])
+
+
+def test_a_session_that_comes_gets_its_turn_soon_and_not_all_that_it_missed(one, other) -> None:
+    turns, working = Turns(), active(other)
+    turns.add(working)
+    turns.worked(working, 10 * HEAD_START_NS)
+    turns.add(active(one))
+    assert one.worked_ns == 9 * HEAD_START_NS
+    turns.worked(turns.next(), HEAD_START_NS // 2)
+    turns.add(active(one))  # one more of who is there takes no head start anew
+    assert one.worked_ns == 9 * HEAD_START_NS + HEAD_START_NS // 2
+    turns.worked(working, 10 * HEAD_START_NS)
+    turns.add(active(one))
+    assert one.worked_ns == 9 * HEAD_START_NS + HEAD_START_NS // 2
