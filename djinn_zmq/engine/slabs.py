@@ -2,7 +2,7 @@
 
 A slab is one allocation of the device's, so that a client who opens it (CUDA IPC opens whole
 allocations) finds checkpoints there and nothing else. A slot's generation is counted up when it is
-given back, so that a reference to what it held before is known to be stale.
+leased, so that a reference to what it held before is known to be stale.
 """
 
 import secrets
@@ -77,7 +77,6 @@ class Slab:
     def give_back(self, where: Where) -> None:
         if where.index not in self.leased or self.generations[where.index] != where.generation:
             raise StaleSlot(f"slot {where.index} of slab {self.number} has been given back")
-        self.generations[where.index] += 1
         self.free.give(where.index, self.leased.pop(where.index))
 
 

@@ -297,3 +297,19 @@ def test_what_could_not_be_released_now_is_released_with_the_next_request(
             patch.setattr(connection, "_send", noted)
             server.ping()
     assert sorted(said) == [(7, 1, 3), (8, 2)]
+
+
+def test_the_time_for_which_a_debugger_holds_a_request_does_not_count() -> None:
+    call = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=10.0)
+    call.sent_ns = time.perf_counter_ns() - 60 * 10**9
+    call.hold(True)
+    assert not call.late(call.waits_until())
+    assert call.held_since is not None
+    call.held_since -= 55.0
+    call.hold(True)  # said once more: it is held on
+    assert call.held_s >= 55.0 and not call.late(call.waits_until())
+    call.hold(False)
+    assert 55.0 <= call.held_s < 60.0 and not call.late(call.waits_until())
+    call.hold(False)
+    call.sent_ns -= 20 * 10**9
+    assert call.held_s < 60.0 and call.late(call.waits_until())

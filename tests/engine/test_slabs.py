@@ -59,3 +59,25 @@ def test_no_more_is_asked_of_a_device_that_has_no_more() -> None:
     assert slabs.lease(1) is None and slabs.lease(1) is None
     assert len(asked) == 1 and slabs.limit == 0
     assert "--gpu-memory" in str(slabs.full(1))
+
+
+def test_a_slots_address_is_that_of_its_bytes_and_what_is_used_is_counted() -> None:
+    slabs = Slabs(4 * MIB, allocate)
+    assert slabs.used == slabs.free == 0
+    one, two = slabs.lease(MIB // 2), slabs.lease(MIB // 4)
+    assert one is not None and two is not None
+    for slot in (one, two):
+        assert slot.address == slot.data.data_ptr() and slot.data.numel() == slot.nbytes
+    assert (slabs.used, slabs.free) == (3 * MIB // 4, MIB // 4)
+    slabs.give_back(one.where)
+    assert (slabs.used, slabs.free) == (MIB // 4, 3 * MIB // 4)
+    text = str(slabs.full(5 * MIB))
+    assert "5.0 MiB of device memory asked, 3.0 MiB free in one piece, 3.8 MiB free in all" in text
+
+
+def test_a_slab_for_copies_is_left_free_once_and_not_of_what_is_too_small_for_two() -> None:
+    slabs = Slabs(4 * MIB, allocate)
+    assert slabs.lease(MIB, "me" + COPIES) is not None
+    assert [slabs.lease(MIB, "me") is not None for _ in range(4)] == [True, True, True, False]
+    assert len({number for number in slabs.slabs if number > 0}) == 4
+    assert Slabs(MIB, allocate).lease(MIB, "me") is not None
