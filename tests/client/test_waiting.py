@@ -9,9 +9,9 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
-from djinn_zmq.client.calls import PIECE, Call, Operation
-from djinn_zmq.client.connection import Connection
-from djinn_zmq.errors import Busy
+from djinn_zmq.client.calls import PIECE, Call, Operation, T
+from djinn_zmq.client.connection import WINDOW, Connection
+from djinn_zmq.errors import Busy, PromptError
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
@@ -313,3 +313,83 @@ def test_the_time_for_which_a_debugger_holds_a_request_does_not_count() -> None:
     call.hold(False)
     call.sent_ns -= 20 * 10**9
     assert call.held_s < 60.0 and call.late(call.waits_until())
+
+
+class Together(Script):
+    """Answers requests when as many as may be on their way are there, or all *total*: the last one first."""
+
+    held: list[tuple[bytes, codec.Header]]
+    seen = most = 0
+    refused = -1  # the place of one that is
+
+    def _take(self, route: bytes, header: codec.Header, meta: msgspec.Struct) -> None:
+        if header.op != Op.TOKENS:
+            super()._take(route, header, meta)
+            return
+        self.held.append((route, header))
+        self.seen += 1
+        self.most = max(self.most, len(self.held))
+        if len(self.held) < WINDOW and self.seen < self.total:
+            return
+        first = self.seen - len(self.held)
+        for place in reversed(range(len(self.held))):
+            route, header = self.held[place]
+            if first + place == self.refused:
+                self._router.send(route, codec.failure(header, PromptError("too long")))
+            else:
+                self._reply(
+                    route,
+                    msgspec.structs.replace(header, op=int(Op.CANCEL)),
+                    messages.Cancelled(True),
+                )
+        self.held.clear()
+
+
+@pytest.fixture
+def together(script: Script) -> Iterator[Together]:
+    script.__class__ = Together
+    script.held, script.total = [], 20  # type: ignore[attr-defined]
+    yield script  # type: ignore[misc]
+
+
+def asked_together(endpoint: str, operation: Operation[T], *, awaited: bool) -> T:
+    """What *operation* comes to, on a connection that has nothing under way then."""
+
+    async def main() -> T:
+        async with aio.connect(endpoint) as server:
+            try:
+                return await server.drive(operation)
+            finally:
+                assert not server.connection._calls
+
+    if awaited:
+        return asyncio.run(main())
+    with djinn.connect(endpoint) as server:
+        try:
+            return server.drive(operation)
+        finally:
+            assert not server.connection._calls
+
+
+def twenty() -> Operation[list[Message]]:
+    return (yield [Call(Op.TOKENS, messages.Tokens("", None), session=7) for _ in range(20)])
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_of_many_requests_only_some_are_on_their_way_and_their_answers_are_in_order(
+    together: Together, awaited: bool
+) -> None:
+    replies = asked_together(together.endpoint, twenty(), awaited=awaited)
+    numbers = [reply.header.request for reply in replies]
+    assert numbers == list(range(numbers[0], numbers[0] + 20)) and together.most == WINDOW
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_where_one_of_many_is_refused_what_the_others_brought_is_given_back(
+    together: Together, given_back: list[Message], awaited: bool
+) -> None:
+    together.refused = 10
+    with pytest.raises(PromptError, match="too long") as raised:
+        asked_together(together.endpoint, twenty(), awaited=awaited)
+    assert raised.value.__notes__ == ["in request 10 of 20, counted from 0"]
+    assert len({reply.header.request for reply in given_back}) == len(given_back) >= 10
