@@ -183,14 +183,14 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
     def _on_sent(self, request: int) -> None:
         self._said.request = request
 
-    def _on_answer(self) -> None:
-        """With the first: what travelled with the request has arrived."""
+    def _on_arrived(self) -> None:
+        """With the first answer, or without one."""
         if self._parcel is not None:
             self._parcel.settle()
             self._parcel = None
 
     def _take(self, message: Message) -> Operation[GeneratedToken]:
-        self._on_answer()
+        self._on_arrived()
         part: talks.Token = message.meta
         said = self._said
         if part.before is not None:
@@ -246,7 +246,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         ]
 
     def _end(self, message: Message) -> Operation[talks.Generated]:
-        self._on_answer()
+        self._on_arrived()
         reply: talks.Generated = message.meta
         self.reason, self.step, self.layer = reply.reason, reply.step, reply.layer
         self.spans = Spans(reply.spans)

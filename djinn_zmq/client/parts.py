@@ -105,10 +105,16 @@ class Parts(Stream[T, R]):
     def _on_sent(self, request: int) -> None:
         """The request is on its way."""
 
+    def _on_arrived(self) -> None:
+        """What travelled with the request has arrived, or never will."""
+
     def _close(self) -> Operation[None]:
         self._over = True
-        if self._request is not None:
-            self._session.connection.abandon(self._request)
+        try:
+            if self._request is not None:
+                self._session.connection.abandon(self._request)
+        finally:
+            self._on_arrived()
         return
         yield
 
@@ -132,6 +138,7 @@ class Parts(Stream[T, R]):
             self.result = yield from self._end(message)
         except BaseException:
             self._over = True
+            self._on_arrived()
             raise
         self._over = True
         return OVER
