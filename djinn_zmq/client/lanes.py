@@ -81,8 +81,10 @@ class Lanes:
             return None
         try:
             granted, _ = lease.ask(Offer(session), *theirs)
-        except DjinnError:
+        except BaseException as exc:  # a KeyboardInterrupt too: nobody would close it
             lane.close()
+            if not isinstance(exc, DjinnError):
+                raise
             self._refused[engine] = time.monotonic()
             return None
         finally:

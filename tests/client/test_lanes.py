@@ -166,3 +166,24 @@ def test_a_server_that_went_and_came_back_owes_nothing_to_who_was_not_looking(
         connection.look()
     assert isinstance(call.reply, Lost)
     connection.close()
+
+
+def test_an_offer_that_is_interrupted_leaves_no_descriptors() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sharing = Sharing(Settings())
+    sharing.lease = LeaseSocket(ours)
+    lanes = Lanes(sharing, Settings(), wanted=True)
+    lanes.know(SESSION, ENGINE)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sharing.lease.ask = interrupt  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        lanes.of(SESSION)
+    assert not list(lanes)
+    lanes.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    sharing.close()
+    theirs.close()
