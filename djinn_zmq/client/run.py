@@ -69,18 +69,18 @@ class Checkpoint(Looks, Tiered):
         its conversation before its run's own, int64 (positions,)."""
         self._session = session
         self._kept = kept
+        self._held = True
         self._ids = ids
         self._base = base
         self._previous = previous
         self._before = before
-        self._held = True
         self.id: int = kept.id
         self.layer: int = kept.layer
 
     # Not a weakref.finalize: every stop and every resume makes a checkpoint, and that costs 3 us.
     def __del__(self) -> None:
         if self._held:
-            self._session.connection.forget(self._kept.session, self.id)
+            self._session.connection.forget(self._kept.session, self._kept.id)
 
     def __copy__(self) -> "Checkpoint":
         """Itself, as of anything immutable: the end of a second one would release both."""

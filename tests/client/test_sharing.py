@@ -60,7 +60,7 @@ def sharing() -> Iterator[Any]:
     """Of a client whose server numbers its arenas."""
     sharing: Any = Sharing(replace(Settings(), client_arenas=MIB, arena=MIB))
     sharing.lease = SimpleNamespace(
-        ask=lambda *_: (Granted(1), None), close=lambda: None, news=lambda: []
+        ask=lambda *_: (Granted(1), None), close=lambda: None, news=list
     )
     yield sharing
     sharing.close()
