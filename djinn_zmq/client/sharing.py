@@ -112,9 +112,9 @@ class Sharing:
             _, fd = self.lease.ask(messages.Want(number))
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
-            for empty in [one for one in self._arenas.values() if one.empty]:
-                # It may have been given up: its pages are not free before we let go of it.
-                self._arenas.pop(empty.number).close()
+            # Their pages are not free before we let go of them too.
+            for gone in [one for one in self._arenas.values() if one.retired]:
+                self._arenas.pop(gone.number).close()
             arena = self._arenas[number] = Arena(number, fd)
         return arena
 

@@ -33,6 +33,7 @@ from djinn_zmq.wire.tensors import Slot
 GRANULE = 4096  # bytes
 MAGIC = b"DJARENA1"
 HEADER = struct.Struct("<8sIIQ")  # magic, granule, count of granules, offset of the data
+RETIRED_AT = HEADER.size  # u8: 1 once its server has let go of it
 HEADER_ROOM = 64
 ENTRY_SIZE = 8  # u32 generation, u32 granules
 FILLING = 1 << 31  # in the granules of a slot that is not filled yet
@@ -45,6 +46,11 @@ def data_offset(count: int) -> int:
 
 def total_size(count: int) -> int:
     return data_offset(count) + count * GRANULE
+
+
+def mark_retired(fd: int) -> None:
+    """Tell all who map the arena behind *fd*, which is open for writing, that nothing will be in it again."""
+    os.pwrite(fd, b"\1", RETIRED_AT)
 
 
 def granules_for(nbytes: int) -> int:
@@ -113,9 +119,9 @@ class Arena:
         return self._memory
 
     @property
-    def empty(self) -> bool:
-        """Is none of its slots in use?"""
-        return not any(self._table[1::2])
+    def retired(self) -> bool:
+        """Has its server let go of it? Then nothing will ever be in it again."""
+        return self._memory[RETIRED_AT] != 0
 
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first *nbytes* of *slot*. No copy; call `check` again after reading.

@@ -22,7 +22,7 @@ from djinn_zmq.errors import (
     RequestError,
 )
 from djinn_zmq.memory import shared
-from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena, Pool
+from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena, Pool, mark_retired
 from djinn_zmq.server.registry import Peer
 from djinn_zmq.settings import Settings, format_bytes
 from djinn_zmq.wire import messages
@@ -279,6 +279,8 @@ class Arenas:
     def _let_go(self, numbers: list[int]) -> list[int]:
         for number in numbers:
             arena = self._shared.pop(number)
+            if isinstance(arena.by, int):  # clients map it, and keep its pages
+                mark_retired(arena.fd)
             if arena.mapped is not None:
                 arena.mapped.close()
             os.close(arena.fd)
