@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import zmq
 
 from djinn_zmq.bus.news import Publisher, Scopes, Subscriber
 from djinn_zmq.settings import Settings
@@ -37,6 +38,11 @@ class Desk:
             while self.publisher.serve():
                 count -= 1
 
+    def serve_all(self) -> None:
+        """What has come, where it comes at once."""
+        while self.publisher.serve():
+            pass
+
 
 @pytest.fixture
 def desk(context: Any) -> Iterator[Desk]:
@@ -68,6 +74,51 @@ def test_a_subscription_that_was_refused_ends_nobody_elses(desk: Desk) -> None:
     stranger.close()
     desk.serve(2)
     assert desk.publisher.kinds == {b"run"}
+
+
+@pytest.fixture
+def three(desk: Desk, context: Any) -> Iterator[list[Any]]:
+    """A stranger, a listener and another, whose messages come in the order in which they are sent."""
+    desk.publisher.bind("inproc://desk")
+    sockets = [context.socket(kind) for kind in (zmq.XSUB, zmq.SUB, zmq.XSUB)]
+    for socket in sockets:
+        socket.connect("inproc://desk")
+    yield sockets
+    for socket in sockets:
+        socket.close()
+
+
+def test_nobody_hears_anothers_events_by_a_message_that_is_no_subscription(
+    desk: Desk, three: list[Any]
+) -> None:
+    stranger, listener, accomplice = three
+    mine = desk.scopes.told("me")
+    stranger.send(b"this would shift whose subscription is whose")
+    listener.setsockopt(zmq.SUBSCRIBE, f"{mine}/run".encode())
+    accomplice.send(b"\1all/x")
+    desk.serve_all()
+    desk.publisher.publish(mine, "run", b"a secret")
+    assert not accomplice.poll(0)
+    assert desk.publisher.kinds == {b"run", b"x"}  # their ends will be told
+    listener.setsockopt(zmq.SUBSCRIBE, f"{mine}/stop".encode())  # then all is as it was before
+    desk.serve_all()
+    desk.publisher.publish(mine, "stop", b"")
+    assert listener.recv_multipart() == [f"{mine}/stop".encode(), b""]
+
+
+def test_nobody_ends_anothers_subscription_by_a_message_that_is_none(
+    desk: Desk, three: list[Any]
+) -> None:
+    stranger, listener, accomplice = three
+    listener.setsockopt(zmq.SUBSCRIBE, b"all/x")
+    accomplice.send(b"\1all/x")
+    desk.serve_all()
+    stranger.send(b"")
+    accomplice.send(b"\0all/x")
+    listener.setsockopt(zmq.SUBSCRIBE, b"all/y")
+    desk.serve_all()
+    desk.publisher.publish("all", "x", b"")
+    assert listener.poll(0)
 
 
 def test_the_last_of_several_who_listen_ends_it(desk: Desk) -> None:
