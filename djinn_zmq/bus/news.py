@@ -177,7 +177,7 @@ class Subscriber:
                 raise Lost("what came is no event") from exc
             if topic == self._sync:
                 self.holds = True
-            else:
+            elif not topic.partition(SEPARATOR)[2].startswith(SYNC):  # that another's hold
                 found.append((topic, frame))
 
     def wait(self, timeout_s: float) -> bool:

@@ -66,6 +66,18 @@ def test_who_listens_hears_what_is_his_and_nothing_else(desk: Desk) -> None:
     assert [frame for _, frame in heard] == [mine.encode(), b"all"]
 
 
+def test_who_listens_to_all_kinds_is_not_told_of_others_that_begin_to_listen(desk: Desk) -> None:
+    mine = desk.scopes.told("me")
+    first = desk.listen(f"{mine}/", "all/")
+    desk.listen(f"{mine}/run")
+    desk.publisher.publish("all", "engine", b"event")
+    heard: list[tuple[bytes, bytes]] = []
+    while not heard or heard[-1] != (b"all/engine", b"event"):
+        assert first.wait(WAIT_MS / 1000)
+        heard += first.take()
+    assert len(heard) == 1
+
+
 def test_a_subscription_that_was_refused_ends_nobody_elses(desk: Desk) -> None:
     mine = desk.scopes.told("me")
     desk.listen(f"{mine}/run")
