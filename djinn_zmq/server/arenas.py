@@ -87,7 +87,7 @@ class Arenas:
         for fd, _ in self._epoll.poll(0):
             if fd == self._listener.fileno():
                 self._accept()
-            else:
+            elif fd in self._connections:  # not found gone meanwhile
                 self._serve_client(fd)
 
     def _accept(self) -> None:

@@ -191,6 +191,29 @@ def test_who_is_found_gone_while_it_is_answered_over_its_lease_socket_is_seen_of
     lease.close()
 
 
+def test_who_is_found_gone_while_another_is_answered_is_seen_off_once(served: Served) -> None:
+    clients = [served.connect(served.ipc) for _ in range(2)]
+    leases = [joined(served, client) for client in clients]
+    first, second = served.server.registry.peers.values()
+    arena = OwnArena.create(4 * KIB, "test")
+    served.lease.send(messages.Share(), arena.fd)
+    granted = told(served, served.lease)
+    leases[0].send(messages.Want(granted.arena))
+    leases[1].close()  # both are heard at once
+    clients[1].close()
+    with pytest.raises(zmq.ZMQError):
+        for _ in range(1000):  # until libzmq knows it, and nobody else
+            second.router.socket.send_multipart([second.route, b"?"], zmq.DONTWAIT)
+            second.router.socket.poll(5)
+    pong = codec.encode(Op.PING, messages.Pong("idle"), flags=Flag.REPLY)
+    served.link.send(second.envelope, pong)
+    served.server.arenas.serve()
+    assert list(served.server.registry.peers.values()) == [first]
+    assert isinstance(told(served, leases[0]), messages.Refused)
+    arena.close()
+    leases[0].close()
+
+
 def test_who_waits_for_a_model_is_told_that_the_server_stops(served: Served) -> None:
     client = served.connect(served.tcp)
     served.engine.models.clear()
