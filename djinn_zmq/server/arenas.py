@@ -5,8 +5,11 @@ the server's one thread must not spend) and shares it here. The server checks th
 number and keeps a descriptor, so the memory outlives the process that made it.
 """
 
+import contextlib
+import errno
 import os
 import select
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +69,7 @@ class Arenas:
         self._last = 0
         self._tokens: dict[bytes, Peer] = {}
         self._listener = lease_bus.listen(path)
+        self._spare = self._listener.dup()  # a descriptor for who there is none for
         self.path = path
         # One epoll for all clients: the loop's own poll must not grow with their number.
         self._epoll = select.epoll()
@@ -93,8 +97,10 @@ class Arenas:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # gone before it was taken
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return  # or gone before it was taken
         sock.setblocking(False)
         connection = LeaseSocket(sock)
         if connection.peer_uid() != os.getuid():
@@ -102,6 +108,13 @@ class Arenas:
             return
         self._connections[sock.fileno()] = (connection, None)
         self._epoll.register(sock, select.EPOLLIN)
+
+    def _turn_away(self) -> None:
+        """Hang up on who waits: the bus serves as well, and of one who waits we would be told without end."""
+        self._spare.close()
+        with contextlib.suppress(OSError):  # another thread had need of it, or it is gone
+            self._spare, _ = self._listener.accept()
+            self._spare.shutdown(socket.SHUT_RDWR)
 
     def _serve_client(self, fd: int) -> None:
         connection, peer = self._connections[fd]
@@ -301,4 +314,5 @@ class Arenas:
         self._shared.clear()
         self._epoll.close()
         self._listener.close()
+        self._spare.close()
         self.path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """The server's loop turned by hand, with an engine that is a link and a socket."""
 
+import contextlib
 import os
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +143,18 @@ def told(served: Served, lease: LeaseSocket) -> Any:
     raise AssertionError("no packet")
 
 
+@contextlib.contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fillers = [os.dup(0) for _ in range(64)]  # takes the gaps, too
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        lease_bus.close_all(fillers)
+
+
 def test_what_an_engine_has_said_before_is_heard_however_much_it_is(served: Served) -> None:
     client = served.connect(served.ipc)
     lease = joined(served, client)
@@ -212,6 +226,25 @@ def test_who_is_found_gone_while_another_is_answered_is_seen_off_once(served: Se
     assert isinstance(told(served, leases[0]), messages.Refused)
     arena.close()
     leases[0].close()
+
+
+def test_who_there_is_no_descriptor_for_is_turned_away_from_shared_memory_at_once(
+    served: Served,
+) -> None:
+    client = served.connect(served.ipc)
+    path = served.ask(client, Op.HELLO, messages.Hello("", 0)).lease_path
+    kind = lease_bus.socket.AF_UNIX, lease_bus.socket.SOCK_SEQPACKET
+    socks = [lease_bus.socket.socket(*kind) for _ in range(2)]
+    for sock in socks:
+        sock.settimeout(10)
+        sock.connect(path)
+    with no_descriptors_left():
+        for _ in socks:
+            served.server.arenas.serve()
+    assert [sock.recv(1) for sock in socks] == [b"", b""]
+    for sock in socks:
+        sock.close()
+    joined(served, client).close()
 
 
 def test_who_waits_for_a_model_is_told_that_the_server_stops(served: Served) -> None:
