@@ -57,8 +57,12 @@ class ServerKeys:
 
     def name_of(self, public: bytes) -> str | None:
         """The name under which *public* may come in, or None. Read anew for every handshake, so
-        that `djinn keys allow` works on a running server."""
-        for path in sorted((self.directory / "allowed").glob("*.pub")):
+        that `djinn keys allow` works on a running server. Raises OSError where that cannot be told."""
+        try:
+            paths = sorted((self.directory / "allowed").iterdir())
+        except FileNotFoundError:  # none is allowed yet
+            return None
+        for path in (path for path in paths if path.name.endswith(".pub")):
             try:
                 _check_name(path.stem)
                 if read(path).public == public:
@@ -205,21 +209,24 @@ class Admission:
         self._keys = keys
 
     def answer(self) -> None:
-        """Answer every waiting question: 200 and the key's name, or 400."""
+        """Answer every waiting question: 200 and the key's name, or 400; 300, after which a client
+        tries again, where there is no descriptor, say, to look with."""
         while has_message(self.socket):
             self._answer_one()
 
     def _answer_one(self) -> None:
         frames = self.socket.recv_multipart(zmq.DONTWAIT)
         version, request = (frames + [b"", b""])[:2]
-        name = None
-        if len(frames) == 7 and version == ZAP_VERSION and frames[5] == b"CURVE":
-            name = self._keys.name_of(zmq.utils.z85.encode(frames[6]))
-        if name is None:
-            reply = [ZAP_VERSION, request, b"400", b"key not allowed", b"", b""]
-        else:
-            reply = [ZAP_VERSION, request, b"200", b"OK", name.encode(), b""]
-        self.socket.send_multipart(reply)
+        status, text, name = b"400", b"key not allowed", None
+        try:
+            if len(frames) == 7 and version == ZAP_VERSION and frames[5] == b"CURVE":
+                name = self._keys.name_of(zmq.utils.z85.encode(frames[6]))
+        except OSError as exc:
+            _log.warning("the allowed keys cannot be read: %s", exc)
+            status, text = b"300", b"try again"
+        if name is not None:
+            status, text = b"200", b"OK"
+        self.socket.send_multipart([ZAP_VERSION, request, status, text, (name or "").encode(), b""])
 
     def close(self) -> None:
         self.socket.close(linger=0)

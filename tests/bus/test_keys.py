@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import hashlib
 import os
 import resource
@@ -323,6 +324,21 @@ def test_files_that_are_no_keys_keep_nobody_out(gate: Gate) -> None:
     incoming = gate.says(ann, b"hello")
     assert incoming is not None
     assert gate.router.identity(incoming[0]) == ("127.0.0.1", "ann")
+
+
+def test_where_there_is_no_descriptor_to_look_for_a_key_with_its_client_is_to_try_again(
+    gate: Gate, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(path: Path) -> Iterator[Path]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "iterdir", look)
+    libzmq = context.socket(zmq.REQ)
+    libzmq.connect(keys.ZAP_ENDPOINT)
+    libzmq.send_multipart([b"1.0", b"7", keys.DOMAIN, b"127.0.0.1", b"", b"CURVE", bytes(32)])
+    gate.admission.answer()
+    assert libzmq.recv_multipart() == [b"1.0", b"7", b"300", b"try again", b"", b""]
+    libzmq.close()
 
 
 def test_clients_that_are_turned_away_do_not_disturb_those_that_are_in(gate: Gate) -> None:
