@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import msgspec
 
-from djinn_zmq.errors import AccessDenied, DjinnError, ProtocolError, UnknownCheckpoint
+from djinn_zmq.errors import AccessDenied, ProtocolError, UnknownCheckpoint
 from djinn_zmq.server import bulk
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.bulk import Arriving
@@ -14,7 +14,7 @@ from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.news import News
-from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.registry import Peer, Registry, Session
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings
 from djinn_zmq.version import __version__
@@ -50,6 +50,7 @@ class Requests:
         settings: Settings,
         endpoints: Callable[[], tuple[str, ...]],
         stop: Callable[[], None],
+        close_session: Callable[[Session], None],
         journal: Journal,
         news: News,
         returned: Returned,
@@ -61,6 +62,7 @@ class Requests:
         self._settings = settings
         self._endpoints = endpoints
         self._stop = stop
+        self._close_session = close_session
         self._journal = journal
         self._news = news
         self._returned = returned
@@ -154,9 +156,7 @@ class Requests:
         self._fleet.open(peer, header, name, source)
 
     def _close(self, peer: Peer, header: Header, meta: messages.Close, _: object) -> Answer:
-        session = self._registry.session_of(peer, header.session)
-        self._fleet.close(session)
-        self.forget_uploads(session.id)
+        self._close_session(self._registry.session_of(peer, header.session))
         return DONE
 
     def _read(self, peer: Peer, header: Header, meta: messages.Read, _: object) -> Answer:
@@ -229,13 +229,7 @@ class Requests:
         arriving = self._arriving.get(key)
         if arriving is None:
             return None  # its upload was refused, and that has been answered
-        try:
-            whole = arriving.take(meta, buffers)
-        except DjinnError:
-            self._arriving.pop(key)
-            self._arenas.staging(peer.owner).give_back(arriving.lease.slot)
-            raise
-        if not whole:
+        if not arriving.take(meta, buffers):
             return None
         self._arriving.pop(key)
         self._last_upload += 1
@@ -244,17 +238,27 @@ class Requests:
         self._uploads[number] = (arriving.header.session, tensor)
         return messages.Uploaded(number, tensor), ()
 
+    def end_upload(self, peer: Peer, request: int) -> bool:
+        """A piece was refused: nothing comes of its upload. False where none is under way."""
+        arriving = self._arriving.pop((peer.envelope, request), None)
+        if arriving is None:
+            return False
+        self._arenas.staging(peer.owner).give_back(arriving.lease.slot)
+        return True
+
     def forget_peer(self, peer: Peer) -> None:
         """Drop what *peer* was still sending."""
-        for key in [key for key in self._arriving if key[0] == peer.envelope]:
-            self._arenas.staging(peer.owner).give_back(self._arriving.pop(key).lease.slot)
+        for envelope, request in list(self._arriving):
+            if envelope == peer.envelope:
+                self.end_upload(peer, request)
 
-    def forget_uploads(self, session_id: int) -> None:
-        """The session's slots were reclaimed with it: drop the numbers too."""
-        for number in [n for n, (owner, _) in self._uploads.items() if owner == session_id]:
+    def forget_uploads(self, sessions: Container[int]) -> list[tuple[bytes, Header]]:
+        """The slots of these sessions are reclaimed: drop the numbers too. Returns whom to answer, and what: those
+        that were under way."""
+        for number in [n for n, (owner, _) in self._uploads.items() if owner in sessions]:
             del self._uploads[number]
-        for key in [k for k, one in self._arriving.items() if one.header.session == session_id]:
-            del self._arriving[key]
+        keys = [key for key, one in self._arriving.items() if one.header.session in sessions]
+        return [(key[0], self._arriving.pop(key).header) for key in keys]
 
     def _stop_server(self, peer: Peer, header: Header, meta: messages.Stop, _: object) -> Answer:
         if peer.uid != os.getuid():

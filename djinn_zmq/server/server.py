@@ -17,7 +17,6 @@ import socket as pysocket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import zmq
 
@@ -26,7 +25,16 @@ from djinn_zmq.bus.lease import close_all
 from djinn_zmq.bus.link import RINGFUL
 from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Router
-from djinn_zmq.errors import AddressInUse, Busy, Closed, DjinnError, Lost, ProtocolError, RunError
+from djinn_zmq.errors import (
+    AddressInUse,
+    Busy,
+    Closed,
+    DjinnError,
+    Lost,
+    ProtocolError,
+    RunError,
+    UnknownSession,
+)
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
 from djinn_zmq.server.engines import READY, Engine
@@ -35,7 +43,7 @@ from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.lanes import Lanes
 from djinn_zmq.server.news import News
-from djinn_zmq.server.registry import STRANGER, Peer, Registry
+from djinn_zmq.server.registry import STRANGER, Peer, Registry, Session
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, private_dir
@@ -127,6 +135,7 @@ class Server:
             settings,
             self.endpoints,
             self.stop,
+            self._close_session,
             self.journal,
             self.news,
             self.returned,
@@ -253,8 +262,12 @@ class Server:
             if not isinstance(exc, DjinnError):
                 _log.exception("a request failed")
                 exc = RunError(f"the server failed: {type(exc).__name__}: {exc}")
-            # A piece goes one way: its upload's request is what is answered.
-            if not header.flags & Flag.ONE_WAY or header.op == Op.CHUNK:
+            # A piece goes one way: its upload's request is what is answered, once.
+            if header.op == Op.CHUNK:
+                awaited = self.requests.end_upload(peer, header.request)
+            else:
+                awaited = not header.flags & Flag.ONE_WAY
+            if awaited:
                 self._reply(peer.envelope, codec.failure(header, exc), ())
 
     def _forward(self, peer: Peer, header: Header, frame: bytes, buffers: Buffers) -> None:
@@ -374,9 +387,11 @@ class Server:
         if not peers and not sessions:
             self.fleet.retire(self.arenas.end_staging(owner))
 
-    def _close_session(self, session: Any) -> None:
+    def _close_session(self, session: Session) -> None:
         self.fleet.close(session)
-        self.requests.forget_uploads(session.id)
+        closed = UnknownSession(f"session {session.id:016x} was closed before all of it had come")
+        for envelope, header in self.requests.forget_uploads({session.id}):
+            self._reply(envelope, codec.failure(header, closed), ())
 
     # ---- the engines
 
@@ -450,6 +465,8 @@ class Server:
         for engine in self.fleet.engines:
             for envelope, header in engine.owed.values():
                 self._reply(envelope, codec.failure(header, why), ())
+        for envelope, header in self.requests.forget_uploads(self.registry.sessions):
+            self._reply(envelope, codec.failure(header, why), ())
         self.fleet.refuse_openings(why)
         self.fleet.stop()
         self.returned.close()

@@ -17,7 +17,7 @@ from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import Closed, Lost, ProtocolError
+from djinn_zmq.errors import Closed, Lost, ProtocolError, UnknownSession
 from djinn_zmq.memory.arena import OwnArena
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import KIB, Settings
@@ -143,6 +143,16 @@ def told(served: Served, lease: LeaseSocket) -> Any:
     raise AssertionError("no packet")
 
 
+def last_word(client: Dealer) -> Closed:
+    """What a server that has closed still said."""
+    client.socket.rcvtimeo = 10_000
+    frames = client.receive(wait=True)
+    assert frames is not None
+    error = codec.error_of(codec.decode(*frames))
+    assert isinstance(error, Closed)
+    return error
+
+
 @contextlib.contextmanager
 def no_descriptors_left() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -253,11 +263,16 @@ def test_who_waits_for_a_model_is_told_that_the_server_stops(served: Served) -> 
     client.send(codec.encode(Op.OPEN, messages.Open("tiny"), request=1))
     served.until(lambda: any(served.server.fleet._opening.values()))
     served.server.close()
-    client.socket.rcvtimeo = 10_000
-    frames = client.receive(wait=True)
-    assert frames is not None
-    error = codec.error_of(codec.decode(*frames))
-    assert isinstance(error, Closed) and "the server stops" in str(error)
+    assert "the server stops" in str(last_word(client))
+
+
+def test_who_sends_an_upload_is_told_that_the_server_stops(served: Served) -> None:
+    client = served.connect(served.tcp)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    client.send(codec.encode(Op.UPLOAD, messages.Upload(64), request=1, session=session))
+    served.until(served.server.arenas.staged)
+    served.server.close()
+    assert "the server stops" in str(last_word(client))
 
 
 def test_a_piece_of_an_upload_that_is_refused_is_answered(served: Served) -> None:
@@ -268,6 +283,38 @@ def test_a_piece_of_an_upload_that_is_refused_is_answered(served: Served) -> Non
     with pytest.raises(ProtocolError, match="0 of 64 bytes have come"):
         served.ask(client, Op.CHUNK, piece, [bytes(32)], session=session, flags=Flag.ONE_WAY)
     assert not served.server.arenas.staged()
+
+
+def test_a_piece_that_is_no_message_ends_its_upload_which_is_answered_once(served: Served) -> None:
+    client = served.connect(served.tcp)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    client.send(codec.encode(Op.UPLOAD, messages.Upload(64), request=1, session=session))
+    header = {"request": 1, "session": session, "flags": Flag.ONE_WAY}
+    client.send(codec.encode(Op.CHUNK, messages.Chunk(0), buffers=2, **header), [bytes(64)])
+    with pytest.raises(ProtocolError, match="2 buffers announced, 1 came"):
+        served.answer(client)
+    assert not served.server.arenas.staged()
+    client.send(codec.encode(Op.CHUNK, messages.Chunk(0), buffers=1, **header), [bytes(64)])
+    client.send(codec.encode(Op.CHUNK, messages.Chunk(0), buffers=3, **header), [bytes(64)])
+    assert served.ask(client, Op.PING, messages.Ping()) == messages.Pong("serving")
+
+
+def test_an_upload_whose_session_is_closed_from_another_connection_is_answered(
+    served: Served,
+) -> None:
+    client, other = served.connect(served.ipc), served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    client.send(codec.encode(Op.UPLOAD, messages.Upload(64), request=1, session=session))
+    served.until(served.server.arenas.staged)
+    served.ask(other, Op.CLOSE, messages.Close(), session=session)
+    assert not served.server.arenas.staged()
+    with pytest.raises(UnknownSession, match=f"session {session:016x} was closed"):
+        served.answer(client)
+    piece = codec.encode(
+        Op.CHUNK, messages.Chunk(0), flags=Flag.ONE_WAY, request=1, session=session, buffers=1
+    )
+    client.send(piece, [bytes(64)])
+    assert served.ask(client, Op.PING, messages.Ping()) == messages.Pong("serving")
 
 
 def test_each_connection_without_a_key_is_an_owner_of_its_own_for_ever(served: Served) -> None:
