@@ -65,11 +65,14 @@ class Catalog:
             raise AccessDenied(
                 f'"{model}" is not served here; a client without a key gets: {known}'
             )
-        path = Path(model).expanduser()
-        if path.is_dir():
-            if not (path / CONFIG).exists():
-                raise UnknownModel(f"{path} holds no model: it has no {CONFIG}")
-            return str(path.resolve()), str(path.resolve())
+        try:
+            path = Path(model).expanduser()
+            if path.is_dir():
+                if not (path / CONFIG).exists():
+                    raise UnknownModel(f"{path} holds no model: it has no {CONFIG}")
+                return str(path.resolve()), str(path.resolve())
+        except (OSError, RuntimeError) as exc:  # too long, not to be entered, or of no such user
+            raise UnknownModel(f'"{model}" names no model that can be read: {exc}') from exc
         if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
             raise UnknownModel(
                 f'"{model}" is no served name ({known}), no directory, and no hub id (OWNER/NAME)'
