@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from djinn_zmq.errors import DjinnError, Lost, ModelRefused, from_wire
+from djinn_zmq.errors import Busy, DjinnError, Lost, ModelRefused, from_wire
 from djinn_zmq.memory.files import facts_of
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.engines import Engine
@@ -100,11 +100,19 @@ class Fleet:
         return engine
 
     def open(self, peer: Peer, header: Header, name: str, source: str) -> None:
-        """Open a session on *name*; the reply goes out now, or when the model is loaded."""
+        """Open a session on *name*; the reply goes out now, or when the model is loaded.
+
+        Raises Lost where all engines stay down, Busy where the owner waits for as many as it may have.
+        """
         engine = self.load(name, source)
         if name in engine.models:
             self._opened(engine, peer, header, name)
             return
+        limit = self._settings.sessions_limit
+        waiting = itertools.chain(*self._opening.values())
+        count = sum(one.peer.owner == peer.owner for one in waiting)
+        if count >= limit:
+            raise Busy(f"{count} sessions are waited for: at most {limit} for one owner")
         opening = Opening(peer, header, header.credit)
         self._opening.setdefault((engine.index, name), []).append(opening)
         self._tell_progress(opening, Progress(engine.detail or f"{name}: waiting", 0, 0))

@@ -30,11 +30,14 @@ class NoArenas:
 
 
 def fleet_of(
-    registry: Registry, reply: Callable[..., None], devices: Sequence[str] = ("cpu",)
+    registry: Registry,
+    reply: Callable[..., None],
+    devices: Sequence[str] = ("cpu",),
+    **limits: int,
 ) -> Fleet:
     arenas: Any = NoArenas()
-    returned = Returned(None)
-    return Fleet(devices, "auto", Settings(), registry, arenas, Journal(), returned, reply)
+    returned, settings = Returned(None), Settings(**limits)  # type: ignore[arg-type]
+    return Fleet(devices, "auto", settings, registry, arenas, Journal(), returned, reply)
 
 
 def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -> None:
@@ -61,6 +64,24 @@ def test_a_client_that_goes_while_it_is_answered_is_given_no_further_session() -
     assert not registry.sessions
     ends.close()
     engine.stop(0)
+
+
+def test_who_waits_for_as_many_sessions_as_he_may_have_waits_for_no_more() -> None:
+    nothing = Any
+    fleet = fleet_of(Registry(2), lambda *_: None, sessions_limit=2)
+    (engine,) = fleet.engines
+    engine.state = states.Engine.STARTING
+    header = codec.peek(codec.encode(Op.OPEN, Open("tiny"), request=1))
+    me, other = (
+        Peer(b"t" + name, nothing, name, f"tcp:{name!r}", True, 0) for name in (b"1", b"2")
+    )
+    fleet.open(me, header, "tiny", "tiny")
+    fleet.open(me, header, "small", "small")
+    with pytest.raises(Busy, match="2 sessions are waited for: at most 2 for one owner"):
+        fleet.open(me, header, "tiny", "tiny")
+    fleet.open(other, header, "tiny", "tiny")
+    fleet.forget_openings(me)
+    fleet.open(me, header, "tiny", "tiny")
 
 
 def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
