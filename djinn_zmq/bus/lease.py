@@ -131,10 +131,13 @@ class LeaseSocket:
             PACKET_LIMIT, socket.CMSG_LEN(16 * FD.size), socket.MSG_CMSG_CLOEXEC
         )[:2]
 
-    def _gave_up(self) -> Lost:
-        """The end, on both sides: a late answer would pass for that to the next question."""
+    def hang_up(self) -> None:
+        """The end, on both sides: each hears of it as of the other's death."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def _gave_up(self) -> Lost:
+        self.hang_up()  # a late answer would pass for that to the next question
         return Lost(f"the lease socket did not answer in {self.socket.gettimeout():g} s")
 
     def ask(self, packet: messages.Lease, *fds: int) -> tuple[messages.Granted, int | None]:

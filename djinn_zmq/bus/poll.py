@@ -95,10 +95,11 @@ class Poll:
         self._epoll.modify(descriptor_of(source), events)
 
     def unwatch(self, source: Any) -> None:
-        """Before *source* is closed."""
+        """Before *source* is closed. Nothing where it is watched no more."""
         fd = descriptor_of(source)
+        if self._ready.pop(fd, None) is None:
+            return
         self._epoll.unregister(fd)
-        del self._ready[fd]
         self._asked.pop(fd, None)
         self._lanes.pop(fd, None)
         self._unheard.discard(fd)

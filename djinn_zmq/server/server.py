@@ -409,21 +409,28 @@ class Server:
     def _on_link(self, engine: Engine) -> bool:
         """Take one message of *engine*'s. Is there more?"""
         link = engine.link
-        frames = link.receive() if link is not None else None
-        if frames is None:
+        try:
+            frames = link.receive() if link is not None else None
+            if frames is None:
+                return False
+            envelope, frame, buffers = frames
+            if envelope:
+                self._reply(envelope, frame, buffers)  # first: its client waits, the rest can
+                header = codec.peek(frame)
+                key = header.session, header.request
+                if not header.flags & UNFINISHED and engine.owed.pop(key, None):
+                    session = self.registry.sessions.get(header.session)
+                    if session is not None:
+                        session.waiting -= 1
+            else:
+                self.fleet.on_message(engine, frame, buffers)
+            return link.lane.unfinished()
+        except ProtocolError as exc:  # its memory is not what it was: who follows has its own
+            engine.farewell = f"was ended, because its link made no sense: {exc}"
+            assert link is not None and engine.lease is not None
+            self._poll.unwatch(link.lane)
+            engine.lease.hang_up()
             return False
-        envelope, frame, buffers = frames
-        if envelope:
-            self._reply(envelope, frame, buffers)  # first: its client waits for it, the rest can
-            header = codec.peek(frame)
-            key = header.session, header.request
-            if not header.flags & UNFINISHED and engine.owed.pop(key, None):
-                session = self.registry.sessions.get(header.session)
-                if session is not None:
-                    session.waiting -= 1
-        else:
-            self.fleet.on_message(engine, frame, buffers)
-        return link.lane.unfinished()
 
     def _on_offer(self, peer: Peer, offer: Offer, fds: list[int]) -> int:
         return self.lanes.offer(peer, offer, fds)

@@ -19,6 +19,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import Closed, Lost, ProtocolError, UnknownSession
 from djinn_zmq.memory.arena import OwnArena
+from djinn_zmq.memory.ring import HEAD
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import KIB, Settings
 from djinn_zmq.wire import codec, messages, states
@@ -340,6 +341,27 @@ def test_all_that_a_dead_engine_has_said_is_heard(served: Served) -> None:
     deaths = deaths_of(served)
     served.until(lambda: deaths)
     assert len(served.server.registry.sessions[session].kept) == 5000
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("what", ["a record", "the ring"])
+def test_an_engine_whose_link_makes_no_sense_is_ended_and_not_the_server(
+    served: Served, what: str, gone: bool
+) -> None:
+    deaths = deaths_of(served)
+    served.server._poll._spin_ns = 1_000_000  # it looks at lanes again and again
+    if what == "a record":
+        served.link.lane._out.put(0, b"nonsense")
+    else:
+        served.link.lane._out._words[HEAD] = 4
+    served.link.lane.ring()
+    if gone:
+        served.lease.close()
+    served.until(lambda: deaths)
+    (reason,) = deaths
+    assert "was ended, because its link made no sense: " in reason
+    client = served.connect(served.ipc)
+    assert served.ask(client, Op.PING, messages.Ping()) == messages.Pong("serving")
 
 
 def test_an_engines_farewell_is_heard_though_it_was_still_to_be_told_something(
