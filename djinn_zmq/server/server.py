@@ -46,7 +46,7 @@ from djinn_zmq.server.news import News
 from djinn_zmq.server.registry import STRANGER, Peer, Registry, Session
 from djinn_zmq.server.requests import Requests
 from djinn_zmq.server.returned import Returned
-from djinn_zmq.settings import Settings, private_dir
+from djinn_zmq.settings import Settings, format_bytes, private_dir
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import OF_ANSWERS, Header
 from djinn_zmq.wire.messages import Broken, Farewell, Flag, Offer, Pong, Progress
@@ -314,6 +314,11 @@ class Server:
             session=header.session,
             buffers=len(out),
         )
+        if len(frame) > self.settings.frame_limit:  # libzmq would end its connection
+            limit = format_bytes(self.settings.frame_limit)
+            raise RunError(
+                f"an answer of {format_bytes(len(frame))}: at most {limit} fit a message"
+            )
         self._reply(peer.envelope, frame, out)
 
     def _may_map(self, owner: str, arena: int) -> bool:

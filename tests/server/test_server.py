@@ -1,6 +1,7 @@
 """The server's loop turned by hand, with an engine that is a link and a socket."""
 
 import contextlib
+import dataclasses
 import os
 import resource
 import tempfile
@@ -17,9 +18,10 @@ from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import Closed, Lost, ProtocolError, UnknownSession
+from djinn_zmq.errors import Closed, Lost, ProtocolError, RunError, UnknownSession
 from djinn_zmq.memory.arena import OwnArena
 from djinn_zmq.memory.ring import HEAD
+from djinn_zmq.server.registry import Session
 from djinn_zmq.server.server import Server
 from djinn_zmq.settings import KIB, Settings
 from djinn_zmq.wire import codec, messages, states
@@ -316,6 +318,19 @@ def test_an_upload_whose_session_is_closed_from_another_connection_is_answered(
     )
     client.send(piece, [bytes(64)])
     assert served.ask(client, Op.PING, messages.Ping()) == messages.Pong("serving")
+
+
+def test_an_answer_that_is_too_long_for_a_message_is_refused_and_the_connection_stays(
+    served: Served,
+) -> None:
+    client = served.connect(served.tcp)
+    served.server.settings = dataclasses.replace(served.server.settings, frame_limit=KIB)
+    for number in range(1, 100):
+        served.server.registry.sessions[number] = Session(number, "tcp:9", "tiny", 0, None)
+    with pytest.raises(RunError, match=r"an answer of .* KiB: at most 1\.0 KiB fit a message"):
+        served.ask(client, Op.STATUS, messages.Status())
+    served.server.registry.sessions.clear()
+    assert served.ask(client, Op.STATUS, messages.Status()).sessions == ()
 
 
 def test_each_connection_without_a_key_is_an_owner_of_its_own_for_ever(served: Served) -> None:
