@@ -29,7 +29,8 @@ class Dealer:
     def __init__(self, endpoint: str, settings: Settings, keys: "ClientKeys | None") -> None:
         """endpoint: "ipc://PATH" or "tcp://HOST:PORT".
 
-        Raises RequestError for another kind of endpoint, Unreachable where no socket file stands.
+        Raises RequestError for another kind of endpoint, Unreachable where no socket file stands, or this
+        process has no descriptors left.
         """
         scheme, _, rest = endpoint.partition("://") if isinstance(endpoint, str) else ("", "", "")
         if scheme not in ("ipc", "tcp") or not rest or "\0" in rest:
@@ -45,11 +46,15 @@ class Dealer:
         self._endpoint = endpoint
         # A context of its own: closing this client cannot wait for another's messages.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        # Before connecting: a refusal that comes at once would go untold.
-        self.monitor = self.socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        )
+        try:
+            self.socket = self.context.socket(zmq.DEALER)
+            # Before connecting: a refusal that comes at once would go untold.
+            self.monitor = self.socket.get_monitor_socket(
+                zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            )
+        except zmq.ZMQError as exc:
+            self.context.destroy(linger=0)
+            raise Unreachable(f"cannot connect to {endpoint}: {exc.strerror}") from exc
         self._end = limits.end_with(self, self.context, self.monitor, self.socket)
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))

@@ -1,6 +1,7 @@
 """One suite for both transports: real sockets, a router and its dealers."""
 
 import dataclasses
+import errno
 import logging
 import os
 import socket
@@ -391,3 +392,14 @@ def test_what_is_left_of_a_message_when_its_reader_is_interrupted_begins_no_othe
             break
         steps += 1
     assert steps > 10
+
+
+def test_a_dealer_that_there_are_no_descriptors_for_says_so_and_leaves_none_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    monkeypatch.setattr(zmq.Socket, "get_monitor_socket", refuses)
+    with pytest.raises(Unreachable, match="cannot connect to tcp://.*: Too many open files"):
+        Dealer("tcp://127.0.0.1:1", Settings(), None)
