@@ -19,8 +19,7 @@ copy before it tells of the slot.
 import mmap
 import os
 import struct
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -59,16 +58,14 @@ def granules_for(nbytes: int) -> int:
 
 @dataclass(slots=True, eq=False)  # not frozen: that makes one take five times as long
 class Lease:
-    """A slot in use: by whom, and until when.
+    """A slot in use, and by whom.
 
     view: the slot's bytes, exactly the number asked for, writable by the owner.
-    until_s: monotonic seconds after which `expire` takes it back; infinity for never.
     """
 
     slot: Slot
     view: memoryview
     holder: int
-    until_s: float
 
 
 class Arena:
@@ -241,7 +238,7 @@ class OwnArena(Arena):
     def used(self) -> int:
         return self.capacity - self.free.total * GRANULE
 
-    def lease(self, nbytes: int, holder: int, until_s: float = float("inf")) -> Lease | None:
+    def lease(self, nbytes: int, holder: int) -> Lease | None:
         """A slot of *nbytes* for *holder*, or None where no free piece is large enough."""
         if self._map is None:
             raise Closed(f"arena {self.number} is closed")
@@ -249,15 +246,15 @@ class OwnArena(Arena):
         start = self.free.take(need)
         if start is None:
             return None
-        return self._grant(start, need, nbytes, holder, until_s)
+        return self._grant(start, need, nbytes, holder)
 
-    def _grant(self, start: int, granules: int, nbytes: int, holder: int, until_s: float) -> Lease:
+    def _grant(self, start: int, granules: int, nbytes: int, holder: int) -> Lease:
         generation = (self._table[2 * start] + 1) & 0xFFFFFFFF
         self._table[2 * start] = generation
         self._table[2 * start + 1] = granules
         slot = Slot(self.number, start, generation)
         begin = self._data + start * GRANULE
-        lease = Lease(slot, self._memory[begin : begin + nbytes], holder, until_s)
+        lease = Lease(slot, self._memory[begin : begin + nbytes], holder)
         self.leases[start] = lease
         return lease
 
@@ -273,7 +270,7 @@ class OwnArena(Arena):
     def adopt(self, slot: Slot, nbytes: int, holder: int) -> Lease:
         """Take over a slot that a predecessor leased. Raises StaleSlot if it is another's now, OnDevice
         if it was never filled."""
-        lease = Lease(slot, self.view(slot, nbytes), holder, float("inf"))
+        lease = Lease(slot, self.view(slot, nbytes), holder)
         self.leases[slot.index] = lease
         return lease
 
@@ -333,14 +330,11 @@ class Pool:
     def used(self) -> int:
         return sum(arena.used for arena in self.arenas.values())
 
-    def lease(
-        self, nbytes: int, holder: int, lasting_s: float = float("inf"), *, zone: str = ""
-    ) -> Lease:
+    def lease(self, nbytes: int, holder: int, *, zone: str = "") -> Lease:
         """A slot of *nbytes* for *holder*. Raises ArenaFull with what was asked, free and allowed."""
-        until_s = time.monotonic() + lasting_s
         arena = self._with_room(nbytes, zone) or self.grow(nbytes, zone)
         arena.zone = zone
-        lease = arena.lease(nbytes, holder, until_s)
+        lease = arena.lease(nbytes, holder)
         assert lease is not None
         return lease
 
@@ -426,18 +420,8 @@ class Pool:
 
     def reclaim(self, holder: int) -> int:
         """Give back all that *holder* has. Returns how many slots came back."""
-        return self._return(lambda lease: lease.holder == holder)
-
-    def expire(self) -> int:
-        """Give back all whose time has passed. Returns how many slots came back."""
-        now = time.monotonic()
-        return self._return(lambda lease: lease.until_s < now)
-
-    def _return(self, chosen: Callable[[Lease], bool]) -> int:
-        leases: Iterable[Lease] = [
-            lease for arena in self.arenas.values() for lease in arena.leases.values()
-        ]
-        gone = [lease.slot for lease in leases if chosen(lease)]
+        leases = [lease for arena in self.arenas.values() for lease in arena.leases.values()]
+        gone = [lease.slot for lease in leases if lease.holder == holder]
         for slot in gone:
             self.give_back(slot)
         return len(gone)

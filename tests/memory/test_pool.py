@@ -83,17 +83,6 @@ def test_what_a_holder_has_comes_back_all_at_once(pool: Pool) -> None:
             pool.give_back(lease.slot)
 
 
-def test_what_is_overdue_comes_back_and_nothing_else(pool: Pool) -> None:
-    overdue = pool.lease(GRANULE, holder=1, lasting_s=-1.0)
-    pool.lease(GRANULE, holder=1, lasting_s=1000.0)
-    pool.lease(GRANULE, holder=1)
-    assert pool.expire() == 1
-    assert pool.expire() == 0
-    assert pool.used == 2 * GRANULE
-    with pytest.raises(StaleSlot):
-        pool.give_back(overdue.slot)
-
-
 def test_a_slot_of_an_arena_it_does_not_have_is_stale(pool: Pool) -> None:
     with pytest.raises(StaleSlot, match="arena 77 is not one of this pool"):
         pool.give_back(Slot(77, 0, 1))
