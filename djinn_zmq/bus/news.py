@@ -58,9 +58,11 @@ class Publisher:
         settings: Settings,
         keys: ServerKeys | None,
         scopes: Scopes,
+        counted: frozenset[bytes],
         on_change: Callable[[], None],
     ) -> None:
-        """keys: as a Router's. on_change: called when somebody has begun, or ended, to listen."""
+        """keys: as a Router's. counted: the kinds of which it is to be known whether somebody listens to them;
+        others may be anything. on_change: called when somebody has begun, or ended, to listen to one."""
         self.socket = context.socket(zmq.XPUB)
         limits.apply(self.socket, settings)
         self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
@@ -70,13 +72,14 @@ class Publisher:
         # How many hold each topic. By topic, not by kind: anybody can end what he never held.
         self._holders: dict[bytes, int] = {}
         self._scopes = scopes
+        self._counted = counted
         self._on_change = on_change
         self._in_step = True
         self.endpoint = ""
 
     @property
     def kinds(self) -> set[bytes]:
-        """What somebody listens to; b"": to all."""
+        """Of those that are counted, what somebody listens to."""
         return {topic.partition(SEPARATOR)[2] for topic in self._holders}
 
     def bind(self, endpoint: str) -> str:
@@ -125,16 +128,18 @@ class Publisher:
         if change == END:
             if self._in_step:
                 self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-            self._count(topic, -1)
+            self._count(topic, kind, -1)
         elif self._scopes.known(scope):
             if self._in_step:
                 self.socket.setsockopt(zmq.SUBSCRIBE, topic)
             if not kind.startswith(SYNC):  # if it was not made, either: its end will be told
-                self._count(topic, 1)
+                self._count(topic, kind, 1)
             elif self._in_step:
                 self.socket.send_multipart([topic, b""], DONTWAIT)
 
-    def _count(self, topic: bytes, change: int) -> None:
+    def _count(self, topic: bytes, kind: bytes, change: int) -> None:
+        if kind not in self._counted:
+            return
         # libzmq tells of the end of subscriptions that were never made, too.
         left = max(0, self._holders.pop(topic, 0) + change)
         if left:

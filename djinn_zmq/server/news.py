@@ -49,7 +49,9 @@ class News:
         self._bind(tag, f"{bus.rpartition(':')[0]}:{port or '*'}", keys)
 
     def _bind(self, tag: bytes, endpoint: str, keys: ServerKeys | None) -> None:
-        publisher = Publisher(self._context, self._settings, keys, self._scopes, self._on_change)
+        publisher = Publisher(
+            self._context, self._settings, keys, self._scopes, OF_RUNS, self._on_change
+        )
         self._publishers[tag] = publisher
         publisher.bind(endpoint)
 
@@ -78,7 +80,7 @@ class News:
             publisher.publish(scope, event.kind, frame)
 
     def _on_change(self) -> None:
-        wanted = any(OF_RUNS & one.kinds for one in self._publishers.values())
+        wanted = any(one.kinds for one in self._publishers.values())
         if wanted != self._wanted:
             self._wanted = wanted
             self._on_wanted(wanted)

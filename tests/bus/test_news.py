@@ -9,6 +9,7 @@ import zmq
 from djinn_zmq.bus.news import Publisher, Scopes, Subscriber
 from djinn_zmq.settings import Settings
 
+COUNTED = frozenset({b"", b"run"})
 WAIT_MS = 10_000  # never reached where the code is right
 
 
@@ -18,7 +19,7 @@ class Desk:
     def __init__(self, context: Any) -> None:
         self.scopes = Scopes()
         self.changes = 0
-        self.publisher = Publisher(context, Settings(), None, self.scopes, self._on_change)
+        self.publisher = Publisher(context, Settings(), None, self.scopes, COUNTED, self._on_change)
         self.publisher.bind("tcp://127.0.0.1:*")
         self.subscribers: list[Subscriber] = []
 
@@ -111,7 +112,7 @@ def test_nobody_hears_anothers_events_by_a_message_that_is_no_subscription(
     desk.serve_all()
     desk.publisher.publish(mine, "run", b"a secret")
     assert not accomplice.poll(0)
-    assert desk.publisher.kinds == {b"run", b"x"}  # their ends will be told
+    assert desk.publisher.kinds == {b"run"}  # its end will be told
     listener.setsockopt(zmq.SUBSCRIBE, f"{mine}/stop".encode())  # then all is as it was before
     desk.serve_all()
     desk.publisher.publish(mine, "stop", b"")
@@ -131,6 +132,20 @@ def test_nobody_ends_anothers_subscription_by_a_message_that_is_none(
     desk.serve_all()
     desk.publisher.publish("all", "x", b"")
     assert listener.poll(0)
+
+
+def test_of_topics_that_are_not_counted_however_many_none_is_kept(
+    desk: Desk, three: list[Any]
+) -> None:
+    stranger, *_ = three
+    for number in range(100):
+        stranger.send(b"\1all/%d" % number)
+    stranger.send(b"\1all/")
+    desk.serve_all()
+    assert desk.publisher._holders == {b"all/": 1}
+    assert desk.publisher.kinds == {b""} and desk.changes == 1
+    desk.publisher.publish("all", "99", b"")  # made they are
+    assert stranger.poll(0)
 
 
 def test_the_last_of_several_who_listen_ends_it(desk: Desk) -> None:
