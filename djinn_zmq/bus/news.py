@@ -123,7 +123,7 @@ class Publisher:
             self._in_step = False
             return
         scope, _, kind = topic.partition(SEPARATOR)
-        if len(topic) > TOPIC_LIMIT or SEPARATOR not in topic:
+        if len(topic) > TOPIC_LIMIT:
             return
         if change == END:
             if self._in_step:

@@ -1,12 +1,16 @@
 """Events on their way: who hears what, and what is known of who listens."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
-from djinn_zmq.bus.news import Publisher, Scopes, Subscriber
+from djinn_zmq.bus import keys
+from djinn_zmq.bus.keys import Admission
+from djinn_zmq.bus.news import TOPIC_LIMIT, Publisher, Scopes, Subscriber
+from djinn_zmq.errors import AddressInUse, Lost, StartError
 from djinn_zmq.settings import Settings
 
 COUNTED = frozenset({b"", b"run"})
@@ -156,3 +160,79 @@ def test_the_last_of_several_who_listen_ends_it(desk: Desk) -> None:
     second.close()
     desk.serve(2)
     assert desk.publisher.kinds == set()
+
+
+def test_a_topic_that_is_too_long_is_not_subscribed_to_and_what_has_ended_is_not_sent(
+    desk: Desk, three: list[Any]
+) -> None:
+    stranger, *_ = three
+    longest, longer = "k" * (TOPIC_LIMIT - len("all/")), "l" * (TOPIC_LIMIT - len("all/") + 1)
+    for kind in (longest, longer, "x"):
+        stranger.send(b"\1all/" + kind.encode())
+    stranger.send(b"\0all/x")
+    desk.serve_all()
+    for kind in (longer, "x", longest):
+        desk.publisher.publish("all", kind, b"")
+    assert stranger.recv_multipart() == [f"all/{longest}".encode(), b""]
+
+
+def test_with_keys_nobody_listens_without_one(context: Any, directory: Path) -> None:
+    keys.new_pair(directory, "server")
+    pair, public = keys.new_pair(directory, "ann")
+    keys.allow(directory, public)
+    admission = Admission(context, keys.server_keys(directory))
+    publisher = Publisher(
+        context, Settings(), keys.server_keys(directory), Scopes(), COUNTED, lambda: None
+    )
+    publisher.bind("tcp://127.0.0.1:*")
+    seen_off = publisher.socket.get_monitor_socket(
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    )
+    mine = keys.client_keys(pair, None)
+    subscribers = [
+        Subscriber(publisher.endpoint, Settings(), key, ["all/run"]) for key in (None, mine)
+    ]
+    poller = zmq.Poller()
+    for socket in (admission.socket, publisher.socket, seen_off, subscribers[1].socket):
+        poller.register(socket, zmq.POLLIN)
+    turned_away = False
+    while not (turned_away and subscribers[1].holds):
+        ready = dict(poller.poll(WAIT_MS))
+        assert ready
+        admission.answer()
+        while publisher.serve():
+            pass
+        subscribers[1].take()
+        if seen_off in ready:
+            seen_off.recv_multipart()
+            turned_away = True
+    assert publisher._holders == {b"all/run": 1}
+    publisher.publish("all", "run", b"event")
+    assert subscribers[1].wait(WAIT_MS / 1000) and not subscribers[0].wait(0)
+    for subscriber in subscribers:
+        subscriber.close()
+    publisher.socket.disable_monitor()
+    seen_off.close()
+    publisher.close()
+    admission.close()
+
+
+def test_where_it_cannot_be_published_it_says_so(context: Any, desk: Desk) -> None:
+    publisher = Publisher(context, Settings(), None, desk.scopes, COUNTED, lambda: None)
+    with pytest.raises(AddressInUse, match="tcp://.* is in use by another process"):
+        publisher.bind(desk.publisher.endpoint)
+    with pytest.raises(StartError, match=r"cannot bind tcp://192\.0\.2\.1:\*: "):
+        publisher.bind("tcp://192.0.2.1:*")
+    publisher.close()
+
+
+def test_what_is_no_event_is_the_loss_of_who_tells_them(context: Any) -> None:
+    liar = context.socket(zmq.PUB)
+    port = liar.bind_to_random_port("tcp://127.0.0.1")
+    subscriber = Subscriber(f"tcp://127.0.0.1:{port}", Settings(), None, ["all/"])
+    while not subscriber.wait(0.01):
+        liar.send(b"all/run")
+    with pytest.raises(Lost, match="what came is no event"):
+        subscriber.take()
+    subscriber.close()
+    liar.close()
