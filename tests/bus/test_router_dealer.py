@@ -164,8 +164,10 @@ def test_more_buffers_than_any_message_has_are_not_kept_and_the_next_one_is_serv
     kept = [None if message.buffers is None else len(message.buffers) for message in came]
     assert kept == [BUFFERS_LIMIT, None, None, 1]
 
+    router.send(came[0].route, b"most", [b"x"] * BUFFERS_LIMIT)
     router.send(came[0].route, b"too many", [b"x"] * (BUFFERS_LIMIT + 1))
     router.send(came[0].route, b"next")
+    assert len(bus.answer(dealer)[1]) == BUFFERS_LIMIT
     assert dealer.socket.poll(int(bus.wait_s * 1000))
     with pytest.raises(ProtocolError, match="65 buffers: at most 64"):
         dealer.receive()
@@ -290,6 +292,22 @@ def test_a_dealer_finds_out_whether_anybody_listens(directory: Path, listening: 
         dealer.close()
 
 
+@pytest.mark.parametrize("listening", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_dealer_finds_out_whether_anybody_listens_at_a_port(host: str, listening: bool) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((host.strip("[]"), 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        if listening:
+            server.listen()
+        dealer = Dealer(f"tcp://{host}:{server.getsockname()[1]}", Settings(), None)
+        assert dealer.refused() is not listening
+        dealer.close()
+
+
 def test_a_port_in_use_is_refused_by_name(context: Any) -> None:
     first, second = Router(context, Settings(), None), Router(context, Settings(), None)
     endpoint = first.bind("tcp://127.0.0.1:0")
@@ -313,7 +331,17 @@ def test_an_address_that_cannot_be_bound_is_refused_by_name(context: Any, endpoi
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "ipc://", "tcp://", "/tmp/socket", "http://localhost:1", "inproc://x", "tcp"]
+    "endpoint",
+    [
+        "",
+        "ipc://",
+        "tcp://",
+        "/tmp/socket",
+        "http://localhost:1",
+        "inproc://x",
+        "tcp",
+        "ipc://a\0b",
+    ],
 )
 def test_an_endpoint_of_another_kind_is_refused_by_name(endpoint: str) -> None:
     with pytest.raises(RequestError, match="is not understood: use ipc://PATH or tcp://HOST:PORT"):
@@ -401,5 +429,10 @@ def test_a_dealer_that_there_are_no_descriptors_for_says_so_and_leaves_none_open
         raise zmq.ZMQError(errno.EMFILE)
 
     monkeypatch.setattr(zmq.Socket, "get_monitor_socket", refuses)
-    with pytest.raises(Unreachable, match="cannot connect to tcp://.*: Too many open files"):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(
+        Unreachable, match="cannot connect to tcp://.*: Too many open files"
+    ) as told:
         Dealer("tcp://127.0.0.1:1", Settings(), None)
+    assert len(os.listdir("/proc/self/fd")) == before  # though what was raised still refers to it
+    del told
