@@ -1,6 +1,7 @@
 """The bytes of the protocol. A change here is a new protocol version."""
 
 import struct
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -241,6 +242,16 @@ def test_every_op_has_a_tag_and_a_struct_of_its_own() -> None:
     beside = {Op.PROGRESS, Op.FAILURE}
     assert set(messages.REQUESTS) | beside == set(Op)
     assert set(messages.REPLIES) < set(messages.REQUESTS)
+
+
+def test_every_message_that_may_speak_of_a_tensor_has_it_checked() -> None:
+    def speaks_of_one(kind: Any) -> bool:
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return kind is Tensor or any(map(speaks_of_one, get_type_hints(kind).values()))
+        return any(map(speaks_of_one, get_args(kind)))
+
+    kinds = {*messages.REQUESTS.values(), *messages.REPLIES.values(), *messages.PARTS.values()}
+    assert {kind for kind in kinds if speaks_of_one(kind)} == set(codec._TENSORS)
 
 
 @pytest.mark.parametrize("length", range(HEADER_SIZE))
