@@ -329,6 +329,10 @@ class Fleet:
         if failed:
             for index, name in [key for key in self._opening if key[0] == engine.index]:
                 self._fail_openings(self.engines[index], name, ModelRefused(engine.why_down()))
+            # One of the others may be what it died of: they are loaded when they are asked for.
+            used = {session.model for session in self._registry.sessions_on(engine.index)}
+            for name in engine.sources.keys() - used:
+                del engine.sources[name]
             return answer
         self._restore(engine)
         return answer

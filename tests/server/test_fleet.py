@@ -150,6 +150,26 @@ def test_an_engine_that_stayed_down_is_started_once_more_when_it_is_asked_for_af
     fleet.stop()
 
 
+def test_a_model_that_an_engine_dies_of_while_it_is_loaded_is_not_loaded_when_another_is_asked_for() -> (
+    None
+):
+    registry, answers, nothing = Registry(1), list[bytes](), Any
+    fleet = fleet_of(registry, lambda _, frame, __: answers.append(frame))
+    (engine,) = fleet.engines
+    engine.state = states.Engine.STARTING
+    engine.sources["tiny"] = "tiny"
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    registry.open(peer, "tiny", 0)
+    header = codec.peek(codec.encode(Op.OPEN, Open("deadly"), request=1))
+    fleet.open(peer, header, "deadly", "deadly")
+    engine._deaths.extend([time.monotonic()] * Settings().engine_restarts)
+    fleet.on_death(engine)
+    assert engine.state is states.Engine.FAILED
+    (error,) = (codec.error_of(codec.decode(frame, ())) for frame in answers)
+    assert "engine 0 is down" in str(error)
+    assert list(engine.sources) == ["tiny"]  # which somebody has a session of
+
+
 def test_a_model_of_an_engine_that_stays_down_is_loaded_by_another() -> None:
     fleet = fleet_of(Registry(1), lambda *_: None, devices=["cpu", "cpu"])
     down, other = fleet.engines
