@@ -157,6 +157,14 @@ def test_only_the_public_half_is_allowed_in(directory: Path) -> None:
         keys.allow(directory, pair_path)
 
 
+def test_a_file_whose_name_is_no_keys_is_not_allowed_in(directory: Path) -> None:
+    _, public = keys.new_pair(directory, "ann")
+    copy = public.rename(directory / "ann (1).pub")
+    with pytest.raises(RequestError, match=r"'ann \(1\)' is no name for a key"):
+        keys.allow(directory, copy)
+    assert not (directory / "allowed").exists()
+
+
 def test_a_servers_and_a_clients_keys_need_a_secret(directory: Path) -> None:
     with pytest.raises(RequestError, match="make it with 'djinn keys new server --keys"):
         keys.server_keys(directory)
