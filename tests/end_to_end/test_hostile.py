@@ -18,6 +18,7 @@ from djinn_zmq.wire.tensors import Frame, Slot, Tensor
 
 FRANCE = "the capital of france is"
 ANSWER_MS = 10_000
+LOADED_MS = 60_000  # for an engine that has torch to import, beside others
 LAST = messages.Wanted(None, (), "last", 0)
 
 
@@ -69,7 +70,10 @@ def raw(served, request):
 
 @pytest.fixture
 def session(raw):
-    return raw.ask(Op.OPEN, messages.Open("tiny")).meta.session
+    raw.socket.rcvtimeo = LOADED_MS
+    number = raw.ask(Op.OPEN, messages.Open("tiny")).meta.session
+    raw.socket.rcvtimeo = ANSWER_MS
+    return number
 
 
 def answers(raw) -> bool:
