@@ -83,6 +83,12 @@ def test_who_listens_to_all_kinds_is_not_told_of_others_that_begin_to_listen(des
     assert len(heard) == 1
 
 
+def test_who_polls_a_publisher_is_told_that_it_has_sent(desk: Desk) -> None:
+    desk.publisher.fd = 7
+    desk.publisher.publish("all", "engine", b"event")
+    assert desk.publisher.unheard == {7}  # to send may swallow the signal of what has come
+
+
 def test_a_subscription_that_was_refused_ends_nobody_elses(desk: Desk) -> None:
     mine = desk.scopes.told("me")
     desk.listen(f"{mine}/run")

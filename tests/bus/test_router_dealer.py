@@ -67,6 +67,15 @@ def test_answers_go_to_the_dealer_that_asked(bus: Any) -> None:
         assert bus.answer(dealer) == (name, [])
 
 
+def test_who_polls_a_router_is_told_that_it_has_sent(bus: Any) -> None:
+    router, dealer = bus.bind(), bus.dealer()
+    dealer.send(b"hello")
+    route = bus.arrives().route
+    router.fd = 7
+    router.send(route, b"answer")
+    assert router.unheard == {7}  # to send may swallow the signal of what has come
+
+
 def test_messages_of_one_dealer_keep_their_order(bus: Any) -> None:
     bus.bind()
     dealer = bus.dealer()
