@@ -1,9 +1,9 @@
 """The server's loop: one thread, one poll over the bus, the lease sockets and the engines.
 
 ROUTER ipc, ROUTER tcp   clients' requests    header read, owner checked, passed on or answered
-lease sockets            descriptors          their end of file is a client's death
-engine links             replies, notices     passed back by the envelope in front
-engine lease sockets     descriptors          their end of file is an engine's death
+lease sockets            descriptors          their end of file is a client's death (`arenas.py`)
+engine links             replies, notices     passed back by the envelope in front (`links.py`)
+engine lease sockets     descriptors          their end of file is an engine's death (the same)
 ZAP                      new tcp clients      allowed keys only
 """
 
@@ -21,8 +21,6 @@ from pathlib import Path
 import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
-from djinn_zmq.bus.lease import close_all
-from djinn_zmq.bus.link import RINGFUL
 from djinn_zmq.bus.poll import Poll, has_message
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import (
@@ -42,6 +40,7 @@ from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.knocks import Knocks
 from djinn_zmq.server.lanes import Lanes
+from djinn_zmq.server.links import Links
 from djinn_zmq.server.news import News
 from djinn_zmq.server.registry import STRANGER, Peer, Registry, Session
 from djinn_zmq.server.requests import Requests
@@ -49,7 +48,7 @@ from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import Settings, format_bytes, private_dir
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import OF_ANSWERS, Header
-from djinn_zmq.wire.messages import Broken, Farewell, Flag, Offer, Pong, Progress
+from djinn_zmq.wire.messages import Flag, Offer, Pong, Progress
 from djinn_zmq.wire.ops import TO_ENGINE, Op
 
 _log = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ NEVER = float("inf")
 # Answered by what the engines have told of what is kept, and where.
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
 PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
-UNFINISHED = int(Flag.PROGRESS | Flag.PART)  # of messages after which the answer is still to come
 LINGER_MS = 200  # for the last answers
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
@@ -125,8 +123,18 @@ class Server:
             self.returned,
             self._reply,
         )
-        self.fleet.on_start = self._watch_engine
         self.lanes = Lanes(self.registry, self.fleet.engines)
+        self._poll = Poll(settings.spin_us)
+        self.links = Links(
+            self._poll,
+            self.registry,
+            self.fleet,
+            self.lanes,
+            self.arenas,
+            self._reply,
+            self._on_gone,
+        )
+        self.fleet.on_start = self.links.watch
         self.requests = Requests(
             self.registry,
             self.fleet,
@@ -141,7 +149,6 @@ class Server:
             self.returned,
         )
         self._asked: Engine | None = None  # the engine that the last request went to
-        self._poll = Poll(settings.spin_us)
         self._poll.watch(self._wake_read, self._on_wake)
         self._poll.watch(self.arenas, self.arenas.serve)
         for tag, router in self._routers.items():
@@ -165,7 +172,8 @@ class Server:
     def serve(self) -> None:
         """Start the engines and answer until `stop`."""
         for engine in self.fleet.engines:
-            self._start(engine)
+            engine.start()
+            self.links.watch(engine)
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stops:
@@ -300,7 +308,7 @@ class Server:
     def _answer(self, peer: Peer, header: Header, frame: bytes, buffers: Buffers) -> None:
         message = codec.decode(frame, buffers, header)
         if header.op in OF_KEPT and peer.lease is not None:
-            self._hear_engines()
+            self.links.hear_all()
         answer = self.requests.answer(peer, header, message.meta, buffers)
         if answer is None or header.flags & Flag.ONE_WAY and header.op != Op.CHUNK:
             return
@@ -324,20 +332,11 @@ class Server:
     def _may_map(self, owner: str, arena: int) -> bool:
         """Has *owner* something in this arena of an engine's?"""
         if not self.registry.has_in(owner, arena):
-            self._hear_engines()
+            self.links.hear_all()
         return self.registry.has_in(owner, arena)
 
-    def _hear_engines(self) -> None:
-        """A client with a lane may have its engine's answer before we have its word on what is kept.
-        It is there already: the engine sends it first."""
-        for engine in self.fleet.engines:
-            self._hear(engine)
-
-    def _hear(self, engine: Engine) -> None:
-        """Take all that the engine has said by now."""
-        for _ in range(RINGFUL):
-            if not self._on_link(engine):
-                return
+    def _on_offer(self, peer: Peer, offer: Offer, fds: list[int]) -> int:
+        return self.lanes.offer(peer, offer, fds)
 
     def _reply(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
         peer = self.registry.peers.get(envelope)
@@ -397,77 +396,6 @@ class Server:
         closed = UnknownSession(f"session {session.id:016x} was closed before all of it had come")
         for envelope, header in self.requests.forget_uploads({session.id}):
             self._reply(envelope, codec.failure(header, closed), ())
-
-    # ---- the engines
-
-    def _start(self, engine: Engine) -> None:
-        engine.start()
-        self._watch_engine(engine)
-
-    def _watch_engine(self, engine: Engine) -> None:
-        link, lease = engine.link, engine.lease
-        assert link is not None and lease is not None
-        self._poll.watch_lane(link.lane, self._on_link, engine)
-        self._poll.watch(lease.socket, self._on_engine_lease, engine)
-        lease.on_full = lambda: self._poll.watch_room(lease.socket, True)
-
-    def _on_link(self, engine: Engine) -> bool:
-        """Take one message of *engine*'s. Is there more?"""
-        link = engine.link
-        try:
-            frames = link.receive() if link is not None else None
-            if frames is None:
-                return False
-            envelope, frame, buffers = frames
-            if envelope:
-                self._reply(envelope, frame, buffers)  # first: its client waits, the rest can
-                header = codec.peek(frame)
-                key = header.session, header.request
-                if not header.flags & UNFINISHED and engine.owed.pop(key, None):
-                    session = self.registry.sessions.get(header.session)
-                    if session is not None:
-                        session.waiting -= 1
-            else:
-                self.fleet.on_message(engine, frame, buffers)
-            return link.lane.unfinished()
-        except ProtocolError as exc:  # its memory is not what it was: who follows has its own
-            engine.farewell = f"was ended, because its link made no sense: {exc}"
-            assert link is not None and engine.lease is not None
-            self._poll.unwatch(link.lane)
-            engine.lease.hang_up()
-            return False
-
-    def _on_offer(self, peer: Peer, offer: Offer, fds: list[int]) -> int:
-        return self.lanes.offer(peer, offer, fds)
-
-    def _on_engine_lease(self, engine: Engine) -> None:
-        lease = engine.lease
-        if lease is None:
-            return
-        try:
-            with contextlib.suppress(Lost):  # what it said before it went is still to be read
-                if lease.unsent and lease.flush():
-                    self._poll.watch_room(lease.socket, False)
-            packet, fds = lease.receive()
-            if isinstance(packet, Farewell):
-                close_all(fds)
-                engine.farewell = f"ended itself: {packet.text}"
-            elif isinstance(packet, Broken):
-                close_all(fds)
-                self.lanes.broken(engine, packet.lane, self._on_gone)
-            else:
-                self.arenas.answer(lease, packet, fds, engine.index)
-        except BlockingIOError:
-            return
-        except (DjinnError, OSError):
-            self._on_engine_gone(engine)
-
-    def _on_engine_gone(self, engine: Engine) -> None:
-        assert engine.link is not None and engine.lease is not None
-        self._hear(engine)  # what it still said before it died
-        self._poll.unwatch(engine.link.lane)
-        self._poll.unwatch(engine.lease.socket)
-        self.lanes.end_of_engine(engine, str(self.fleet.on_death(engine)))
 
     # ---- the end
 
