@@ -31,7 +31,8 @@ from djinn_zmq.errors import (
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
-LONG = np.ones((100, 256), int)  # a run of it takes seconds on one thread
+# A run of it takes a second on one thread. Above 64 KiB pyzmq starts a thread of its own, which stays.
+LONG = np.ones((30, 256), int)
 WAIT_S = 30.0
 
 

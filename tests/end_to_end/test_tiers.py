@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from djinn_zmq.settings import MIB
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Hold
+from tests.end_to_end import poison
 from tests.end_to_end.conftest import free_port, running, until
 
 FRANCE = "the capital of france is"
@@ -48,7 +48,14 @@ def served(tmp_path_factory, state):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def trigger(tmp_path_factory):
+    """A file that is not there: when it is, the device of `small` is of no use any more."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield poison.lay(tmp_path_factory.mktemp("poison"), patch)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, trigger):
     """A server with room for little, the most of it on the device."""
     folder = tmp_path_factory.mktemp("small")
     options = ("--gpu-memory=8", "--host-memory=2", "--disk=1", f"--state={folder / 'state'}")
@@ -390,22 +397,31 @@ def test_a_file_that_is_damaged_on_the_disk_is_named_when_it_is_needed(tiny, sta
 # ---- what outlives what
 
 
-def test_all_tiers_but_the_device_outlive_a_killed_engine(small):
+def test_all_tiers_but_the_device_outlive_an_engine_that_ends_itself_with_the_reason(
+    small, trigger
+):
     with small.connect() as server:
         tiny = server.model("tiny")
         whole = tiny.run(numbered(1)).logits.tobytes()
         points = [tiny.run(numbered(1), stop_at=2).checkpoint for _ in range(10)]
+        rows = np.asarray(points[0].hidden).tobytes()
         kept = [bool({"host", "disk"} & set(_copies(point))) for point in points]
         assert not all(kept) and any("disk" in _copies(point) for point in points)
         pid = small.engine_pid()
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: small.engine_pid() != pid, "the death is noticed")
+        trigger.touch()
+        with pytest.raises(Lost, match=rf"pid {pid}\) ended itself: the device is poisoned.*kept"):
+            tiny.run(FRANCE)
+        trigger.unlink()
         for point, there in zip(points, kept, strict=True):
             if there:
                 assert point.resume().logits.tobytes() == whole
+                assert np.asarray(point.hidden).tobytes() == rows
             else:
                 with pytest.raises((UnknownCheckpoint, Lost)):
                     point.resume()
+        assert small.engine_pid() != pid
+        texts = [event.text for event in server.events().so_far() if event.kind == "engine"]
+        assert any("ended itself: the device is poisoned" in text for text in texts)
 
 
 def _copies(point) -> tuple[str, ...]:
