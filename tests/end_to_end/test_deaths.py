@@ -23,7 +23,7 @@ from djinn_zmq.client.forwards import Asked
 from tests.end_to_end.conftest import Running, running, until
 
 FRANCE = "the capital of france is"
-LONG = np.ones((200, 256), int)  # a run of it takes many seconds on one thread
+LONG = np.ones((100, 256), int)  # a run of it takes seconds on one thread
 PAST = np.array([[5, 9, 31]])
 INSIDE = "layers.2.mlp"
 WAIT_S = 30.0

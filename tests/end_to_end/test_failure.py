@@ -109,7 +109,7 @@ CLIENT = """
 import sys, numpy as np, djinn_zmq as djinn
 server = djinn.connect(sys.argv[1])
 tiny = server.model("tiny")
-kept = [tiny.run(np.ones((16, 200), int), stop_at=n).checkpoint for n in (1, 2, 3)]
+kept = [tiny.run(np.ones((4, 200), int), stop_at=n).checkpoint for n in (1, 2, 3)]
 edited = kept[0].resume(hidden=np.asarray(kept[0].hidden), stop_at=1)
 print("paused", flush=True)
 if sys.argv[2] == "sleep":

@@ -5,13 +5,13 @@ import pytest
 
 from tests.end_to_end.conftest import free_port, running
 
-SESSIONS, TOKENS = 24, 200
+SESSIONS, TOKENS = 12, 200
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "s"
-    options = ("--gpu-memory=2", "--host-memory=64")
+    options = ("--gpu-memory=2", "--host-memory=64", "--dtype=float32")  # a CPU's fastest
     with running(folder, "--model=tiny", *options, port=free_port()) as one:
         yield one
 
@@ -46,7 +46,7 @@ def test_stopped_conversations_give_way_and_go_on_with_the_same_bits(server, tin
 
 def test_a_conversation_stopped_in_a_layer_gives_way_and_goes_on(server, tiny, talks):
     stopped = [session.run(prompt(n), stop_at=3) for n, session in enumerate(talks)]
-    for n in (0, 11, SESSIONS - 1):
+    for n in (0, 5, SESSIONS - 1):
         wanted = tiny.run(prompt(n)).logits.tobytes()
         assert stopped[n].checkpoint.resume().logits.tobytes() == wanted
 
