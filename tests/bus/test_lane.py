@@ -396,22 +396,27 @@ def descriptors_left(more: int) -> Iterator[None]:
             os.close(fd)
 
 
+def descriptors() -> int:
+    """How many are open."""
+    gc.collect()  # a map's own goes with the frames of the exception that closed it
+    return len(os.listdir("/proc/self/fd"))
+
+
 @pytest.mark.parametrize("more", range(1, 7))
 def test_a_lane_that_too_few_descriptors_are_left_for_leaves_none_open(more: int) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with descriptors_left(more), pytest.raises(OSError, match="Too many open files"):
         Lane.create(CAPACITY, Settings())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize("more", range(3))
 def test_nor_does_its_second_end(more: int) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     ends = create(CAPACITY)
     with descriptors_left(more), pytest.raises(OSError, match="Too many open files"):
         Lane(ends, Settings(), first=False)
-    gc.collect()  # the map's own descriptor goes with the exception's frames
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_a_message_over_the_limit_is_refused_with_its_first_record() -> None:

@@ -25,8 +25,17 @@ from click.testing import CliRunner
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.cli.main import COMMANDS, main
-from djinn_zmq.errors import AccessDenied, DjinnError, Lost, ModelRefused, UnknownModel, Unreachable
+from djinn_zmq.errors import (
+    AccessDenied,
+    DjinnError,
+    Lost,
+    ModelRefused,
+    RequestError,
+    UnknownModel,
+    Unreachable,
+)
 from djinn_zmq.server import command
+from djinn_zmq.settings import Settings
 from tests.end_to_end.conftest import free_port
 
 FRANCE = "the capital of france is"
@@ -274,7 +283,8 @@ def odd(tmp_path_factory) -> Iterator[Odd]:
     folder, port = tmp_path_factory.mktemp("odd"), free_port()
     shutil.copytree(TINY, folder / "broken")
     broken_json(folder / "broken")
-    options = [f"--port={port}", "--dtype=float32", "--threads=1", f"--model={folder / 'broken'}"]
+    options = [f"--port={port}", "--dtype=float32", "--threads=1", "--spin-us=200"]
+    options.append(f"--model={folder / 'broken'}")
     with tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as home:
         started = Started(
             ["-m", "djinn_zmq.server", *options, *([] if HAS_GPU else ["--gpu=0"])],
@@ -330,6 +340,20 @@ def test_dtype_float32_serves_float32_whatever_is_stored(odd, tiny, run):
         assert done.logits.dtype == np.float32 and done.top(1)[0].token == "paris"
         assert done.logits.tobytes() == model.run(FRANCE).logits.tobytes()
         assert "float32" in run("ps", "--server", odd.ipc)[1]
+
+
+def test_spinning_ends_answer_as_sleeping_ones_do(odd):
+    with (
+        djinn.connect(odd.ipc, spin_us=200) as server,
+        djinn.connect(odd.ipc, lane=False) as bus,
+    ):
+        model = server.model("tiny")
+        for _ in range(200):
+            assert model.ping() == "idle"
+            assert bus.model("tiny").ping() == "idle"
+        assert model.run(FRANCE).top(1)[0].token == "paris"
+    with pytest.raises(RequestError, match="spin_us is -1"):
+        Settings(spin_us=-1)
 
 
 # ---- refusing to serve

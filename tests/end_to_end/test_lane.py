@@ -19,7 +19,6 @@ from djinn_zmq.bus.lane import CAPACITY, Lane, create
 from djinn_zmq.client.calls import Call
 from djinn_zmq.memory.ring import HEAD, TAIL
 from djinn_zmq.server.lanes import LANES_LIMIT
-from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages, tiers
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
@@ -432,21 +431,6 @@ def test_what_is_offered_as_a_lane_and_is_none_costs_its_client_the_connection(s
                 tiny.ping()
     with served.connect() as server:
         assert server.model("tiny").ping() == "idle"
-
-
-def test_spinning_ends_answer_as_sleeping_ones_do(serve):
-    with (
-        serve("--model=tiny", "--spin-us=200") as running,
-        running.connect(spin_us=200) as server,
-        djinn.connect(running.endpoint, lane=False) as bus,
-    ):
-        tiny = server.model("tiny")
-        for _ in range(200):
-            assert tiny.ping() == "idle"
-            assert bus.model("tiny").ping() == "idle"
-        assert tiny.run(FRANCE).top(1)[0].token == "paris"
-    with pytest.raises(errors.RequestError, match="spin_us is -1"):
-        Settings(spin_us=-1)
 
 
 FORKED = """
