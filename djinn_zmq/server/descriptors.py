@@ -6,7 +6,9 @@ which there is none left for a connection over ipc (4.3.5, ipc_listener.cpp:297)
 """
 
 import resource
+from pathlib import Path
 
+NR_OPEN = Path("/proc/sys/fs/nr_open")
 MANY = 1 << 20  # where there is no limit to raise it to
 
 
@@ -14,4 +16,6 @@ def allow_many_descriptors() -> None:
     """For this process, and for the engines that it starts."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MANY if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # The kernel takes no limit beyond it, not even one that we have.
+    wanted = min(wanted, int(NR_OPEN.read_text()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
