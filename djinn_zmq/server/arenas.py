@@ -25,7 +25,15 @@ from djinn_zmq.errors import (
     RequestError,
 )
 from djinn_zmq.memory import shared
-from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena, Pool, mark_retired
+from djinn_zmq.memory.arena import (
+    GRANULE,
+    HEADER_ROOM,
+    Arena,
+    OwnArena,
+    Pool,
+    mark_retired,
+    total_size,
+)
 from djinn_zmq.server.registry import Peer
 from djinn_zmq.settings import Settings, format_bytes
 from djinn_zmq.wire import messages
@@ -197,13 +205,16 @@ class Arenas:
     def _take(self, fd: int, by: Peer | int) -> int:
         try:
             nbytes = shared.sealed_size(fd)
+            if nbytes < total_size(1):
+                raise ProtocolError(f"{nbytes} bytes of shared memory are no arena")
             limit = (
                 self._settings.client_arenas if isinstance(by, Peer) else self._settings.host_memory
             )
             already = sum(arena.nbytes for arena in self._shared.values() if arena.by == by)
             count = 1 + sum(arena.by == by for arena in self._shared.values())
-            # Tables come on top of what arenas hold: 8 bytes a granule, a header, and rounding.
-            if already + nbytes > limit + limit // 512 + count * 2 * GRANULE:
+            # Tables come on top of what arenas hold: 8 bytes a granule, a header, and rounding. Of the smallest
+            # arena too they are not all: of those there would be any number.
+            if already + nbytes > limit + limit // 512 + count * (GRANULE + HEADER_ROOM) + GRANULE:
                 raise ArenaFull(
                     f"{format_bytes(nbytes)} shared, {format_bytes(max(0, limit - already))} free, "
                     f"limit {format_bytes(limit)}"
