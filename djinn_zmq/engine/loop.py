@@ -387,6 +387,8 @@ class EngineLoop:
     def _more(
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
+        if not message.header.flags & Flag.ONE_WAY:
+            raise ProtocolError("MORE is not answered: it is sent one way")
         for active in self._turns.of(session):
             if active.header.request == message.meta.request:
                 active.credit += message.header.credit

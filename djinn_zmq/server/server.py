@@ -289,6 +289,8 @@ class Server:
             session = (self.registry.owned if look else self.registry.session_of)(peer, number)
         engine = self._asked = self.fleet.engines[session.engine]
         if header.op == MORE:  # never answered, so never owed
+            if not header.flags & ONE_WAY:
+                raise ProtocolError("MORE is not answered: it is sent one way")
             engine.pass_on(peer.envelope, frame, buffers)
             return
         if header.flags & ONE_WAY:

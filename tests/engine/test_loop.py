@@ -21,7 +21,7 @@ from djinn_zmq.bus.poll import MANY
 from djinn_zmq.engine.devices import Broken, Cpu
 from djinn_zmq.engine.loop import EngineLoop, connect
 from djinn_zmq.engine.working import Work
-from djinn_zmq.errors import Lost
+from djinn_zmq.errors import Lost, ProtocolError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.messages import (
@@ -31,6 +31,7 @@ from djinn_zmq.wire.messages import (
     Granted,
     Kept,
     Listen,
+    More,
     Ping,
     Pong,
     Share,
@@ -256,3 +257,10 @@ def test_what_comes_over_a_lane_does_not_end_what_the_server_hands_over() -> Non
         assert isinstance(answer_to_a_ping(lane, b""), Pong) and not finished
         assert isinstance(answer_to_a_ping(link.lane, b"i"), Pong) and finished
     lane.close()
+
+
+def test_more_that_is_asked_for_on_a_lane_as_if_it_were_answered_is_refused() -> None:
+    nothing: Any = None
+    more = codec.decode(codec.encode(Op.MORE, More(7), request=2, session=5, credit=3), ())
+    with pytest.raises(ProtocolError, match="MORE is not answered: it is sent one way"):
+        EngineLoop._more(nothing, b"", more, nothing, 0)

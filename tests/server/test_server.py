@@ -185,3 +185,19 @@ def test_a_session_that_ends_as_it_begins_is_told_of_in_that_order(served: Serve
     served.until(lambda: served.server.journal.after(0, "tcp:1", 9))
     events = served.server.journal.after(0, "tcp:1", 9)
     assert [event.text.rpartition(" ")[2] for event in events] == ["begins", "ends"]
+
+
+def test_more_that_is_asked_for_as_if_it_were_answered_is_refused_and_not_passed_on(
+    served: Served,
+) -> None:
+    client = served.connect(served.tcp)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    with pytest.raises(ProtocolError, match="MORE is not answered: it is sent one way"):
+        served.ask(client, Op.MORE, messages.More(7), session=session, credit=3)
+    more = codec.encode(
+        Op.MORE, messages.More(7), flags=Flag.ONE_WAY, request=2, session=session, credit=4
+    )
+    client.send(more)
+    served.ask(client, Op.PING, messages.Ping())  # behind it
+    said = [codec.peek(frame) for _, frame, _ in iter(served.link.receive, None)]
+    assert [one.credit for one in said if one.op == Op.MORE] == [4]
