@@ -63,6 +63,8 @@ PIECES_LIMIT = 16 * 1024  # of one TOKENS reply: their text travels in its meta
 FAREWELL_LIMIT = 1000  # characters
 GIVE_WAY_S = 50e-6
 FILLING_S = 1e-3
+# Taken however many requests wait: they end some of them, or what those wait for.
+WITHOUT_TURN = frozenset({Op.CANCEL, Op.MORE, Op.RELEASE})
 
 
 class EngineLoop:
@@ -263,7 +265,11 @@ class EngineLoop:
                     f"session {header.session:016x} does not exist or is not yours: it may have "
                     "been closed"
                 )
-            if self._turns and len(self._turns.of(session)) >= self._settings.queue_limit:
+            if (
+                self._turns
+                and len(self._turns.of(session)) >= self._settings.queue_limit
+                and header.op not in WITHOUT_TURN
+            ):
                 raise Busy(f"{self._settings.queue_limit} requests of this session wait")
         except DjinnError as exc:
             if not header.flags & Flag.ONE_WAY:

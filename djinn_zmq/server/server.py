@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 NEVER = float("inf")
 # Answered by what the engines have told of what is kept, and where.
 OF_KEPT = frozenset({Op.READ, Op.RELEASE, Op.CLOSE, Op.WHERE, Op.STATUS, Op.EVENTS, Op.CLAIM})
-PING, MORE, ONE_WAY = int(Op.PING), int(Op.MORE), int(Flag.ONE_WAY)
+PING, MORE, CANCEL, ONE_WAY = int(Op.PING), int(Op.MORE), int(Op.CANCEL), int(Flag.ONE_WAY)
 LINGER_MS = 200  # for the last answers
 IPC, TCP = b"i", b"t"  # first byte of an envelope: which router the route belongs to
 TO_SERVER = frozenset(
@@ -296,7 +296,11 @@ class Server:
         if header.flags & ONE_WAY:
             raise ProtocolError(f"{Op(header.op).name} is answered: it is not sent one way")
         again = (number, header.request) in engine.owed  # one answer comes, to all askings
-        if session.waiting >= self.settings.queue_limit and not again:
+        limit = self.settings.queue_limit
+        # As many again, to cancel what waits.
+        if session.waiting >= limit and not (
+            again or (header.op == CANCEL and session.waiting < 2 * limit)
+        ):
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
         engine.forward(peer.envelope, header, frame, buffers)
         session.waiting += not again

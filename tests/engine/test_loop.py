@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.messages import (
     Adopt,
+    Cancel,
     Drop,
     Enter,
     Granted,
@@ -34,6 +36,7 @@ from djinn_zmq.wire.messages import (
     More,
     Ping,
     Pong,
+    Release,
     Share,
     Want,
 )
@@ -264,3 +267,20 @@ def test_more_that_is_asked_for_on_a_lane_as_if_it_were_answered_is_refused() ->
     more = codec.decode(codec.encode(Op.MORE, More(7), request=2, session=5, credit=3), ())
     with pytest.raises(ProtocolError, match="MORE is not answered: it is sent one way"):
         EngineLoop._more(nothing, b"", more, nothing, 0)
+
+
+def test_on_a_lane_a_session_with_as_many_requests_as_may_wait_can_end_what_it_has() -> None:
+    refused: list[int] = []
+    taken: list[int] = []
+    loop: Any = SimpleNamespace(
+        _link=SimpleNamespace(lane=SimpleNamespace(unfinished=lambda: False)),
+        _settings=replace(SETTINGS, queue_limit=1),
+        _sessions={5: SimpleNamespace(owner="me")},
+        _turns=SimpleNamespace(of=lambda session: ["a run"]),
+        _answers=SimpleNamespace(refuse=lambda _, header, error: refused.append(header.op)),
+        _take=lambda envelope, header, *_: taken.append(header.op),
+    )
+    for op, meta in ((Op.PING, Ping()), (Op.CANCEL, Cancel(1)), (Op.RELEASE, Release((1,)))):
+        frame = codec.encode(op, meta, request=2, session=5)
+        EngineLoop._take_on_lane(loop, b"", "me", frame, (), 0)
+    assert (refused, taken) == ([Op.PING], [Op.CANCEL, Op.RELEASE])

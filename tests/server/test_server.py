@@ -7,7 +7,7 @@ import pytest
 import zmq
 
 from djinn_zmq.bus import lease as lease_bus
-from djinn_zmq.errors import Lost, ProtocolError, RunError, UnknownSession
+from djinn_zmq.errors import Busy, Lost, ProtocolError, RunError, UnknownSession
 from djinn_zmq.memory.arena import OwnArena
 from djinn_zmq.server.registry import Session
 from djinn_zmq.settings import KIB
@@ -201,3 +201,18 @@ def test_more_that_is_asked_for_as_if_it_were_answered_is_refused_and_not_passed
     served.ask(client, Op.PING, messages.Ping())  # behind it
     said = [codec.peek(frame) for _, frame, _ in iter(served.link.receive, None)]
     assert [one.credit for one in said if one.op == Op.MORE] == [4]
+
+
+def test_a_session_with_as_many_requests_as_may_wait_can_cancel_each_of_them(
+    served: Served,
+) -> None:
+    client = served.connect(served.tcp)
+    served.server.settings = dataclasses.replace(served.server.settings, queue_limit=2)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    metas = ((Op.PING, messages.Ping()),) * 2 + ((Op.CANCEL, messages.Cancel(10)),) * 2
+    for request, (op, meta) in enumerate(metas, start=10):
+        client.send(codec.encode(op, meta, request=request, session=session))
+    for op, meta in (metas[0], metas[-1]):
+        with pytest.raises(Busy, match="4 requests of this session wait"):
+            served.ask(client, op, meta, session=session)
+    assert [request for _, request in served.engine.owed] == [10, 11, 12, 13]
