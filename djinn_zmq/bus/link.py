@@ -33,16 +33,23 @@ class Link:
         lane, theirs = Lane.create(LINK_CAPACITY, settings)
         return cls(lane), theirs
 
-    def send(self, envelope: bytes, frame: bytes, buffers: Sequence[Piece] = ()) -> None:
+    def send(
+        self,
+        envelope: bytes,
+        frame: bytes,
+        buffers: Sequence[Piece] = (),
+        *,
+        bounded: bool = False,
+    ) -> None:
         """Pass on a message. On the server's end raises Busy where the engine does not read and the message is
-        a client's: what the server has to say itself is not lost, and no more than what it keeps.
+        a client's, or *bounded*: what else the server has to say is not lost, and no more than what it keeps.
 
         On the engine's end waits for room, and raises Lost where the server is gone.
         """
         try:
             self.lane.send(envelope, frame, buffers)
         except Busy as exc:
-            self._send_later(exc, envelope, frame, buffers)
+            self._send_later(exc, envelope, frame, buffers, bounded)
 
     def post(self, frame: bytes) -> None:
         """The same for a message that can wait for the next one to ring, or for `Lane.ring`."""
@@ -52,10 +59,15 @@ class Link:
             self._send_later(exc, b"", frame, ())
 
     def _send_later(
-        self, why: Busy, envelope: bytes, frame: bytes, buffers: Sequence[Piece]
+        self,
+        why: Busy,
+        envelope: bytes,
+        frame: bytes,
+        buffers: Sequence[Piece],
+        bounded: bool = False,
     ) -> None:
         if self._server is None:
-            if envelope:
+            if envelope or bounded:
                 raise Busy("the engine's queue is full") from why
             self.lane.queue(envelope, frame, buffers)
             return

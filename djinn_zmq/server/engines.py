@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 CRASH_WINDOW_S = 60.0
 RETRY_S = 60.0  # one that was given up is not tried again before
 READY = states.Engine.READY
+UP = (READY, states.Engine.LOADING)  # there is a process that takes what it is told
 HELD_LIMIT = 4096  # messages kept for an engine that is coming up
 HELD_BYTES = 64 * MIB  # of clients' messages among them
 
@@ -125,9 +126,15 @@ class Engine:
 
     # ---- messages
 
-    def tell(self, op: Op, meta: Any, *, session: int = 0, request: int = 0) -> None:
-        """A message of the server's own: kept however many wait, else the server would end by it."""
-        self._put(b"", codec.encode(op, meta, session=session, request=request), ())
+    def tell(
+        self, op: Op, meta: Any, *, session: int = 0, request: int = 0, asked: bool = False
+    ) -> None:
+        """A message of the server's own: kept however many wait, else the server would end by it.
+
+        asked: a client brings it about as often as it likes. Raises Busy where as much waits as may.
+        """
+        frame = codec.encode(op, meta, session=session, request=request)
+        self._put(b"", frame, (), bounded=asked)
 
     def wake(self) -> None:
         """A request for it is most likely being read: have it wake up meanwhile, where it has no other."""
@@ -155,20 +162,34 @@ class Engine:
         """Pass on a client's message. Raises as `forward` does."""
         if self.state is states.Engine.FAILED:
             self.on_wanted(self)
-        self._put(envelope, frame, buffers)
+        self._put(envelope, frame, buffers, bounded=True)
 
-    def _put(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
-        if self.state in (states.Engine.READY, states.Engine.LOADING):
+    def _put(
+        self,
+        envelope: bytes,
+        frame: bytes,
+        buffers: Sequence[bytes | memoryview],
+        *,
+        bounded: bool,
+    ) -> None:
+        if self.state in UP:
             assert self.link is not None
-            self.link.send(envelope, frame, buffers)
+            self.link.send(envelope, frame, buffers, bounded=bounded)
         elif self.state is states.Engine.FAILED:
             pass  # who follows, if anybody does, is told all that still counts
         else:
-            self._hold(envelope, frame, buffers)
+            self._hold(envelope, frame, buffers, bounded=bounded)
 
-    def _hold(self, envelope: bytes, frame: bytes, buffers: Sequence[bytes | memoryview]) -> None:
+    def _hold(
+        self,
+        envelope: bytes,
+        frame: bytes,
+        buffers: Sequence[bytes | memoryview],
+        *,
+        bounded: bool,
+    ) -> None:
         """Keep a message until the engine is up. Raises Busy where too many of clients' wait, or too much."""
-        if envelope:
+        if bounded:
             if self._held_asked >= HELD_LIMIT:
                 raise Busy(
                     f"engine {self.index} is {self.state} and {HELD_LIMIT} messages wait for it"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from djinn_zmq.errors import Busy, DjinnError, Lost, ModelRefused, from_wire
 from djinn_zmq.memory.files import facts_of
 from djinn_zmq.server.arenas import Arenas
-from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.engines import UP, Engine
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.registry import KeptRecord, Peer, Registry, Session
 from djinn_zmq.server.returned import Returned
@@ -122,7 +122,11 @@ class Fleet:
             return  # gone with the answer before this one: nobody would close its session
         try:
             session = self._registry.open(peer, name, engine.index)
-            self._enter(session, peer)
+            try:
+                self._enter(session, peer)
+            except DjinnError:  # of one that its engine does not know
+                self._registry.close(session)
+                raise
         except DjinnError as exc:
             self._reply(peer.envelope, codec.failure(header, exc), ())
             return
@@ -144,11 +148,11 @@ class Fleet:
             )
             self._reply(opening.peer.envelope, frame, ())
 
-    def _enter(self, session: Session, peer: Peer | None) -> None:
-        """Tell its engine of *session*, or of which process speaks for it from now on."""
+    def _enter(self, session: Session, peer: Peer | None, *, asked: bool = True) -> None:
+        """Tell its engine of *session*, or of which process speaks for it from now on. Raises as `Engine.tell`."""
         pid = 0 if peer is None else peer.pid
         enter = Enter(session.owner, session.model, pid)
-        self.engines[session.engine].tell(Op.ENTER, enter, session=session.id)
+        self.engines[session.engine].tell(Op.ENTER, enter, session=session.id, asked=asked)
 
     def close(self, session: Session) -> None:
         """End *session*, wherever it stands: runs are cancelled, slots come back."""
@@ -248,7 +252,7 @@ class Fleet:
         """Somebody listens to what runs begin and stop, or nobody does any more."""
         self._tells = wanted
         for engine in self.engines:
-            if engine.state in (states.Engine.READY, states.Engine.LOADING):
+            if engine.state in UP:
                 engine.tell(Op.TELL, Tell(wanted))
 
     def _on_happened(self, session_id: int, meta: Happened) -> None:
@@ -370,7 +374,7 @@ class Fleet:
         """Hand what survived to its new process."""
         # Adoption comes first: the arenas that survive count against the new engine's limit.
         for session in self._registry.sessions_on(engine.index):
-            self._enter(session, session.peer)
+            self._enter(session, session.peer, asked=False)
             self._hand_over(engine, session)
         for name, source in engine.sources.items():
             engine.load(name, source)
@@ -383,7 +387,7 @@ class Fleet:
             meta = Adopt(record.ids, (record.kept,), _facts(session))
             engine.tell(Op.ADOPT, meta, session=session.id)
         for one in self.engines:
-            if one.state in (states.Engine.READY, states.Engine.LOADING):
+            if one.state in UP:
                 self._tell_unclaimed(one)
 
     def _tell_unclaimed(self, engine: Engine) -> None:

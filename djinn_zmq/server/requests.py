@@ -11,6 +11,7 @@ from djinn_zmq.server import bulk
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.bulk import Arriving
 from djinn_zmq.server.catalog import Catalog
+from djinn_zmq.server.engines import UP
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
 from djinn_zmq.server.news import News
@@ -202,10 +203,13 @@ class Requests:
             elif number not in unknown:
                 _, tensor = self._uploads.pop(number)
                 self._arenas.staging(session.owner).give_back(tensor.where)
-        kept += unknown  # clients' holds: the engine knows them
+        engine = self._fleet.engines[session.engine]
         if kept:
-            engine = self._fleet.engines[session.engine]
             engine.tell(Op.DROP, messages.Drop(tuple(kept)), session=session.id)
+        # Holds and branches: the engine knows them, and one that is still to come up has none. They may also be
+        # anything, so where the engine does not read they are not told: then they end with their session.
+        if unknown and engine.state in UP:
+            engine.tell(Op.DROP, messages.Drop(tuple(unknown)), session=session.id, asked=True)
         return DONE
 
     # ---- uploads

@@ -8,16 +8,14 @@ them. What is not kept is named in the log, with the reason.
 import logging
 from collections.abc import Iterator, Sequence
 
-from djinn_zmq.server.engines import Engine
+from djinn_zmq.server.engines import UP, Engine
 from djinn_zmq.server.registry import STRANGER, KeptRecord, Registry, Session
 from djinn_zmq.settings import Settings, counted, format_bytes
-from djinn_zmq.wire import states
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Shelve, Shelved
 
 _log = logging.getLogger(__name__)
 
-UP = (states.Engine.READY, states.Engine.LOADING)
 NO_TIME = "there was no time"
 
 

@@ -1,16 +1,20 @@
 """What the engines say, and how they end."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from djinn_zmq.errors import Busy
 from djinn_zmq.memory.arena import OwnArena
 from djinn_zmq.memory.ring import HEAD
+from djinn_zmq.server.engines import HELD_LIMIT
 from djinn_zmq.settings import KIB
-from djinn_zmq.wire import codec, messages
+from djinn_zmq.wire import codec, messages, states
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tiers import Where
 from tests.server.serving import Served, deaths_of, joined, keep, told
 
 
@@ -122,3 +126,71 @@ def test_an_engine_that_does_not_read_its_news_has_them_when_it_does(served: Ser
     served.until(all_heard)
     assert heard == [messages.Retire(number) for number in range(1, count + 1)]
     assert not served.engine.lease.unsent
+
+
+def fill(served: Served) -> Callable[[], int]:
+    """The engine reads nothing. Returns how many messages wait beside those that it has room for."""
+    assert served.engine.link is not None
+    lane = served.engine.link.lane
+    lane._high_water = 4
+    with contextlib.suppress(Busy):
+        while True:
+            lane.send(b"", bytes(lane._fragment))
+    return lambda: len(lane._backlog)
+
+
+def test_what_a_client_brings_about_without_end_does_not_wait_without_end_for_an_engine_that_is_busy(
+    served: Served,
+) -> None:
+    client, other = served.connect(served.ipc), served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    keep(served, session, range(1, 2))
+    served.link.lane.ring()
+    served.until(lambda: served.server.registry.sessions[session].kept)
+    waiting = fill(served)
+    before = waiting()
+    for number in (5, 6, 7):  # which might be holds
+        meta, flags = messages.Release((number,)), Flag.ONE_WAY
+        client.send(codec.encode(Op.RELEASE, meta, request=1, session=session, flags=flags))
+        with pytest.raises(Busy, match="queue is full"):
+            served.ask(client, Op.OPEN, messages.Open("tiny"))
+        with pytest.raises(Busy, match="queue is full"):
+            served.ask(other, Op.WHERE, Where((1,)), session=session)
+    assert waiting() == before
+    assert list(served.server.registry.sessions) == [session]
+    served.ask(client, Op.RELEASE, messages.Release((1,)), session=session)
+    served.ask(client, Op.CLOSE, messages.Close(), session=session)
+    assert waiting() == before + 2  # what is so is told: there is only so much of it
+
+
+def test_an_engine_hears_of_what_it_alone_can_know_to_be_released_unless_it_is_only_coming_up(
+    served: Served,
+) -> None:
+    client = served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    keep(served, session, range(1, 2))
+    served.link.lane.ring()
+    served.until(lambda: served.server.registry.sessions[session].kept)
+    for number in (5, 6, 1):
+        meta, flags = messages.Release((number,)), Flag.ONE_WAY
+        client.send(codec.encode(Op.RELEASE, meta, request=1, session=session, flags=flags))
+        served.ask(client, Op.PING, messages.Ping())  # behind it
+        served.engine.state = states.Engine.STARTING
+    assert [codec.decode(*one[1:]).meta for one in served.engine._held] == [messages.Drop((1,))]
+    served.engine.state = states.Engine.READY
+    said = [codec.decode(*one[1:]).meta for one in iter(served.link.receive, None)]
+    assert [meta for meta in said if isinstance(meta, messages.Drop)] == [messages.Drop((5,))]
+
+
+def test_a_session_that_goes_to_and_fro_while_its_engine_comes_up_does_not_do_so_without_end(
+    served: Served,
+) -> None:
+    clients = [served.connect(served.ipc) for _ in range(2)]
+    session = served.ask(clients[0], Op.OPEN, messages.Open("tiny")).session
+    served.engine.state = states.Engine.STARTING
+    served.engine._held_asked = HELD_LIMIT - 1
+    with pytest.raises(Busy, match=f"engine 0 is starting and {HELD_LIMIT} messages wait for it"):
+        for client in reversed(clients):
+            served.ask(client, Op.WHERE, Where(()), session=session)
+    assert len(served.engine._held) == 1
+    served.engine.state = states.Engine.READY
