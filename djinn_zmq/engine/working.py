@@ -128,7 +128,11 @@ class Work:
 
     def end(self, active: Active, error: DjinnError) -> None:
         """Stop an active run at the layer it has come to."""
-        active.turns.close()  # type: ignore[attr-defined]
+        try:
+            active.turns.close()  # type: ignore[attr-defined]
+        except Exception as exc:  # noqa: BLE001  what its layers put right, say: it is ended all the same
+            self.end_if_broken(exc)
+            _log.exception("ending a run of %s failed", active.job.model.info.name)
         active.job.advance("cancel")
         self._discard(active)
         self._answers.refuse(active.envelope, active.header, error)

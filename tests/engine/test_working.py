@@ -164,6 +164,24 @@ def test_a_job_whose_time_has_passed_is_worked_on_no_more() -> None:
     assert bench.job.state == "cancelled"
 
 
+@pytest.mark.parametrize("text", ["the model's own", "CUDA error"])
+def test_a_job_that_fails_as_it_is_ended_is_over_all_the_same_or_ends_the_engine(text: str) -> None:
+    def turns() -> Iterator[None]:
+        try:
+            yield None
+        finally:
+            raise RuntimeError(text)
+
+    bench = Bench(turns())
+    bench.work.step()
+    if "CUDA" in text:
+        with pytest.raises(Broken):
+            bench.work.end(bench.active, Cancelled("it was"))
+        return
+    bench.work.end(bench.active, Cancelled("it was"))
+    assert isinstance(bench.refused_with(), Cancelled) and bench.job.state == "cancelled"
+
+
 @pytest.mark.parametrize("text", ["out of memory", "CUDA error"])
 def test_a_job_whose_answer_cannot_be_made_is_refused_or_ends_the_engine(
     monkeypatch: pytest.MonkeyPatch, text: str
