@@ -73,17 +73,19 @@ class Lanes:
             return None
         try:
             if self._epoll is None:
-                self._epoll = select.epoll()
-                self._epoll.register(lease.socket, select.EPOLLIN)
+                epoll = select.epoll()
+                epoll.register(lease.socket, select.EPOLLIN)
+                self._epoll = epoll  # not one that would never hear of the engine's end
             lane, theirs = Lane.create(CAPACITY, self._settings)
         except (ArenaFull, OSError):  # no memory for it now, or no descriptors: the bus needs none
             self._refused[engine] = time.monotonic()
             return None
         try:
             granted, _ = lease.ask(Offer(session), *theirs)
+            self._epoll.register(lane, select.EPOLLIN | select.EPOLLET)
         except BaseException as exc:  # a KeyboardInterrupt too: nobody would close it
             lane.close()
-            if not isinstance(exc, DjinnError):
+            if not isinstance(exc, (DjinnError, OSError)):
                 raise
             self._refused[engine] = time.monotonic()
             return None
@@ -91,7 +93,6 @@ class Lanes:
             theirs.close()
         self._lanes[engine] = lane
         self._numbers[granted.arena] = engine
-        self._epoll.register(lane, select.EPOLLIN | select.EPOLLET)
         self._on_change()
         return lane
 

@@ -1,5 +1,6 @@
 """A client's lanes: waiting for an engine that rings ahead of what it says."""
 
+import errno
 import os
 import resource
 import select
@@ -7,12 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from djinn_zmq.bus.lane import Ends, Lane
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client import lanes as lanes_room
 from djinn_zmq.client.calls import Call
 from djinn_zmq.client.lanes import CAPACITY, Lanes
 from djinn_zmq.client.sharing import Sharing
@@ -74,6 +77,47 @@ def test_where_there_are_no_descriptors_for_a_lane_the_bus_is_taken() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
     sharing.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_where_nothing_more_can_be_waited_for_the_bus_is_taken_and_a_lane_later(
+    monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """refused: the socket that tells of the engine's end is, or the lane."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sharing, server = Sharing(Settings()), LeaseSocket(theirs)
+    sharing.lease = LeaseSocket(ours)
+    monkeypatch.setattr(sharing.lease, "ask", lambda *_: (Granted(1), None))
+    monkeypatch.setattr(lanes_room, "RETRY_S", 0.0)
+    lanes, asked = Lanes(sharing, Settings(), wanted=True), []
+    lanes.know(SESSION, ENGINE)
+    before = len(os.listdir("/proc/self/fd"))
+
+    class Full:
+        """An epoll that has no room for one of what it is to wait for."""
+
+        def __init__(self) -> None:
+            self._epoll = select.epoll()
+            self.poll, self.close = self._epoll.poll, self._epoll.close
+            self.unregister = self._epoll.unregister
+
+        def register(self, *wanted: Any) -> None:
+            asked.append(wanted)
+            if len(asked) == refused:
+                raise OSError(errno.ENOSPC, "no room for it")
+            self._epoll.register(*wanted)
+
+    names = {"EPOLLIN": select.EPOLLIN, "EPOLLET": select.EPOLLET, "epoll": Full}
+    monkeypatch.setattr(lanes_room, "select", SimpleNamespace(**names))
+    assert lanes.of(SESSION) is None and not list(lanes)
+    assert lanes.of(SESSION) is not None
+    assert not lanes.disturbed()
+    server.send(Broken(1, "gone"))
+    assert lanes.disturbed()
+    lanes.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    sharing.close()
+    server.close()
 
 
 def test_an_engine_that_rings_ahead_is_waited_for_whenever_its_answer_comes(ends):
