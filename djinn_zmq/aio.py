@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys
+from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, Arriving, Call, Heard, Next, Operation, Step
 from djinn_zmq.client.connection import WINDOW, Connection
@@ -243,6 +244,10 @@ class AsyncConnection(Connection):
             fd = self.sharing.lease.socket.fileno()
             self._watched.append(fd)
             self._loop.add_reader(fd, self._on_readable)
+
+    def _drop_broken(self, lane: Lane, error: DjinnError) -> None:
+        super()._drop_broken(lane, error)
+        self._tell_waiting()
 
     def _on_lanes_change(self) -> None:
         bells = {lane.fileno() for lane in self.lanes}

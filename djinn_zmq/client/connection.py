@@ -217,7 +217,11 @@ class Connection:
         if call.lane is None:
             self._dealer.send(frame, buffers)
         else:
-            call.lane.send(b"", frame, buffers)
+            try:
+                call.lane.send(b"", frame, buffers)
+            except ProtocolError as exc:
+                self._drop_broken(call.lane, exc)
+                raise
         if call.data is not None:
             self._send_pieces(request, session, call.data)
         self._calls[request] = call
@@ -243,10 +247,15 @@ class Connection:
 
     def _send(self, frame: bytes, buffers: Sequence[Piece], lane: Lane | None) -> None:
         """Send a message nobody waits for the answer of."""
-        if lane is None:
-            self._dealer.send(frame, buffers)
-        elif not lane.closed:
-            lane.send(b"", frame, buffers)
+        if lane is not None:
+            if lane.closed:
+                return
+            try:
+                lane.send(b"", frame, buffers)
+                return
+            except ProtocolError as exc:
+                self._drop_broken(lane, exc)
+        self._dealer.send(frame, buffers)
 
     def _send_pieces(self, request: int, session: int, data: memoryview) -> None:
         try:
@@ -271,13 +280,17 @@ class Connection:
     # ---- receiving
 
     def receive(self) -> Frames | None:
-        """A message that is there already, on the bus or a lane, or None."""
+        """A message that is there already, on the bus or a lane, or None. Drops lanes that make no sense."""
         frames = self._dealer.receive()
         if frames is not None:
             return frames
         for lane in self.lanes:
             lane.hush()
-            message = lane.receive()
+            try:
+                message = lane.receive()
+            except ProtocolError as exc:
+                self._drop_broken(lane, exc)
+                return self.receive()
             if message is not None:
                 return message[1:]
         return None
@@ -381,10 +394,15 @@ class Connection:
             while (message := lane.receive()) is not None:  # what it still said
                 self.take(*message[1:])
         finally:  # also where that is nonsense, or the caller's own progress function fails
-            for call in self._calls.values():
-                if call.lane is lane and call.reply is None:
-                    call.reply = error
-            self.lanes.drop(lane)
+            self._drop_broken(lane, error)
+
+    def _drop_broken(self, lane: Lane, error: DjinnError) -> None:
+        """*lane* is of no use any more, because its engine is gone or its ring is nonsense: what was asked
+        there, and is not answered yet, fails with *error*."""
+        for call in self._calls.values():
+            if call.lane is lane and call.reply is None:
+                call.reply = error
+        self.lanes.drop(lane)
 
     def _on_lanes_change(self) -> None:
         """A lane was made, or is about to be closed."""

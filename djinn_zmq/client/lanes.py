@@ -110,7 +110,7 @@ class Lanes:
 
     def hear(self, lane: Lane, timeout_s: float) -> Whole | None:
         """The next message on *lane*; waits for it. None where nothing has come after *timeout_s*,
-        or something came on the lease socket."""
+        or something came on the lease socket. Raises ProtocolError for what is no message."""
         frames = lane.receive()
         if frames is None:
             if not (self._spin_ns and lane.comes(self._spin_ns)):
@@ -134,7 +134,13 @@ class Lanes:
         return None if lane is None else (lane, Lost(news.text))
 
     def drop(self, lane: Lane) -> None:
-        """Close a lane that `on_broken` gave."""
+        """Close *lane*, which is of no use any more. What is asked next takes the bus, or another lane."""
+        for engine in [engine for engine, one in self._lanes.items() if one is lane]:
+            del self._lanes[
+                engine
+            ]  # its engine lives, as far as is known: none of another lane is meant
+            self._numbers = {n: other for n, other in self._numbers.items() if other != engine}
+            self._refused[engine] = time.monotonic()
         self._on_change()
         if self._epoll is not None:
             self._epoll.unregister(lane)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, T
 from djinn_zmq.client.connection import WINDOW, Connection, Frames
-from djinn_zmq.errors import Closed, DjinnError, Lost
+from djinn_zmq.errors import Closed, DjinnError, Lost, ProtocolError
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import Message
 
@@ -118,7 +118,11 @@ class WaitingConnection(Connection):
             if timeout_s < LOOK_S and not self._dealer.socket.poll(timeout_s * 1000):
                 return None
             return self._dealer.receive(wait=True)
-        message = self.lanes.hear(lane, timeout_s)
+        try:
+            message = self.lanes.hear(lane, timeout_s)
+        except ProtocolError as exc:
+            self._drop_broken(lane, exc)
+            return None
         return None if message is None else message[1:]
 
     def _cancel_all(self) -> None:

@@ -1,5 +1,6 @@
 """A client's lanes: waiting for an engine that rings ahead of what it says."""
 
+import asyncio
 import errno
 import os
 import resource
@@ -7,21 +8,27 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from djinn_zmq.aio import AsyncConnection
+from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Ends, Lane
 from djinn_zmq.bus.lease import LeaseSocket
+from djinn_zmq.client import connection as connection_room
 from djinn_zmq.client import lanes as lanes_room
-from djinn_zmq.client.calls import Call
+from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.lanes import CAPACITY, Lanes
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import Lost, ProtocolError
+from djinn_zmq.memory import ring
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire import codec
 from djinn_zmq.wire.messages import Broken, Granted, Offer, Ping
 from djinn_zmq.wire.ops import Op
 
@@ -196,6 +203,97 @@ def test_all_that_was_asked_over_a_broken_lane_fails_whatever_its_last_message_d
         connection._on_broken_lane(Broken(1, "gone"))
     assert (call.reply, other.reply, dropped) == (lost, None, [lane])
     connection.close()
+
+
+@pytest.fixture
+def bus(ends, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What connections send over it; their lanes are those of `ends`."""
+    sent: list[bytes] = []
+
+    def made(*_: object, on_change: Callable[[], None], **__: object) -> Lanes:
+        ends[0]._on_change = on_change
+        return ends[0]
+
+    monkeypatch.setattr(lanes_room, "RETRY_S", 1e6)
+    monkeypatch.setattr(connection_room, "Lanes", made)
+    monkeypatch.setattr(Dealer, "send", lambda _, frame, buffers: sent.append(frame))
+    return sent
+
+
+def lie(engine: Lane) -> None:
+    """As an engine that has written, and taken, what cannot be."""
+    engine._out._words[ring.HEAD] = engine._in._words[ring.TAIL] = 2**40
+
+
+def ping() -> Call:
+    return Call(Op.PING, Ping(), session=SESSION)
+
+
+def test_a_lane_whose_ring_is_nonsense_is_dropped_and_the_bus_taken(ends, bus) -> None:
+    lanes, engine = ends
+    lane, calls = lanes.of(SESSION), (ping(), ping(), ping())
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    asked = [(connection.send(call), call) for call in calls[:2]]
+    lie(engine)
+    for request, call in asked:
+        with pytest.raises(ProtocolError, match="ring"):
+            connection._wait(request, call)
+    assert lane.closed and not list(lanes) and not connection._calls and not bus
+    connection.send(calls[2])
+    assert calls[2].lane is None and len(bus) == 1
+    assert lanes.on_broken(Broken(1, "gone")) is None  # of that lane: not of one that follows
+    connection.close()
+
+
+def test_a_lane_that_lies_about_room_fails_what_is_asked_there_and_what_it_was_asked(
+    ends, bus
+) -> None:
+    lanes, engine = ends
+    lane, call = lanes.of(SESSION), ping()
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    connection.send(call)
+    lie(engine)
+    with pytest.raises(ProtocolError, match="ring"):
+        connection.send(ping())
+    assert isinstance(call.reply, ProtocolError) and len(connection._calls) == 1
+    assert lane.closed and not bus
+    connection.close()
+
+
+def test_what_nobody_refers_to_is_said_on_the_bus_where_the_lane_lies(ends, bus) -> None:
+    lanes, engine = ends
+    lane, call = lanes.of(SESSION), ping()
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    connection.forget(SESSION, 5)
+    lie(engine)
+    connection.send(call)
+    assert lane.closed and call.lane is None
+    assert [codec.peek(frame).op for frame in bus] == [Op.RELEASE, Op.PING]
+    connection.close()
+
+
+def test_in_asyncio_code_a_lane_whose_ring_is_nonsense_is_looked_at_once(ends, bus) -> None:
+    lanes, engine = ends
+    lane = lanes.of(SESSION)
+
+    def operation() -> Operation[None]:
+        yield ping()
+
+    async def main() -> None:
+        connection = AsyncConnection("tcp://127.0.0.1:1", None, Settings())
+        connection._on_lanes_change()
+        assert connection._bells == {lane.fileno()}
+        asking = [asyncio.create_task(connection.run(operation())) for _ in range(2)]
+        await asyncio.sleep(0)
+        lie(engine)
+        with closing(connection):
+            assert not connection._take_one()
+            for one in asking:
+                with pytest.raises(ProtocolError, match="ring"):
+                    await one
+            assert lane.closed and not connection._calls and not connection._bells
+
+    asyncio.run(main())
 
 
 def test_a_server_that_went_and_came_back_owes_nothing_to_who_was_not_looking(
