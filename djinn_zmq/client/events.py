@@ -37,6 +37,7 @@ class Events:
         self._ready: deque[Event] = deque()
         self._subscriber: Subscriber | None = None
         self._end: Any = None
+        self._waiting = 0  # operations that may be using the subscriber
         self._closed = False
 
     def so_far(self) -> Any:
@@ -82,17 +83,25 @@ class Events:
         return event
 
     def _next(self) -> Operation[Event | None]:
-        while not self._ready and not self._closed:
-            if self._server.connection.closed:
-                raise Closed("the connection is closed")
-            if self._subscriber is None:
-                yield from self._begin()
-            assert self._subscriber is not None
-            for topic, frame in self._subscriber.take():
-                yield from self._take(topic, frame)
-            if not self._ready:
-                yield Heard(self._subscriber)
-        return self._ready.popleft() if self._ready else None
+        self._waiting += (
+            1  # before it is looked whether it is closed, as `close` does it the other way round
+        )
+        try:
+            while not self._ready and not self._closed:
+                if self._server.connection.closed:
+                    raise Closed("the connection is closed")
+                if self._subscriber is None:
+                    yield from self._begin()
+                assert self._subscriber is not None
+                for topic, frame in self._subscriber.take():
+                    yield from self._take(topic, frame)
+                if not self._ready:
+                    yield Heard(self._subscriber)
+            return self._ready.popleft() if self._ready else None
+        finally:
+            self._waiting -= 1
+            if self._closed:
+                self.close()
 
     def _begin(self) -> Operation[None]:
         """Listen, and only then ask for what was before."""
@@ -150,9 +159,10 @@ class Events:
         self._taken = {number for number in self._taken if number > self._base}
 
     def close(self) -> None:
-        """Listen no more."""
+        """Listen no more. Who waits for an event meanwhile, in another thread or task, finds out when it looks
+        next (LOOK_S), is given none, and hangs up: a socket is for one thread at a time."""
         self._closed = True
-        if self._end is not None:
+        if self._end is not None and not self._waiting:
             self._end()
 
     def __enter__(self) -> Self:

@@ -1,5 +1,6 @@
 """Listening to what happens on a server: what becomes of it where the beginning fails."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,3 +61,25 @@ def test_who_could_not_begin_to_listen_begins_anew_and_misses_nothing(
     assert [one.closed for one in made] == [True, False]
     events.close()
     assert [one.closed for one in made] == [True, True]
+
+
+def test_who_closes_while_another_waits_leaves_it_to_that_one_to_hang_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made.clear()
+    monkeypatch.setattr(room, "Subscriber", Quiet)
+    answers = iter([answered(), answered()])
+    connection = SimpleNamespace(closed=False, endpoint="tcp://host:2", settings=None, keys=None)
+    connection.drive, connection.look = lambda _: next(answers), lambda: None
+    events, open_at = Events(SimpleNamespace(connection=connection), (), 0), []
+
+    def wait(_: Quiet, timeout_s: float) -> None:
+        """Meanwhile another thread closes it."""
+        thread = threading.Thread(target=events.close)
+        thread.start()
+        thread.join()
+        open_at.append(not made[0].closed)
+
+    monkeypatch.setattr(Quiet, "wait", wait, raising=False)
+    assert list(events) == []
+    assert open_at == [True] and made[0].closed
