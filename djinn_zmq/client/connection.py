@@ -308,6 +308,9 @@ class Connection:
         except ProtocolError as exc:
             call.reply = exc
             return
+        except KeyboardInterrupt:  # it has come all the same: `give_up` is to find it
+            self.take(frame, buffers)
+            raise
         if header.flags & NOT_A_REPLY:
             self._take_no_reply(call, message)
         else:

@@ -449,7 +449,11 @@ def ask(
         progress=session.progress,
     )
     reply = yield call
-    return Run(session, call, reply, parcel.begin_ns, previous, before)
+    try:
+        return Run(session, call, reply, parcel.begin_ns, previous, before)
+    except BaseException:  # a KeyboardInterrupt: nobody will refer to what it kept
+        session.connection.give_back(reply)
+        raise
 
 
 def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:

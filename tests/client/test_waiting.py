@@ -9,14 +9,21 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
+from djinn_zmq.client import run as run_room
 from djinn_zmq.client.calls import PIECE, Call, Operation, T
 from djinn_zmq.client.connection import WINDOW, Connection
+from djinn_zmq.client.parcels import Parcel
+from djinn_zmq.client.run import ask
+from djinn_zmq.client.session import Session
+from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import Busy, PromptError
+from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from tests.client import test_parts
+from tests.client.test_leftovers import kept, ran
 from tests.client.test_parts import OPENED, Script, parts_on
 
 script = test_parts.script
@@ -393,3 +400,31 @@ def test_where_one_of_many_is_refused_what_the_others_brought_is_given_back(
         asked_together(together.endpoint, twenty(), awaited=awaited)
     assert raised.value.__notes__ == ["in request 10 of 20, counted from 0"]
     assert len({reply.header.request for reply in given_back}) == len(given_back) >= 10
+
+
+@pytest.mark.parametrize("where", ["decode", "Run"])
+def test_what_an_answer_brings_is_given_back_where_an_interrupt_meets_it(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """While it is read, or while a run is made of it."""
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    meta = ran(13, 0, kept(11), kept(12))
+    room = codec if where == "decode" else run_room
+    untouched = getattr(room, where)
+
+    def answer(*_: object) -> tuple[bytes, list[bytes]]:
+        (request,) = connection._calls
+        return codec.encode(Op.RUN, meta, flags=Flag.REPLY, request=request, session=7), []
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.setattr(room, where, untouched)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "_hear", answer)
+    monkeypatch.setattr(room, where, interrupt)
+    session = Session(connection, connection.drive, None, OPENED)
+    parcel = Parcel(connection, session.id)
+    with pytest.raises(KeyboardInterrupt):
+        connection.drive(ask(session, Op.RUN, messages.Tokens("", None), parcel, None))
+    assert list(connection._garbage) == [(7, 11), (7, 12), (7, 13)] and not connection._calls
+    connection.close()
