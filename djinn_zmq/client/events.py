@@ -83,9 +83,8 @@ class Events:
         return event
 
     def _next(self) -> Operation[Event | None]:
-        self._waiting += (
-            1  # before it is looked whether it is closed, as `close` does it the other way round
-        )
+        # Before it is looked whether it is closed: `close` does it the other way round.
+        self._waiting += 1
         try:
             while not self._ready and not self._closed:
                 if self._server.connection.closed:

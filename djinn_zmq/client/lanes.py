@@ -136,9 +136,8 @@ class Lanes:
     def drop(self, lane: Lane) -> None:
         """Close *lane*, which is of no use any more. What is asked next takes the bus, or another lane."""
         for engine in [engine for engine, one in self._lanes.items() if one is lane]:
-            del self._lanes[
-                engine
-            ]  # its engine lives, as far as is known: none of another lane is meant
+            # Its engine lives, as far as is known, and what is asked next may get it another lane.
+            del self._lanes[engine]
             self._numbers = {n: other for n, other in self._numbers.items() if other != engine}
             self._refused[engine] = time.monotonic()
         self._on_change()

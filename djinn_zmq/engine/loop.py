@@ -288,9 +288,8 @@ class EngineLoop:
         """begin_ns: when it was there."""
         try:
             message = codec.decode(frame, buffers, header)
-            if (
-                self._notices.adopting and envelope[:1] != TAG
-            ):  # a lane may overtake what is to come
+            # A lane's may have overtaken what is still to be adopted.
+            if self._notices.adopting and envelope[:1] != TAG:
                 self._notices.finish_adopting(header.op)
             if envelope:
                 if not buffers and len(frame) <= EXAMPLE_LIMIT:

@@ -49,9 +49,8 @@ class Active:
 class Turns:
     def __init__(self) -> None:
         self._active: list[Active] = []
-        self._latest_ns = (
-            0  # the clock that is furthest ahead: who comes when nobody works begins there
-        )
+        # The clock that is furthest ahead: who comes when nobody works begins there.
+        self._latest_ns = 0
 
     def __bool__(self) -> bool:
         """Is there a job to work on?"""
