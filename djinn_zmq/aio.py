@@ -142,7 +142,8 @@ class AsyncConnection(Connection):
 
     def _left_s(self, call: Call, limit_s: float) -> float:
         """For how long to wait before it is looked at once more whether *call* is late."""
-        return max(LOOK_S, limit_s + call.held_s - time.perf_counter()) if self.met else LOOK_S
+        left_s = limit_s + call.held_s - time.perf_counter()
+        return max(LOOK_S, left_s) if self.met else max(0.0, min(LOOK_S, left_s))
 
     async def _part(self, request: int, timeout_s: float | None = None) -> Message | None:
         self._look_again()

@@ -61,9 +61,12 @@ class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python
     arriving: Arriving | None = None
 
     def waits_until(self) -> float | None:
-        """When its client gives up waiting, since it was sent (perf_counter seconds); the engine has done so
-        before."""
-        return None if self.timeout_s is None else self.sent_ns / 1e9 + self.timeout_s + 2 * LOOK_S
+        """When its client gives up waiting (perf_counter seconds): so long after it was sent, and a while
+        more where the engine is to say first that it has given up."""
+        if self.timeout_s is None:
+            return None
+        more_s = 0.0 if self.op is Op.HELLO else 2 * LOOK_S
+        return self.sent_ns / 1e9 + self.timeout_s + more_s
 
     def hold(self, held: bool) -> None:
         """A debugger holds it from now on, or does no more: meanwhile its time stands still."""

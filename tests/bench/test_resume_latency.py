@@ -159,7 +159,7 @@ def test_an_offload_is_written_in_front_of_the_clock_or_on_it(monkeypatch):
 def test_what_is_wrong_is_said_in_one_sentence_before_anything_is_measured(
     tmp_path, served, options, words, monkeypatch
 ):
-    monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 0.2)  # nobody to wait for
+    monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 1.0)  # nobody to wait for
     server = () if any("--server" in one for one in options) else (f"--server={served.ipc}",)
     ended = run(*server, *options, f"--output-dir={tmp_path}")
     assert ended.exit_code == 1 and ended.exception.__class__ is SystemExit

@@ -10,7 +10,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.client import run as run_room
-from djinn_zmq.client.calls import PIECE, Call, Operation, T
+from djinn_zmq.client.calls import LOOK_S, PIECE, Call, Operation, T
 from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.run import ask
@@ -239,6 +239,15 @@ def test_a_client_gives_up_when_its_time_has_passed_since_it_asked_however_often
     assert call.late(call.waits_until())
     call.held_s = 60.0  # by a debugger: that does not count
     assert not call.late(call.waits_until())
+
+
+def test_who_is_not_answered_by_a_server_waits_as_long_as_told_and_not_for_an_engines_word() -> (
+    None
+):
+    hello = Call(Op.HELLO, messages.Hello("", 1), timeout_s=0.5)
+    tokens = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=0.5)
+    assert hello.waits_until() == 0.5
+    assert tokens.waits_until() == 0.5 + 2 * LOOK_S
 
 
 class Keeping(Script):

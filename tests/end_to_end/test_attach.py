@@ -222,7 +222,9 @@ def test_a_deadline_stands_still_while_its_run_is_held(program, server):
     with server.attach(program.model.session_id, stop_at=2) as attached:
         answer = program.runs(timeout_s=0.5)
         stop = attached.wait(WAIT_S)
-        assert attached.wait(0.5 + 3 * LOOK_S) is None and not answer.done()  # time that does not count
+        assert (
+            attached.wait(0.5 + 3 * LOOK_S) is None and not answer.done()
+        )  # time that does not count
         stop.continue_()
         assert answer.result(WAIT_S).state == "finished"
 

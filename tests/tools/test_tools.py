@@ -107,7 +107,7 @@ def test_decompose_is_installed_as_a_command():
     ],
 )
 def test_what_goes_wrong_is_said_in_one_sentence(served, options, words, monkeypatch):
-    monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 0.2)  # nobody to wait for
+    monkeypatch.setitem(djinn.connect.__kwdefaults__, "timeout_s", 1.0)  # nobody to wait for
     ended = CliRunner().invoke(resume.resume, [*FEW, f"--server={served.tcp}", *options])
     assert ended.exit_code == 1 and isinstance(ended.exception, SystemExit)
     assert ended.stderr.startswith("Error: ") and words in ended.stderr
