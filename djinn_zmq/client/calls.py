@@ -15,13 +15,14 @@ from djinn_zmq.errors import DjinnError
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.codec import Message
-from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.ops import TO_ENGINE, Op
 
 T = TypeVar("T")
 Progress = Callable[[messages.Progress], None]
 
 PIECE = 1 * MIB  # bulk to and from a remote server goes in messages of this size
 LOOK_S = 0.5  # a waiting client looks this often whether its server still lives
+CLOSE_S = 2.0  # for no longer it is waited until a session is closed
 
 
 class Arriving:
@@ -65,7 +66,7 @@ class Call(msgspec.Struct, eq=False):  # not a dataclass: that is made in Python
         more where the engine is to say first that it has given up."""
         if self.timeout_s is None:
             return None
-        more_s = 0.0 if self.op is Op.HELLO else 2 * LOOK_S
+        more_s = 2 * LOOK_S if self.op in TO_ENGINE else 0.0
         return self.sent_ns / 1e9 + self.timeout_s + more_s
 
     def hold(self, held: bool) -> None:

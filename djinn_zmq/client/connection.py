@@ -47,7 +47,7 @@ Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
 PROGRESS_CREDIT = 1000
-ASK_S = 1.0  # what is asked of the server after an answer did not come
+ASK_S = 2.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}

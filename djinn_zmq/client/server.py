@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from djinn_zmq.client import checks
-from djinn_zmq.client.calls import Call, Operation
+from djinn_zmq.client.calls import CLOSE_S, Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from djinn_zmq.client.talk import Session as Conversation
 
 CONNECT_S = 5.0
-CLOSE_S = 1.0
 
 Path = str | os.PathLike[str]
 

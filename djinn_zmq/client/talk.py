@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from djinn_zmq.client import checks, tiers
-from djinn_zmq.client.calls import Call, Operation, Progress
+from djinn_zmq.client.calls import CLOSE_S, Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
@@ -35,7 +35,6 @@ from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
 
 NOTHING = messages.Wanted(None, (), "none", 0)
-CLOSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

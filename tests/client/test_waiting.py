@@ -241,12 +241,14 @@ def test_a_client_gives_up_when_its_time_has_passed_since_it_asked_however_often
     assert not call.late(call.waits_until())
 
 
-def test_who_is_not_answered_by_a_server_waits_as_long_as_told_and_not_for_an_engines_word() -> (
-    None
-):
-    hello = Call(Op.HELLO, messages.Hello("", 1), timeout_s=0.5)
+def test_more_is_waited_than_was_told_only_for_an_engine_that_is_to_say_that_it_gave_up() -> None:
+    for op, meta in (
+        (Op.HELLO, messages.Hello("", 1)),
+        (Op.STATUS, messages.Status()),
+        (Op.CLOSE, messages.Close()),
+    ):
+        assert Call(op, meta, timeout_s=0.5).waits_until() == 0.5
     tokens = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=0.5)
-    assert hello.waits_until() == 0.5
     assert tokens.waits_until() == 0.5 + 2 * LOOK_S
 
 
