@@ -16,7 +16,7 @@ from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
 from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.slabs import COPIES
-from djinn_zmq.engine.stays import Stays
+from djinn_zmq.engine.stays import WAKE_NS, Stays
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import AccessDenied, ArenaFull, Cancelled, EditError, OnDevice
 from djinn_zmq.settings import MIB
@@ -27,6 +27,7 @@ from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Device, Inline, Tensor
 from tests.engine.keepers import IDS, OWNER, Late, ServerSide, running
 
+LONG = 1e9  # nanoseconds that a copy took for each byte
 STAY = Wanted(2, (), "none", 0)
 
 
@@ -40,6 +41,7 @@ class Engine:
         self.rung: list[bytes] = []  # whose client was woken for what is about to be said
         answers: Any = SimpleNamespace(
             soon=self.rung.append,
+            rehearse=lambda: None,
             answer=lambda envelope, header, reply, store: self.said.append((envelope, reply)),
             refuse=lambda envelope, header, error: self.said.append((envelope, error)),
             tell=lambda op, meta, session: self.said.append((op, meta)),
@@ -92,6 +94,7 @@ def test_what_is_where_layers_read_it_is_answered_at_once_and_told_of_first(engi
 
 def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: Engine) -> None:
     engine.device.busy = True
+    engine.stays._ns_a_byte = LONG
     sent = torch.randn(2, 5, 8)
     assert engine.ask(hidden=sent)
     engine.stays.answer()
@@ -104,6 +107,30 @@ def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: En
     engine.device.finish()
     engine.keeping.tiers.fill()
     assert same_bits(engine.keeping.load(engine.said[-1][1].checkpoints[0].tensor), sent)
+
+
+@pytest.mark.parametrize("where", ["sent", "host"])
+def test_who_waits_for_a_copy_is_woken_once_and_when_it_has_taken_nearly_as_long_as_the_last_one(
+    engine: Engine, where: str
+) -> None:
+    sent = engine.data if where == "sent" else None
+    body = engine.keeping.entries[engine.point].body
+    if sent is None:
+        engine.device.reads_host = False
+        list(engine.keeping.tiers.evict(body, "host"))
+    engine.device.busy = True
+    engine.stays._ns_a_byte = LONG
+    assert engine.ask(hidden=sent)
+    engine.stays.answer()
+    assert not engine.rung
+    engine.stays._ns_a_byte = WAKE_NS / body.nbytes
+    for _ in range(2):
+        engine.stays.answer()
+        assert engine.rung == [b"a"] and [one[0] for one in engine.said] == ["kept"]
+    engine.device.busy = False
+    engine.stays.answer()
+    assert engine.rung == [b"a"] and engine.said[-1][1].state == "stopped"
+    assert 0 < engine.stays._ns_a_byte < LONG  # of this one
 
 
 def test_who_asks_again_meanwhile_is_the_one_who_is_answered_and_once(engine: Engine) -> None:
