@@ -248,12 +248,14 @@ class Checkpoint(Looks, Tiered):
     ) -> Operation[tuple[Tensor | None, tuple[WireEdit, ...]]]:
         """Edits and a hidden state in its place, as they travel with *parcel*. to_keep: the hidden
         state becomes a checkpoint as it is."""
-        on_wire = yield from placed_edits(edits, parcel)
-        placed = None
-        if hidden is not None:
-            placed = self._on_device(hidden, to_keep)
-            if placed is None:
-                placed = yield from parcel.place(as_hidden(hidden, self.dtype))
+        on_wire: tuple[WireEdit, ...] = ()
+        if not isinstance(edits, tuple) or edits:
+            on_wire = yield from placed_edits(edits, parcel)
+        if hidden is None:
+            return None, on_wire
+        placed = self._session.connection.sharing.given(hidden) or self._on_device(hidden, to_keep)
+        if placed is None:
+            placed = yield from parcel.place(as_hidden(hidden, self.dtype))
         return placed, on_wire
 
     def _on_device(self, hidden: Any, to_keep: bool) -> Tensor | None:

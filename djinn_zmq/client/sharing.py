@@ -8,7 +8,7 @@ import math
 import os
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +17,19 @@ from djinn_zmq.errors import ArenaFull, Lost, RequestError
 from djinn_zmq.memory.arena import Arena, Lease, OwnArena, Pool
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import messages
-from djinn_zmq.wire.tensors import Slot, Tensor
+from djinn_zmq.wire.tensors import NAMES, Slot, Tensor
 
 if TYPE_CHECKING:  # a room that only those on a GPU need
     from djinn_zmq.client.cuda import CudaMemory
+
+
+class _Given(NamedTuple):
+    """An array of `Sharing.array`, as it was when it was given, and how it travels."""
+
+    array: "weakref.ref[np.ndarray]"
+    dtype: np.dtype
+    strides: tuple[int, ...]
+    tensor: Tensor
 
 
 class Sharing:
@@ -30,6 +39,7 @@ class Sharing:
         self._arenas: dict[int, Arena] = {}
         self._pool: Pool | None = None
         self._lent: dict[int, Lease] = {}  # by address: slots that are the user's arrays
+        self._given: dict[int, _Given] = {}  # by id: these arrays themselves, as long as they live
         self._cuda: CudaMemory | None = None
         self._ended: deque[int] = deque()  # those whose arrays are gone
 
@@ -63,8 +73,8 @@ class Sharing:
         return granted.arena
 
     def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """An array in a slot of its own, which `slot_of` finds again; the slot comes back when
-        nothing refers to the array any more."""
+        """An array in a slot of its own, which `given` and `slot_of` find again; the slot comes back
+        when nothing refers to the array any more."""
         nbytes = math.prod(shape) * dtype.itemsize
         lease = self.stage(nbytes)
         root = np.frombuffer(lease.view, np.uint8)
@@ -72,7 +82,22 @@ class Sharing:
         self._lent[address] = lease
         # From a finalizer, which may run in the middle of anything: only noted.
         weakref.finalize(root, self._ended.append, address).atexit = False
-        return root.view(dtype).reshape(shape)
+        array = root.view(dtype).reshape(shape)
+        number, forget = id(array), self._given.pop
+        there = weakref.ref(array, lambda _: forget(number, None))
+        tensor = Tensor(NAMES[dtype], shape, lease.slot)
+        self._given[number] = _Given(there, array.dtype, array.strides, tensor)
+        return array
+
+    def given(self, value: Any) -> Tensor | None:
+        """How *value* travels, if it is what `array` gave, and still as it was. What `slot_of` looks at,
+        an array's address, dtype and order, takes 50 us where it is cold: behind 10 MB being written."""
+        known = self._given.get(id(value))
+        if known is None or known.array() is not value:
+            return None
+        tensor = known.tensor
+        laid_out = value.dtype is known.dtype and value.strides == known.strides
+        return tensor if laid_out and value.shape == tensor.shape else None
 
     def slot_of(self, array: np.ndarray) -> Slot | None:
         """The slot that *array*, C-contiguous, fills from its start to its end, if it is one of `array`'s."""

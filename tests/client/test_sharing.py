@@ -1,6 +1,7 @@
 """The memory that a client maps of others'."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -66,6 +67,33 @@ def test_an_array_of_a_clients_own_is_known_by_what_fills_its_slot(sharing: Any)
     assert sharing.slot_of(np.zeros_like(array)) is None
     array[:], other[:] = 1, 2
     assert (array == 1).all()
+
+
+def test_an_array_of_a_clients_own_is_known_by_itself_as_long_as_it_is_what_it_was(
+    sharing: Any,
+) -> None:
+    def made() -> np.ndarray:
+        return sharing.array(np.dtype(np.float32), (4, 1024))
+
+    array = made()
+    tensor = sharing.given(array)
+    assert tensor == Tensor("float32", (4, 1024), sharing.slot_of(array))
+    assert sharing.given(array[:]) is sharing.given(np.zeros(4)) is sharing.given([1.0]) is None
+    array.shape = (1024, 4)
+    assert sharing.given(array) is None
+    array.shape = (4, 1024)
+    assert sharing.given(array) is tensor
+    with warnings.catch_warnings(action="ignore"):  # numpy means to end both
+        array.strides = (4, 4)
+        assert sharing.given(array) is None
+        array.strides = (4096, 4)
+        assert sharing.given(array) is tensor
+        array.dtype = np.dtype(np.int32)
+    assert sharing.given(array) is None
+    root = array.reshape(-1)  # keeps the slot, not the array
+    del array
+    assert not sharing._given and sharing._lent
+    del root
 
 
 def test_a_slot_comes_back_when_nothing_refers_to_its_array_any_more(sharing: Any) -> None:
