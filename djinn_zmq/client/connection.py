@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # a room that only those with a key need
 Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
+RELEASED_AT_ONCE = 32  # with a request; what is more goes ahead of it
 PROGRESS_CREDIT = 1000
 ASK_S = 2.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
@@ -463,6 +464,27 @@ class Connection:
         """Nobody refers to a kept tensor any more; number 0: to the session. Safe to call from a
         finalizer."""
         self._garbage.append((session, number))
+
+    def released_beside(self, session: int) -> tuple[int, ...]:
+        """What of *session*'s nobody refers to any more, to be said in the request that is sent next: so its
+        engine lets go of it behind what that request waits for, and it costs no message.
+
+        Nothing where that takes the bus: a server is told, which lets go without the engine, too; nor where
+        others are under way, which may fill the queue, so that this one is refused.
+        """
+        if not self._garbage or self._calls or self.lanes.of(session) is None:
+            return ()
+        numbers: list[int] = []
+        others: list[tuple[int, int]] = []
+        while self._garbage and len(numbers) < RELEASED_AT_ONCE:
+            of, number = self._garbage.popleft()
+            if of == session and number:
+                numbers.append(number)
+            else:
+                others.append((of, number))
+        self._garbage.extend(others)
+        self.sharing.settle()  # after they are taken: as in `_release_garbage`
+        return tuple(numbers)
 
     def _release_garbage(self) -> None:
         by_session: dict[int, list[int]] = {}

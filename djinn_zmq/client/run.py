@@ -148,12 +148,15 @@ class Checkpoint(Looks, Tiered):
         parcel = Parcel(session.connection, self._kept.session)
         placed: Tensor | None = None
         on_wire: tuple[WireEdit, ...] = ()
+        released: tuple[int, ...] = ()
         try:
             if hidden is not None or not isinstance(edits, tuple) or edits:
                 stays = wanted.stop_at == self.layer and not (edits or wanted.save_at)
                 placed, on_wire = yield from self.carry(edits, hidden, parcel, to_keep=stays)
-            meta = messages.Resume(self.id, placed, on_wire, wanted)
+            released = session.connection.released_beside(session.id)
+            meta = messages.Resume(self.id, placed, on_wire, wanted, released)
             run = yield from ask(session, RESUME, meta, parcel, timeout_s, self, self._before)
+            released = ()
             if placed is not None and type(placed.where) is Device:
                 spare = run._message.meta.spare
                 session.connection.sharing.cuda().restock(hidden, placed, spare)
@@ -167,6 +170,8 @@ class Checkpoint(Looks, Tiered):
             raise
         finally:
             parcel.settle()
+            for number in released:  # perhaps nobody has heard of it; to say it twice does no harm
+                session.connection.forget(session.id, number)
 
     def sweep(
         self,

@@ -355,14 +355,19 @@ class EngineLoop:
     def _resume(
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
-        if not self._debugging.tells:
-            if self._answers.again(envelope, message.header):
-                return
-            self._model_of(session)
-            if self._stays.begin(
-                message.meta, message.buffers, session, envelope, message.header, begin_ns
-            ):
-                return
+        asked: messages.Resume = message.meta
+        try:
+            if not self._debugging.tells:
+                if self._answers.again(envelope, message.header):
+                    return
+                self._model_of(session)
+                if self._stays.begin(
+                    asked, message.buffers, session, envelope, message.header, begin_ns
+                ):
+                    return
+        finally:  # a copy that is waited for is begun by now; a job may need the room
+            if asked.released:
+                self._let_go(session, asked.released)
         self._run(envelope, message, session, begin_ns)
 
     def _hold(
@@ -407,17 +412,24 @@ class EngineLoop:
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int
     ) -> None:
         """From a client with a lane; from others the server takes it, with an engine or without."""
-        one_way = bool(message.header.flags & Flag.ONE_WAY)
-        gone = []
-        for number in message.meta.ids:
-            if number in session.branches or self._keeping.has(number, session.id):
-                gone.append(number)
-            elif not one_way:  # what a client's garbage collection finds may be gone already
+        numbers = message.meta.ids
+        if message.header.flags & Flag.ONE_WAY:
+            self._let_go(session, numbers)
+            return
+        for number in numbers:
+            if not self._has(session, number):
                 raise UnknownCheckpoint.numbered(number)
+        self._let_go(session, numbers)
+        self._answers.answer(envelope, message.header, messages.Done())
+
+    def _has(self, session: EngineSession, number: int) -> bool:
+        return number in session.branches or self._keeping.has(number, session.id)
+
+    def _let_go(self, session: EngineSession, numbers: Sequence[int]) -> None:
+        """What a client's garbage collection finds may be gone already."""
+        gone = tuple(number for number in numbers if self._has(session, number))
         self._notices.let_go(session, gone)
-        self._answers.tell(Op.DROP, messages.Drop(tuple(gone)), session.id)
-        if not one_way:
-            self._answers.answer(envelope, message.header, messages.Done())
+        self._answers.tell(Op.DROP, messages.Drop(gone), session.id)
 
     def _tokens(
         self, envelope: bytes, message: Message, session: EngineSession, begin_ns: int

@@ -210,12 +210,16 @@ class Run(msgspec.Struct, **message(Op.RUN)):
 
 
 class Resume(msgspec.Struct, **message(Op.RESUME)):
-    """Go on from a checkpoint: a new branch, with *hidden* in its place where given, then *edits*."""
+    """Go on from a checkpoint: a new branch, with *hidden* in its place where given, then *edits*.
+
+    released: what the client lets go of at the same time, as a RELEASE that goes one way would say.
+    """
 
     checkpoint: int
     hidden: Tensor | None
     edits: tuple[Edit, ...]
     wanted: Wanted
+    released: tuple[int, ...] = ()
 
 
 class RunReply(msgspec.Struct, **message(Op.RUN)):

@@ -5,18 +5,19 @@ import time
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.client import run as run_room
 from djinn_zmq.client.calls import LOOK_S, PIECE, Call, Operation, T
-from djinn_zmq.client.connection import WINDOW, Connection
+from djinn_zmq.client.connection import RELEASED_AT_ONCE, WINDOW, Connection
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.run import ask
+from djinn_zmq.client.run import Checkpoint, ask
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.waiting import WaitingConnection
-from djinn_zmq.errors import Busy, PromptError
+from djinn_zmq.errors import Busy, Lost, PromptError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.codec import Message
@@ -411,6 +412,46 @@ def test_where_one_of_many_is_refused_what_the_others_brought_is_given_back(
         asked_together(together.endpoint, twenty(), awaited=awaited)
     assert raised.value.__notes__ == ["in request 10 of 20, counted from 0"]
     assert len({reply.header.request for reply in given_back}) == len(given_back) >= 10
+
+
+def test_what_goes_with_a_request_is_what_its_session_has_let_go_of_where_a_lane_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    for session, number in [(7, 1), (8, 2), (7, 0), (7, 3)]:
+        connection.forget(session, number)
+    assert connection.released_beside(7) == ()  # over the bus it is the server's to know
+    monkeypatch.setattr(connection.lanes, "of", lambda session: session)
+    monkeypatch.setattr(connection, "_calls", {1: None})
+    assert connection.released_beside(7) == ()
+    monkeypatch.setattr(connection, "_calls", {})
+    assert connection.released_beside(7) == (1, 3)
+    assert list(connection._garbage) == [(8, 2), (7, 0)]  # another's, and a session's own end
+    for number in range(1, 100):
+        connection.forget(9, number)
+    assert connection.released_beside(9) == (*range(1, RELEASED_AT_ONCE + 1),)
+    connection.close()
+
+
+def test_what_went_with_a_resume_that_fails_is_let_go_of_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
+    session = Session(connection, connection.drive, None, OPENED)
+    point = Checkpoint(session, kept(5), np.ones((1, 3), np.int64))
+    connection.forget(session.id, 4)
+    monkeypatch.setattr(connection.lanes, "of", lambda session: session)
+    sent: list[object] = []
+
+    def send(call: Call) -> int:
+        sent.append(call.meta.released)
+        raise Lost("the engine died")
+
+    monkeypatch.setattr(connection, "send", send)
+    with pytest.raises(Lost):
+        point.resume(stop_at=2)
+    assert sent == [(4,)] and list(connection._garbage) == [(session.id, 4)]
+    connection.close()
 
 
 @pytest.mark.parametrize("where", ["decode", "Run"])

@@ -24,6 +24,7 @@ from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
 from tests.end_to_end.conftest import until
+from tests.end_to_end.test_bad_input import ask
 from tests.end_to_end.test_failure import holdings, only_the_link_is_mapped
 
 FRANCE = "the capital of france is"
@@ -121,6 +122,44 @@ def test_checkpoints_nobody_refers_to_are_given_back_over_the_lane(served):
         gc.collect()
         tiny.ping()  # what is sent next takes it along
         until(lambda: server.status().memory.checkpoints == 0, "they are given back")
+
+
+def test_what_nobody_refers_to_goes_with_the_next_resume_in_one_message(served, monkeypatch):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        point = tiny.run(FRANCE, stop_at=2).checkpoint
+        (lane,) = lanes_of(server)
+        send, sent = lane.send, []
+
+        def sending(envelope, frame, buffers):
+            sent.append(codec.decode(frame, buffers))
+            send(envelope, frame, buffers)
+
+        monkeypatch.setattr(lane, "send", sending)
+        for wanted in (2, 3, None):  # at once, as a job, and to its end
+            run = point.resume(stop_at=2)
+            (number,) = (one.id for one in run.checkpoints.values())
+            del run
+            gc.collect()
+            sent.clear()
+            rest = point.resume(stop_at=wanted)
+            assert [one.meta.released for one in sent] == [(number,)]
+            del rest
+            gc.collect()
+            tiny.ping()
+            until(lambda: server.status().memory.checkpoints == 1, "they are given back")
+        assert point.resume().top(1)[0].token == "paris"
+
+
+def test_a_resume_lets_go_of_nothing_that_is_not_its_sessions_own(served):
+    with served.connect() as server:
+        tiny = server.model("tiny")
+        other = server.model(tiny.info.source)  # by its directory: a session of its own
+        point, theirs = (one.run(FRANCE, stop_at=2).checkpoint for one in (tiny, other))
+        wanted = messages.Wanted(2, (), "none", 0)
+        meta = messages.Resume(point.id, None, (), wanted, (theirs.id, 77))
+        ask(server, Op.RESUME, meta, session=tiny.session_id)
+        assert theirs.resume().top(1)[0].token == "paris"
 
 
 ASKER = """
