@@ -37,8 +37,10 @@ from djinn_zmq.wire.messages import (
     Ping,
     Pong,
     Release,
+    Resume,
     Share,
     Want,
+    Wanted,
 )
 from djinn_zmq.wire.messages import Broken as LaneBroken
 from djinn_zmq.wire.ops import Op
@@ -68,6 +70,38 @@ def test_a_device_found_broken_by_a_copy_that_nobody_waits_for_is_said_to_be(
     )
     with pytest.raises(ends_as):
         EngineLoop._fill(loop)
+
+
+@pytest.mark.parametrize(
+    ("stays", "order"),
+    [
+        (lambda: True, ["begun", (5, 6)]),
+        (lambda: False, ["begun", (5, 6), "a job"]),
+        (lambda: 1 / 0, ["begun", (5, 6)]),
+    ],
+)
+def test_what_a_resume_lets_go_of_goes_behind_the_copy_it_waits_for_and_ahead_of_a_job(
+    stays: Callable[[], bool], order: list[Any]
+) -> None:
+    done: list[Any] = []
+
+    def begin(*_: object) -> bool:
+        done.append("begun")
+        return stays()
+
+    loop: Any = SimpleNamespace(
+        _debugging=SimpleNamespace(tells=False),
+        _answers=SimpleNamespace(again=lambda *_: False),
+        _model_of=lambda session: None,
+        _stays=SimpleNamespace(begin=begin),
+        _let_go=lambda session, numbers: done.append(numbers),
+        _run=lambda *_: done.append("a job"),
+    )
+    asked = Resume(1, None, (), Wanted(2, (), "none", 0), (5, 6))
+    message: Any = SimpleNamespace(meta=asked, buffers=(), header=None)
+    with contextlib.suppress(ZeroDivisionError):
+        EngineLoop._resume(loop, b"", message, SimpleNamespace(), 0)  # type: ignore[arg-type]
+    assert done == order
 
 
 @contextlib.contextmanager
