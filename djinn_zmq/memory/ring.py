@@ -46,8 +46,11 @@ class _End:
         self.capacity = capacity
         with memoryview(memory) as whole, whole[begin : begin + size_of(capacity)] as ours:
             self._words: memoryview[int] = ours.cast("Q")
+            self._heads: memoryview[int] = whole.cast("Q")  # of records, by their place in the map
         self._memory = memory
         self._first = begin + CONTROL  # where the records begin
+        self._end = self._first + capacity
+        self._place = self._first  # in the map, of the next record
         self._barrier = threading.Lock()  # its own: ends belong to different threads
         self._barrier.acquire()
 
@@ -57,37 +60,57 @@ class _End:
 
     def close(self) -> None:
         self._words.release()
+        self._heads.release()
 
 
 class Writer(_End):
     def __init__(self, memory: mmap.mmap, begin: int, capacity: int) -> None:
         super().__init__(memory, begin, capacity)
         self._head = 0  # whatever the other side has written there
+        # Up to where there is room in one piece, as far as is known: most records need no more.
+        self._until = self._first
 
     def put(self, kind: int, data: bytes) -> bool:
         """Write a record and publish it. False where there is no room for it now.
 
-        Raises ProtocolError where the reader claims to have taken what was never written.
+        Raises ProtocolError where it turns out that the reader claims to have taken what was never
+        written.
         """
-        head, capacity, nbytes = self._head, self.capacity, len(data)
-        used = head - self._words[TAIL]
-        step = nbytes + 15 & ~7  # with the header
-        if not 0 <= used <= capacity - step:
-            if not 0 <= used <= capacity:
-                raise ProtocolError(f"the ring's reader claims {used} of {capacity} bytes are used")
-            return False
-        place = head % capacity  # own counts are multiples of 8: a header cannot lie outside
-        self._words[RECORDS + (place >> 3)] = kind << 32 | nbytes
-        place += HEAD_SIZE
-        begin = self._first + place
-        over = place + nbytes - capacity
-        if over <= 0:
-            self._memory[begin : begin + nbytes] = data
-        else:
-            self._memory[begin : begin + nbytes - over] = data[: nbytes - over]
-            self._memory[self._first : self._first + over] = data[nbytes - over :]
+        place, nbytes = self._place, len(data)
+        after = place + (nbytes + 15 & ~7)  # with the header
+        if after > self._until:
+            return self._put_behind(kind, data)
+        self._heads[place >> 3] = kind << 32 | nbytes
+        begin = place + HEAD_SIZE
+        self._memory[begin : begin + nbytes] = data
         if not _ORDERED:
             self._keep_order()
+        self._place = after
+        self._words[HEAD] = self._head = self._head + after - place
+        return True
+
+    def _put_behind(self, kind: int, data: bytes) -> bool:
+        """The same where room has to be looked for: behind what was taken since, and round the end."""
+        head, capacity, nbytes = self._head, self.capacity, len(data)
+        used = head - self._words[TAIL]
+        if not 0 <= used <= capacity:
+            raise ProtocolError(f"the ring's reader claims {used} of {capacity} bytes are used")
+        step = nbytes + 15 & ~7
+        if step > capacity - used:
+            return False
+        # Own counts are multiples of 8: a header cannot lie outside.
+        place = self._place = self._first + head % capacity
+        self._until = min(place + capacity - used, self._end)
+        if place + step <= self._until:
+            return self.put(kind, data)
+        self._heads[place >> 3] = kind << 32 | nbytes
+        begin = place + HEAD_SIZE
+        before = min(nbytes, self._end - begin)
+        self._memory[begin : begin + before] = data[:before]
+        self._memory[self._first : self._first + nbytes - before] = data[before:]
+        if not _ORDERED:
+            self._keep_order()
+        self._until = self._first  # known no more
         self._words[HEAD] = self._head = head + step
         return True
 
@@ -111,31 +134,30 @@ class Reader(_End):
 
         Raises ProtocolError for counts or a length that cannot be.
         """
-        tail, capacity = self._tail, self.capacity
+        tail, place = self._tail, self._place
         there = self._words[HEAD] - tail
         if not there:
             return None
         if not _ORDERED:
             self._keep_order()
-        place = tail % capacity
-        head = self._words[RECORDS + (place >> 3)]
-        kind, nbytes = head >> 32, head & 0xFFFFFFFF
+        head = self._heads[place >> 3]
+        nbytes = head & 0xFFFFFFFF
         step = nbytes + 15 & ~7
-        if not step <= there <= capacity:
+        if not step <= there <= self.capacity:
             raise ProtocolError(
                 f"a record of {nbytes} bytes where {there} are said to be there, in a ring of "
-                f"{capacity}"
+                f"{self.capacity}"
             )
-        place += HEAD_SIZE
-        begin = self._first + place
-        over = place + nbytes - capacity
-        if over <= 0:
+        begin = place + HEAD_SIZE
+        if place + step < self._end:
             data = self._memory[begin : begin + nbytes]
+            self._place = place + step
         else:
-            data = self._memory[begin : begin + nbytes - over]
-            data += self._memory[self._first : self._first + over]
+            data = self._memory[begin : min(begin + nbytes, self._end)]
+            data += self._memory[self._first : self._first + nbytes - len(data)]
+            self._place = self._first + (place + step - self._end)
         self._words[TAIL] = self._tail = tail + step
-        return kind, data
+        return head >> 32, data
 
     def room_wanted(self) -> bool:
         """Does the writer wait to be told of room? Yes once: tell it then."""

@@ -389,7 +389,8 @@ def test_another_owners_session_is_not_to_be_reached_over_a_lane(own, served):
         lambda lane: lane._out.put(0, b"\x93\xc4\0\xc4\x4dwhat"),
         lambda lane: (
             lane._in._words.__setitem__(TAIL, 2**62),
-            lane.send(b"", b"?"),
+            # Refused, each in more than 64 bytes: what is said to be read is looked at once a ringful.
+            [lane.send(b"", b"?") for _ in range(CAPACITY // 64)],
         ),  # to have read
     ],
 )
