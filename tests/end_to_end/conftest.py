@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq.errors import Unreachable
+from tests.end_to_end import commands
 from tests.end_to_end.strangers import Raw
 
 ANSWER_S = 20.0
@@ -129,6 +131,32 @@ def short_path() -> Iterator[Path]:
     """A directory of mode 0700 whose path leaves room for the sockets' names (107 bytes)."""
     with tempfile.TemporaryDirectory(prefix="djinn-test-", dir="/tmp") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def home(short_path) -> Path:
+    """A user's runtime directory."""
+    return short_path
+
+
+@pytest.fixture
+def environment(home, tmp_path) -> dict[str, str]:
+    return commands.environment_of(home, tmp_path / "cache")
+
+
+@pytest.fixture
+def run(environment) -> Callable[..., tuple[int, str, str]]:
+    return partial(commands.run, environment)
+
+
+@pytest.fixture
+def run_alone(environment) -> Callable[..., tuple[int, str, str]]:
+    return partial(commands.run_alone, environment)
+
+
+@pytest.fixture
+def refused(run) -> Callable[..., str]:
+    return lambda *arguments, **more: commands.one_sentence(run(*arguments, **more))
 
 
 @pytest.fixture
