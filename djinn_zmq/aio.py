@@ -58,7 +58,7 @@ class AsyncConnection(Connection):
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._coming: dict[int, asyncio.Future[None]] = {}  # who waits for a part of an answer
         self._bells: set[int] = set()  # of lanes, watched as well
-        self._watched = [self.bus_fileno(), self.monitor_fileno()]
+        self._watched = self._dealer.filenos()
         for fd in self._watched:
             self._loop.add_reader(fd, self._on_readable)
 

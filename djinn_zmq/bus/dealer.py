@@ -2,6 +2,7 @@
 
 import os
 import socket as pysocket
+import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # a room that only those with a key need
 Frames = tuple[bytes, list[memoryview]]
 
 PROBE_S = 0.2
+# Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
+MONITOR_EVENT = struct.Struct("=hi")
 
 
 class Dealer:
@@ -65,6 +68,7 @@ class Dealer:
         except zmq.ZMQError as exc:
             self.close()
             raise RequestError(f"cannot connect to {endpoint}: {exc.strerror}") from exc
+        self._gone = False  # disconnected, and not connected again since
         self._receive = self.socket.recv
         self._send = limits.plain_send(self.socket)
 
@@ -122,6 +126,20 @@ class Dealer:
         except (OSError, ValueError):  # a network's own silence, or a path of libzmq's own kind
             return False
         return False
+
+    def lost(self) -> bool:
+        """Is the other end gone, or was it since this was last asked? Though it be back: what it was asked
+        before is not answered any more."""
+        lost = self._gone
+        while limits.has_message(self.monitor):
+            event, _ = MONITOR_EVENT.unpack(self.monitor.recv_multipart()[0])
+            self._gone = event == zmq.EVENT_DISCONNECTED
+            lost = lost or self._gone
+        return lost
+
+    def filenos(self) -> list[int]:
+        """What speaks, edge-triggered, where `receive` or `lost` may have something new."""
+        return [int(socket.getsockopt(zmq.FD)) for socket in (self.socket, self.monitor)]
 
     def close(self) -> None:
         if not self.socket.closed:

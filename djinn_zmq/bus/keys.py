@@ -20,7 +20,7 @@ from pathlib import Path
 import zmq
 import zmq.utils.z85
 
-from djinn_zmq.bus.poll import has_message
+from djinn_zmq.bus.limits import has_message
 from djinn_zmq.errors import AccessDenied, RequestError
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"

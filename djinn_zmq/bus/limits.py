@@ -1,4 +1,5 @@
-"""What both ends of the bus set on their socket before it is bound or connected."""
+"""What both ends of the bus set on their socket before it is bound or connected, and ask of it without
+pyzmq's Python."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ HANDSHAKE_MS = 5_000
 LAST_PORT = 65535
 
 # Plain ints: pyzmq's names are enum members, and `|` on them runs enum's Python on every message.
-DONTWAIT, SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+DONTWAIT, SNDMORE, POLLIN = int(zmq.DONTWAIT), int(zmq.SNDMORE), int(zmq.POLLIN)
 MORE_NOW = DONTWAIT | SNDMORE
 
 
@@ -58,6 +59,11 @@ def plain_send(socket: "zmq.Socket[bytes]") -> Callable[..., Any]:
     """The socket's own send(data, flags, copy), without the Python that pyzmq puts before it for
     kinds of sockets we do not use."""
     return zmq.backend.Socket.send.__get__(socket)  # type: ignore[no-any-return]
+
+
+def has_message(socket: "zmq.Socket[bytes]") -> bool:
+    # Not getsockopt(EVENTS): pyzmq makes an enum member of the answer, in Python.
+    return bool(zmq.backend.zmq_poll([(socket, POLLIN)], 0))
 
 
 def port_fits(endpoint: str) -> bool:

@@ -20,12 +20,11 @@ import zmq
 from zmq.backend import zmq_poll
 
 from djinn_zmq.bus.lane import CPU_EACH, SOON_NS, Lane
+from djinn_zmq.bus.limits import POLLIN
 
 MANY = 64  # messages a source may hand over before the others are looked at
 COLD_NS = 50_000  # after which what the last message needed may have left the caches
 AT_ONCE = 32  # sources told of at once; for epoll's default of 1023 each wait allocates 12 KiB
-
-POLLIN = int(zmq.POLLIN)
 
 Ready = Callable[..., object]  # takes one message; true: there may be more, though nothing says so
 NOBODY: tuple[Ready, tuple[Any, ...]] = (lambda: False, ())  # what was unwatched takes nothing
@@ -188,8 +187,3 @@ def descriptor_of(source: Any) -> int:
         fd: int = source.getsockopt(zmq.FD)  # type: ignore[assignment]
         return fd
     return source if isinstance(source, int) else int(source.fileno())
-
-
-def has_message(socket: "zmq.Socket[bytes]") -> bool:
-    # Not getsockopt(EVENTS): pyzmq makes an enum member of the answer, in Python.
-    return bool(zmq_poll([(socket, POLLIN)], 0))

@@ -5,7 +5,6 @@ What a client does is written once, as generators that yield `Call`s and are sen
 """
 
 import os
-import struct
 import threading
 import weakref
 from collections import deque
@@ -13,8 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
-
-import zmq
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
@@ -52,8 +49,6 @@ ASK_S = 2.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
 SHARED = int(Flag.SHARED)
 ON_LANES = TO_ENGINE | {Op.PING, Op.RELEASE}
-# Of zmq_socket_monitor(3). pyzmq's own reader would import asyncio: 50 ms of a client's start.
-MONITOR_EVENT = struct.Struct("=hi")
 DEADLINE_LIMIT_MS = 2**32 - 1  # seven weeks: what the header can say
 
 
@@ -81,9 +76,7 @@ class Connection:
         self._dealer = Dealer(endpoint, settings, keys)
         _connections.add(self)
         self._dealer.socket.rcvtimeo = int(FIRST_LOOK_S * 1000)
-        self._monitor = self._dealer.monitor
         self.met = False  # has the server answered?
-        self._gone = False  # disconnected, and not connected again since
         # Random, so that a client that comes back never asks under a number of its past life.
         self._last_request = int.from_bytes(os.urandom(5), "little") << 20
         self._calls: dict[int, Call] = {}  # what waits, by request
@@ -355,12 +348,7 @@ class Connection:
 
     def alive(self) -> bool:
         """Is the other end still there, as far as this machine can tell?"""
-        lost = self._gone
-        while self._monitor.poll(0):
-            event, _ = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
-            self._gone = event == zmq.EVENT_DISCONNECTED
-            lost = lost or self._gone
-        if lost:  # also where it is back: what was asked before is not answered any more
+        if self._dealer.lost():
             return False
         try:
             for news in self.sharing.news():
@@ -453,12 +441,6 @@ class Connection:
     @property
     def closed(self) -> bool:
         return bool(self._closed)
-
-    def bus_fileno(self) -> int:
-        return self._dealer.socket.getsockopt(zmq.FD)
-
-    def monitor_fileno(self) -> int:
-        return self._monitor.getsockopt(zmq.FD)
 
     def forget(self, session: int, number: int) -> None:
         """Nobody refers to a kept tensor any more; number 0: to the session. Safe to call from a

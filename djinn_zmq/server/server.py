@@ -21,7 +21,8 @@ from pathlib import Path
 import zmq
 
 from djinn_zmq.bus.keys import Admission, ServerKeys
-from djinn_zmq.bus.poll import Poll, has_message
+from djinn_zmq.bus.limits import has_message
+from djinn_zmq.bus.poll import Poll
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import (
     AddressInUse,

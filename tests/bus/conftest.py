@@ -97,10 +97,10 @@ class Bus:
         self.router: Router
         self.endpoint = ""
 
-    def bind(self, settings: Settings | None = None) -> Router:
+    def bind(self, settings: Settings | None = None, endpoint: str | None = None) -> Router:
         self.router = Router(self.context, settings or Settings(), None)
         self._ends.append(self.router)
-        self.endpoint = self.router.bind(self._wanted)
+        self.endpoint = self.router.bind(endpoint or self._wanted)
         return self.router
 
     def dealer(self, settings: Settings | None = None) -> Dealer:

@@ -8,7 +8,8 @@ import pytest
 import zmq
 
 from djinn_zmq.bus.lane import Lane
-from djinn_zmq.bus.poll import MANY, Poll, has_message
+from djinn_zmq.bus.limits import has_message
+from djinn_zmq.bus.poll import MANY, Poll
 from djinn_zmq.settings import KIB, Settings
 
 Socket = zmq.Socket[bytes]
