@@ -18,6 +18,7 @@ from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.errors import Lost
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.settings import KIB, Settings
+from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.tensors import Slot
 
 LIMITS = Settings(host_memory=2048 * KIB, arena=512 * KIB)
@@ -131,9 +132,16 @@ def running(
         end(keeping)
 
 
+def keep(keeping: Keeping, data: torch.Tensor, session: int = 1, layer: int = 2) -> Kept:
+    return keeping.keep(data, session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
+
+
+def kib(count: int, value: int = 0) -> torch.Tensor:
+    return torch.full((count, KIB), value, dtype=torch.uint8)
+
+
 def kept_in(keeping: Keeping, value: int = 1, layer: int = 2, session: int = 1) -> Entry:
-    kept = keeping.keep(bits(value), session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
-    return keeping.entries[kept.id]
+    return keeping.entries[keep(keeping, bits(value), session, layer).id]
 
 
 def evicted(keeping: Keeping, entry: Entry, tier: str = "disk") -> Entry:

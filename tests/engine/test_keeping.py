@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine.caches import Account, Segment
-from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.keeping import LOCAL_OWNER, TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.vault import Vault
@@ -22,25 +21,28 @@ from djinn_zmq.errors import (
     StartError,
     UnknownCheckpoint,
 )
-from djinn_zmq.memory.arena import GRANULE, Arena, OwnArena
+from djinn_zmq.memory.arena import GRANULE, Arena
 from djinn_zmq.settings import KIB
-from djinn_zmq.wire.messages import Granted, Join, Kept, Retire
+from djinn_zmq.wire.messages import Granted, Join, Retire
 from djinn_zmq.wire.tensors import Device, Frame, Inline, Slot, Tensor
-from tests.engine.keepers import ENGINE, IDS, LIMITS, OWNER, Late, ServerSide, end, running
+from tests.engine.keepers import (
+    ENGINE,
+    IDS,
+    LIMITS,
+    OWNER,
+    Late,
+    ServerSide,
+    end,
+    keep,
+    kib,
+    running,
+)
 
 
 @pytest.fixture
 def keeping(server: ServerSide) -> Iterator[Keeping]:
     with running(server) as kept:
         yield kept
-
-
-def keep(keeping: Keeping, data: torch.Tensor, session: int = 1, layer: int = 2) -> Kept:
-    return keeping.keep(data, session=session, owner=OWNER, run=7, layer=layer, ids=IDS)
-
-
-def kib(count: int, value: int = 0) -> torch.Tensor:
-    return torch.full((count, KIB), value, dtype=torch.uint8)
 
 
 def state_of(keeping: Keeping) -> tuple[int, int, list[int]]:
@@ -142,6 +144,16 @@ def test_a_client_cannot_name_a_slot_where_checkpoints_are_kept(keeping: Keeping
     kept = keep(keeping, torch.randn(2, 5, 8))
     with pytest.raises(AccessDenied):
         keeping.load_sent(kept.tensor, (), OWNER)
+
+
+def test_a_client_cannot_name_a_slot_of_another_owners_upload(
+    keeping: Keeping, server: ServerSide
+) -> None:
+    slot = server.foreign(b"somebody's")
+    tensor = Tensor("uint8", (10,), slot)
+    assert bytes(keeping.load_sent(tensor, (), OWNER).numpy()) == b"somebody's"
+    with pytest.raises(AccessDenied, match="not yours"):
+        keeping.load_sent(tensor, (), "key:somebody-else")
 
 
 @pytest.mark.parametrize("nbytes", [GRANULE + 1, 1 << 43])
@@ -250,6 +262,26 @@ def test_an_arena_that_the_device_refuses_is_nobodys_and_what_is_there_is_kept_i
         with pytest.raises(Lost):  # asked behind all that the server was told
             keeping.load(Tensor("uint8", (8,), Slot(999, 0, 1)))
         assert server.arenas.nbytes() == shared and state_of(keeping) == state
+
+
+def test_room_that_could_not_be_made_is_not_wanted_for_ever(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Vault) -> Iterator[None]:
+        raise RuntimeError("no way out")
+        yield
+
+    monkeypatch.setattr(Vault, "shrink", fails)
+    vault = keeping.vault
+    vault.limit = 1 << 20
+    segment = Segment(0, 4, {("keys", None): torch.ones(1, 1, 4, 8)}, None, Account())
+    known = vault.pin(1, [segment])
+    vault.on_device -= segment.nbytes
+    known[0][1].here = False  # as if it were in host memory
+    before = vault._excess
+    with pytest.raises(RuntimeError, match="no way out"):
+        list(vault.ready(known))
+    assert vault._excess == before
 
 
 # ---- while the device still copies
@@ -382,144 +414,3 @@ def test_closing_closes_every_descriptor(server: ServerSide) -> None:
     server.settle()
     server.arenas.retire(ENGINE)
     assert open_descriptors() == before
-
-
-# ---- a successor
-
-
-def test_a_successor_takes_over_what_its_predecessor_kept(server: ServerSide) -> None:
-    dead = server.engine()
-    data = torch.randn(2, 5, 8)
-    kept, more = keep(dead, data), keep(dead, kib(48, 9), session=2)
-    end(dead)
-    with running(server) as keeping:
-        assert keeping.adopt([kept], IDS, "me") == []
-        assert keeping.adopt([more], IDS, "you") == []
-        assert same_bits(keeping.load(kept.tensor), data)
-        entry = keeping.find(kept.id, "me")
-        assert entry.kept == kept and (entry.ids == IDS).all()
-        with pytest.raises(UnknownCheckpoint):
-            keeping.find(more.id, "me")
-        keeping.drop_session(1)
-        with pytest.raises(StaleSlot):
-            keeping.load(kept.tensor)
-        assert same_bits(keeping.load(more.tensor), kib(48, 9))
-
-
-def test_an_adopted_tensor_is_not_written_over(server: ServerSide) -> None:
-    dead = server.engine()
-    kept = keep(dead, kib(16, 1))
-    end(dead)
-    with running(server) as keeping:
-        keeping.adopt([kept], IDS, "me")
-        keeping.finish_adopting()
-        with pytest.raises(ArenaFull):
-            while True:
-                keep(keeping, kib(64, 2))
-        assert same_bits(keeping.load(kept.tensor), kib(16, 1))
-
-
-def test_what_nobody_adopts_is_free_again(server: ServerSide) -> None:
-    dead = server.engine()
-    kept, unclaimed = keep(dead, kib(16)), keep(dead, kib(16))
-    end(dead)
-    with running(server) as keeping:
-        keeping.adopt([kept], IDS, "me")
-        assert keeping.pool.used == 32 * KIB
-        keeping.finish_adopting()
-        assert keeping.pool.used == 16 * KIB
-        with pytest.raises(StaleSlot):
-            keeping.load(unclaimed.tensor)
-
-
-def test_what_cannot_be_adopted_is_named_lost_and_the_rest_is_taken(server: ServerSide) -> None:
-    dead = server.engine()
-    good, dropped = keep(dead, kib(16, 1)), keep(dead, kib(16, 2))
-    dead.drop([dropped.id])
-    end(dead)
-    good_slot = good.tensor.where
-    wheres = [Slot(999, 0, 1), Slot(good_slot.arena, 1 << 30, 1), Device(0, 0, 1)]
-    others = [Kept(100 + n, 1, 7, 2, Tensor("uint8", (8,), w)) for n, w in enumerate(wheres)]
-    too_large = Kept(200, 1, 7, 2, Tensor("uint8", (17 * KIB,), good_slot))
-    with running(server) as keeping:
-        lost = keeping.adopt([*others, too_large, good, dropped], IDS, "me")
-        assert lost == [100, 101, 102, 200, dropped.id]
-        assert list(keeping.entries) == [good.id]
-        assert same_bits(keeping.load(good.tensor), kib(16, 1))
-
-
-def test_what_is_in_an_arena_that_the_device_refuses_is_named_lost_and_the_rest_is_taken(
-    server: ServerSide,
-) -> None:
-    class Choosing(Cpu):
-        def attach(self, arena: Arena) -> None:
-            if arena.number == refused.tensor.where.arena:
-                raise StartError("CUDA refuses to register an arena")
-
-    dead = server.engine()
-    refused, good = keep(dead, kib(512, 1)), keep(dead, kib(512, 2))  # of an arena each
-    end(dead)
-    with running(server, Choosing()) as keeping:
-        assert keeping.adopt([refused, good], IDS, "me") == [refused.id]
-        assert same_bits(keeping.load(good.tensor), kib(512, 2))
-        assert refused.tensor.where.arena not in keeping.pool.arenas
-        with pytest.raises(Lost, match="is gone"):  # of the server's, too
-            keeping.load(refused.tensor)
-
-
-def test_a_successor_starts_also_where_its_predecessor_used_all_the_memory(
-    server: ServerSide,
-) -> None:
-    dead = server.engine()
-    kepts = [keep(dead, kib(512, number)) for number in range(4)]
-    end(dead)
-    with running(server) as keeping:
-        assert keeping.adopt(kepts, IDS, "me") == []
-        for number, kept in enumerate(kepts):
-            assert same_bits(keeping.load(kept.tensor), kib(512, number))
-        with pytest.raises(ArenaFull):
-            keep(keeping, kib(1))
-        keeping.drop([kepts[0].id])
-        keep(keeping, kib(512))
-
-
-def test_an_arena_of_a_dead_engine_is_leased_from_by_its_successor_alone(
-    server: ServerSide,
-) -> None:
-    dead = server.engine()
-    kept = keep(dead, kib(16))
-    end(dead)
-    with running(server) as keeping:
-        keeping.adopt([kept], IDS, "me")
-        arena = keeping.pool.arenas[kept.tensor.where.arena]
-        assert isinstance(arena, OwnArena) and len(arena.leases) == 1
-
-
-def test_a_client_cannot_name_a_slot_of_another_owners_upload(
-    keeping: Keeping, server: ServerSide
-) -> None:
-    slot = server.foreign(b"somebody's")
-    tensor = Tensor("uint8", (10,), slot)
-    assert bytes(keeping.load_sent(tensor, (), OWNER).numpy()) == b"somebody's"
-    with pytest.raises(AccessDenied, match="not yours"):
-        keeping.load_sent(tensor, (), "key:somebody-else")
-
-
-def test_room_that_could_not_be_made_is_not_wanted_for_ever(
-    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(_: Vault) -> Iterator[None]:
-        raise RuntimeError("no way out")
-        yield
-
-    monkeypatch.setattr(Vault, "shrink", fails)
-    vault = keeping.vault
-    vault.limit = 1 << 20
-    segment = Segment(0, 4, {("keys", None): torch.ones(1, 1, 4, 8)}, None, Account())
-    known = vault.pin(1, [segment])
-    vault.on_device -= segment.nbytes
-    known[0][1].here = False  # as if it were in host memory
-    before = vault._excess
-    with pytest.raises(RuntimeError, match="no way out"):
-        list(vault.ready(known))
-    assert vault._excess == before
