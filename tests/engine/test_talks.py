@@ -4,7 +4,6 @@ The reference is a copy of the model made before a Stepper put its stubs in.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,14 @@ transformers = pytest.importorskip("transformers")
 
 from djinn_zmq.client.indexing import index_of
 from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.models import ServedModel
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import Lost, NoSessions, PromptError, RequestError, RunError, StopError
+from djinn_zmq.errors import Lost, PromptError, RequestError, RunError, StopError
 from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
 from djinn_zmq.wire.talks import Sampling
 from djinn_zmq.wire.tensors import inline
-from tests.engine.architectures import NAMES, PROMPT_LENGTH, VOCAB_SIZE, prompts, tiny_model
+from tests.engine.architectures import NAMES, PROMPT_LENGTH, prompts
 from tests.engine.conftest import keeping_with
 from tests.engine.talking import (
     LIMITS,
@@ -452,74 +450,3 @@ def test_what_cannot_be_gone_on_from_is_refused_by_name(
         Lost, match="the keys and values of 11 tokens, which died with their engine"
     ):
         talk.resume(point.id)
-
-
-def test_a_model_whose_cached_steps_are_not_exact_serves_no_sessions(keeping: Keeping) -> None:
-    model = tiny_model("Llama")
-    attention = model.model.layers[1].self_attn
-    own_forward, calls = attention.forward, iter(range(10**6))
-
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
-        """As a layer that keeps something of its past on itself, not in the cache."""
-        out, *rest = own_forward(*args, **kwargs)
-        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        return (out + next(calls) if cached else out, *rest)
-
-    attention.forward = forgetful
-    from djinn_zmq.engine import cached
-    from djinn_zmq.engine.stepping import Stepper
-
-    stepper = Stepper(model)
-    stepper.check(VOCAB_SIZE, CPU)  # plain runs are exact
-    why = cached.check(stepper, VOCAB_SIZE, CPU, 64)
-    assert why.startswith("its cached steps are not exact: 99 of 99 differ for a prefill")
-    served, _ = both("Llama", torch.float32)
-    refused = ServedModel(msgspec_replace(served.info, no_sessions=why), served.stepper, None, CPU)
-    with pytest.raises(NoSessions, match='"Llama" serves no sessions: its cached steps are not'):
-        Talk(keeping, refused).run(prompts(1))
-
-
-def test_layers_that_go_on_from_a_past_run_under_what_makes_them_reproducible() -> None:
-    """As on a GPU, where PyTorch's first choice of attention over a past is not."""
-    from djinn_zmq.engine import cached
-    from djinn_zmq.engine.caches import Account
-    from djinn_zmq.engine.stepping import Stepper
-
-    entered: list[int] = []
-
-    @contextmanager
-    def noted() -> Iterator[None]:
-        entered.append(1)
-        yield
-
-    stepper = Stepper(tiny_model("Llama"), noted)
-    assert cached.check(stepper, VOCAB_SIZE, CPU, 64) == ""
-    entered.clear()
-    caches, account = stepper.caches, Account()
-    ids = prompts(1)
-    for past, times in ((None, 0), (caches.blank(0), 0), (caches.blank(64), stepper.num_layers)):
-        recording = stepper.record(ids, past)
-        entered.clear()
-        hidden = recording.embedded.clone()
-        for index in range(stepper.num_layers):
-            hidden = stepper.step(index, hidden, recording)
-        assert len(entered) == times
-        entered.clear()
-    grown = caches.blank(0)
-    stepper.plain(ids, grown)
-    assert not entered
-    stepper.plain(ids[:, :1], grown)
-    assert entered
-    assert account.nbytes == 0
-
-
-def test_a_model_whose_steps_differ_from_run_to_run_is_found_out() -> None:
-    from djinn_zmq.engine import cached
-    from djinn_zmq.engine.stepping import Stepper
-
-    stepper = Stepper(tiny_model("Llama"))
-    assert cached._check_long(stepper, stepper.caches, VOCAB_SIZE, CPU, 64) == ""
-    plain, calls = stepper.plain, iter(range(10**6))
-    stepper.plain = lambda *args, **options: plain(*args, **options) + next(calls) % 3
-    why = cached._check_long(stepper, stepper.caches, VOCAB_SIZE, CPU, 64)
-    assert why == "a step behind 63 tokens came out otherwise 6 times of 8"
