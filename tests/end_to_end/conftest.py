@@ -1,6 +1,7 @@
 """Real servers for real clients, and a count of what they leave behind."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,18 @@ def children_of(pid: int) -> list[int]:
             if int(fields[1]) == pid and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def wait_gone(pid: int) -> None:
+    """Blocks until *pid* has ended."""
+    with suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            assert poll.poll(WAIT_S * 1000), f"process {pid} goes on"
+        finally:
+            os.close(handle)
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

@@ -22,7 +22,6 @@ from djinn_zmq.errors import (
     DeadlineExceeded,
     LayerError,
     RequestError,
-    StartError,
     UnknownCheckpoint,
     UnknownModel,
     UnknownSession,
@@ -436,73 +435,6 @@ def test_a_progress_function_is_told_and_its_own_failure_stops_nobody(served, tm
     assert any("reading weights" in stage for stage in told)
     assert len(complaints) == len(told)
     assert all(isinstance(one["exception"], ZeroDivisionError) for one in complaints)
-
-
-# ---- a private server
-
-
-@pytest.fixture
-def home(short_path, monkeypatch) -> Path:
-    """A runtime directory of the test's own."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
-    return short_path / "djinn"
-
-
-def test_local_serves_a_model_and_is_gone_with_the_block(home):
-    async def main() -> None:
-        async with aio.local("tiny") as model:
-            status = await model.server.status()
-            pids.extend([status.pid, *(engine.pid for engine in status.engines)])
-            assert (await (await model.run(FRANCE)).top(1))[0].token == "paris"
-
-    pids: list[int] = []
-    quiet(main)
-    assert len(pids) == 2 and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert os.listdir(home) == []
-
-
-def test_local_says_why_it_cannot_serve_and_leaves_nothing(home, monkeypatch):
-    async def main() -> None:
-        with pytest.raises(UnknownModel, match="nonsense"):
-            async with aio.local("nonsense"):
-                raise AssertionError("entered without a model")
-        with pytest.raises(RequestError, match='dtype=\'int8\': "auto", "float32"'):
-            async with aio.local("tiny", dtype="int8"):
-                raise AssertionError("entered without a server")
-        monkeypatch.setattr(aio, "check", lambda *_: None)  # the server finds out
-        with pytest.raises(StartError, match="Invalid value for '--dtype'"):
-            async with aio.local("tiny", dtype="int8"):
-                raise AssertionError("entered without a server")
-
-    quiet(main)
-    assert os.listdir(home) == []
-
-
-def children() -> set[int]:
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        found |= {int(word) for word in (task / "children").read_text().split()}
-    return found
-
-
-def test_cancelling_local_while_its_server_starts_leaves_nothing(home):
-    before = children()
-
-    async def main() -> None:
-        async def enter() -> None:
-            async with aio.local("tiny"):
-                raise AssertionError("entered though cancelled")
-
-        entering = asyncio.create_task(enter())
-        while not (home.exists() and list(home.glob("local-*")) and children() - before):
-            await asyncio.sleep(0)
-        entering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await entering
-        assert os.listdir(home) == []
-        assert children() == before
-
-    quiet(main)
 
 
 def test_the_asyncio_client_needs_no_torch():

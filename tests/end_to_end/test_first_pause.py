@@ -295,16 +295,6 @@ def test_a_first_stop_and_resume_import_nothing_more_than_the_client_did(served)
     assert shown.stdout == "set()\n"
 
 
-def test_local_serves_a_model_and_is_gone_with_the_block():
-    with djinn.local("tiny") as model:
-        pid = model.server.welcome.pid
-        assert model.run(FRANCE).top(1)[0].token == "paris"
-    import os
-
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
 def test_edits_are_checked_before_anything_travels(tiny):
     for wrong in (
         lambda: djinn.Add(np.array([1.0, np.nan])),

@@ -4,11 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,8 +20,8 @@ import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.errors import DjinnError, Lost, ModelRefused, RequestError, UnknownModel, Unreachable
 from djinn_zmq.settings import Settings
-from tests.end_to_end.commands import WAIT_S, Started, environment_of
-from tests.end_to_end.conftest import free_port
+from tests.end_to_end.commands import Started, environment_of
+from tests.end_to_end.conftest import free_port, wait_gone
 
 FRANCE = "the capital of france is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
@@ -43,18 +40,6 @@ def start(environment) -> Iterator:
             return started
 
         yield start
-
-
-def wait_gone(pid: int) -> None:
-    """Blocks until *pid* has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        handle = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            assert poll.poll(WAIT_S * 1000), f"process {pid} goes on"
-        finally:
-            os.close(handle)
 
 
 def engine_of(endpoint: str) -> int:
@@ -290,34 +275,4 @@ def ends_at_ctrl_c(started: Started, home: Path) -> None:
     assert started.wait() == 0
     assert started.words.endswith("djinn: stopped\n")
     wait_gone(engine)
-    assert os.listdir(home / "djinn") == []
-
-
-def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environment, home):
-    program = (
-        "import os, djinn_zmq as djinn\n"
-        "def loading(_):\n"
-        "    print('loading', flush=True)\n"
-        "    os.read(0, 1)\n"
-        "with djinn.local('tiny', progress=loading):\n"
-        "    pass\n"
-    )
-    started = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with started:
-        try:
-            assert started.stdout.readline() == b"loading\n"
-            (socket,) = home.glob("djinn/local-*/djinn.sock")
-            with djinn.connect(f"ipc://{socket}") as server:
-                status = server.status()
-            pids = [status.pid, status.engines[0].pid]
-            assert all(Path(f"/proc/{pid}").exists() for pid in pids)
-        finally:
-            started.kill()
-    for pid in pids:
-        wait_gone(pid)
     assert os.listdir(home / "djinn") == []
