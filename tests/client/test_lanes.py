@@ -29,6 +29,7 @@ from djinn_zmq.errors import Lost, ProtocolError
 from djinn_zmq.memory import ring
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec
+from djinn_zmq.wire.codec import HEADER_SIZE
 from djinn_zmq.wire.messages import Broken, Granted, Offer, Ping
 from djinn_zmq.wire.ops import Op
 
@@ -249,13 +250,16 @@ def test_a_lane_that_lies_about_room_fails_what_is_asked_there_and_what_it_was_a
     ends, bus
 ) -> None:
     lanes, engine = ends
-    lane, call = lanes.of(SESSION), ping()
+    lane, calls = lanes.of(SESSION), [ping() for _ in range(CAPACITY // HEADER_SIZE)]
     connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
-    connection.send(call)
+    connection.send(calls[0])
     lie(engine)
     with pytest.raises(ProtocolError, match="ring"):
-        connection.send(ping())
-    assert isinstance(call.reply, ProtocolError) and len(connection._calls) == 1
+        for call in calls[1:]:  # what is said to be taken is looked at once a ringful
+            connection.send(call)
+    asked = calls[: calls.index(call)]
+    assert len(connection._calls) == len(asked) > 1
+    assert all(isinstance(one.reply, ProtocolError) for one in asked)
     assert lane.closed and not bus
     connection.close()
 
