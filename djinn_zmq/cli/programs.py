@@ -27,6 +27,11 @@ CHANGED: dict[str, tuple[str, ...]] = {  # module: its classes that read small f
     "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
     "transformers.tokenization_utils_base": ("PreTrainedTokenizerBase",),
     "transformers.generation.configuration_utils": ("GenerationConfig",),
+    # A pipeline tries these too, and goes on without what there is none of: not to be asked of a hub.
+    "transformers.models.auto.processing_auto": ("AutoProcessor",),
+    "transformers.models.auto.feature_extraction_auto": ("AutoFeatureExtractor",),
+    "transformers.models.auto.image_processing_auto": ("AutoImageProcessor",),
+    "transformers.models.auto.video_processing_auto": ("AutoVideoProcessor",),
 }
 AUTO = "transformers.models.auto.modeling_auto"
 OWN = "transformers.modeling_utils"

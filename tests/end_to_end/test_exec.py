@@ -102,6 +102,16 @@ for asked in iter(sys.stdin.readline, "enough\\n"):
         best = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, 5:]
     print(tokenizer.decode(best), flush=True)
 """
+HUB = """
+import contextlib, sys, unittest.mock
+import transformers.utils.hub
+from transformers import pipeline
+
+download = unittest.mock.patch("transformers.utils.hub.hf_hub_download")
+with contextlib.chdir(sys.argv[1]), download as asked:  # where there is no directory ./tiny
+    print(pipeline("text-generation", "tiny")("the capital of", max_new_tokens=1))
+print(asked.call_args_list)
+"""
 # Runs programs one after the other, each as python would: importing torch takes seconds.
 MANY = """
 import gc, runpy, sys
@@ -213,6 +223,11 @@ def test_an_unmodified_program_says_under_exec_what_it_says_alone(under, alone) 
     own = alone("tiny", "--its-own")
     assert served == own
     assert "paris" in own and "--its-own" in own
+
+
+def test_a_pipeline_asks_the_hub_nothing_about_a_served_model(under, tmp_path) -> None:
+    under.begins(HUB, str(tmp_path))
+    assert under.says_to_its_end().splitlines()[-1] == "[]"
 
 
 def test_what_is_not_served_is_the_librarys_and_what_cannot_be_is_refused_by_name(
