@@ -1,5 +1,6 @@
 """`djinn debug`: its words on a real server, as a script, and in a real pseudo-terminal."""
 
+import asyncio
 import fcntl
 import io
 import os
@@ -20,6 +21,7 @@ import pytest
 from rich.console import Console
 
 import djinn_zmq as djinn
+from djinn_zmq import aio
 from djinn_zmq.cli.debug import looking, moving
 from djinn_zmq.cli.debug.debugger import WORDS, Debugger
 from djinn_zmq.cli.debug.terminal import Words
@@ -105,10 +107,13 @@ def test_what_is_printed_is_what_is_there(debugger, tiny):
     assert f"{float(point.hidden[0, -1, 0]):.4g}"[:5] in does(debugger, "print [0, -1]")
     assert point.top(1)[0].token in does(debugger, "print top 3")
     assert "equal bit for bit" in does(debugger, "print diff #1")
-    assert "mean of its heads" in does(debugger, "print attention")
+    words = does(debugger, "print attention")
+    assert "mean of its heads" in words and words.split()[:2] == ["the", "capital"]
     assert "compute" in does(debugger, "print spans")
     assert "#1 after layer 2" in does(debugger, "print #1")
     assert "0:the 1:capital 2:of 3:france 4:is" in does(debugger, "where")
+    debugger.console.width = 40
+    assert "\n-" not in does(debugger, "print [0, -1]")  # a line begins where the numbers do: "[" or " "
 
 
 @pytest.mark.parametrize(
@@ -195,6 +200,30 @@ def test_it_attaches_to_a_program_and_changes_what_that_gets(debugger, served):
         answer = program.submit(model.run, FRANCE)
         does(debugger, "continue", "edit patch #1 [0, 3]", "detach")
         assert answer.result(WAIT_S).top(1)[0].token == "berlin"
+
+
+def test_it_waits_for_the_next_stop_where_the_program_gave_up_what_is_held(debugger, served):
+    async def program() -> None:
+        async with aio.connect(served.endpoint) as theirs:
+            model = await theirs.model("tiny")
+            await types("break 2", f"attach {model.session_id:016x}")
+            answer = asyncio.ensure_future(model.run(FRANCE))
+            await types("continue")
+            answer.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await answer
+            answer = asyncio.ensure_future(model.run(FRANCE))
+            words = await types("continue")
+            assert "gone: nothing is held" in words and "stopped after layer 2" in words
+            await types("edit skip 4")
+            assert not debugger.do("detach") and "'edit clear'" in shown(debugger)
+            await types("edit clear", "detach")
+            assert (await (await answer).top(1))[0].token == "paris"
+
+    async def types(*lines: str) -> str:
+        return await asyncio.to_thread(does, debugger, *lines)
+
+    asyncio.run(asyncio.wait_for(program(), WAIT_S))
 
 
 # ---- as a command

@@ -67,15 +67,19 @@ def heat(
     rows: Sequence[tuple[str, Sequence[str], Sequence[float], bool]],
     width: int,
     *,
+    corner: str = "layer",
     note: str = "",
 ) -> RenderableType:
-    """A heat map. rows: (label, cells, shares, marked). width: of the terminal; where not all columns
-    fit the last ones are shown, and it says so."""
+    """A heat map. rows: (label, cells, shares, marked). corner: what the labels are. width: of the
+    terminal; where not all columns fit the last ones are shown, and it says so."""
     label = max([len(row[0]) for row in rows] + [5]) + 2
     cell = max([min(CELL, len(text)) for row in rows for text in row[1]] + [4]) + 1
+    titled = max(cell, *(min(CELL, len(head)) + 1 for head in heads))
+    if titled * len(heads) <= width - label - 2:  # else rather more columns than whole titles
+        cell = titled
     fit = max(1, (width - label - 2) // cell)
     first = max(0, len(heads) - fit)
-    lines = [_line("layer", heads[first:], [None] * len(heads), label, cell, "bold cyan")]
+    lines = [_line(corner, heads[first:], [None] * len(heads), label, cell, "bold cyan")]
     for name, texts, shares, marked in rows:
         style = "bold yellow" if marked else "dim"
         lines.append(
@@ -122,8 +126,13 @@ def path(layers: int, at: int, inside: str, breaks: Sequence[int]) -> Text:
     return line
 
 
-def numbers(array: np.ndarray) -> str:
-    """An array, small enough to read."""
+def numbers(array: np.ndarray, width: int) -> str:
+    """An array, small enough to read, in lines of *width* characters."""
     return np.array2string(
-        np.asarray(array, np.float32), precision=4, threshold=64, edgeitems=4, suppress_small=True
+        np.asarray(array, np.float32),
+        max_line_width=width,
+        precision=4,
+        threshold=64,
+        edgeitems=4,
+        suppress_small=True,
     )

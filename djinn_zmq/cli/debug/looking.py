@@ -74,7 +74,8 @@ def print_(debugger: Debugger, rest: str) -> None:
         point = debugger.here()
     if what == "hidden" and at:
         _no_more(words)
-        debugger.say(drawing.Text(drawing.numbers(np.asarray(point.hidden[reading.index(at)]))))
+        part = np.asarray(point.hidden[reading.index(at)])
+        debugger.say(drawing.Text(drawing.numbers(part, debugger.console.width)))
     elif what == "hidden":
         _print_norms(debugger, point, words)
     elif what in views:
@@ -125,7 +126,7 @@ def _print_attention(debugger: Debugger, point: Checkpoint, words: list[str]) ->
         for piece, row in zip(pieces, weights, strict=True)
     ]
     note = "attention of the next layer, mean of its heads; rows look at columns"
-    debugger.say(drawing.heat(pieces, rows, debugger.console.width, note=note))
+    debugger.say(drawing.heat(pieces, rows, debugger.console.width, corner="", note=note))
 
 
 def _print_spans(debugger: Debugger) -> None:

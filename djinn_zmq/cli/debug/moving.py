@@ -14,6 +14,7 @@ from djinn_zmq.cli.debug.debugger import Debugger, word
 from djinn_zmq.cli.debug.reading import Mistyped
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.run import Checkpoint, Run
+from djinn_zmq.errors import EditError, LayerError, UnknownStop
 from djinn_zmq.settings import counted
 
 WAIT_S = 0.2  # an attached program's next stop is looked for this often, Ctrl-C heard between
@@ -58,7 +59,9 @@ def continue_(debugger: Debugger, rest: str) -> None:
         return
     point = debugger.here()
     saves = saved_before(debugger, point.layer)
-    _arrived(debugger, point.resume(_edits(debugger), stop_at=ahead_of(debugger), save_at=saves))
+    with _pending(debugger) as edits:
+        made = point.resume(edits, stop_at=ahead_of(debugger), save_at=saves)
+    _arrived(debugger, made)
 
 
 @word("step", "s", usage="[LAYERS]")
@@ -85,7 +88,9 @@ def step(debugger: Debugger, rest: str) -> None:
     if point.layer >= last:
         raise Mistyped("there is no layer left: 'continue' runs what is behind the layers")
     saves = list(range(point.layer + 1, target + 1))
-    _arrived(debugger, point.resume(_edits(debugger), stop_at=target, save_at=saves))
+    with _pending(debugger) as edits:
+        made = point.resume(edits, stop_at=target, save_at=saves)
+    _arrived(debugger, made)
 
 
 @word("back", usage="[CHECKPOINTS]")
@@ -133,15 +138,15 @@ def branch(debugger: Debugger, rest: str) -> None:
     An attached program learns nothing of it. 'info branches' lists what came of them.
     """
     point = debugger.here()
-    edits = _edits(debugger)
-    if rest:
-        edits.append(reading.edit(rest, debugger.numbered))
-    plain = point.resume()
-    made = point.resume(edits) if edits else plain
+    more = [reading.edit(rest, debugger.numbered)] if rest else []
+    plain = made = point.resume()
+    with _pending(debugger) as edits:
+        if edits or more:
+            made = point.resume([*edits, *more])
     found = made.top(TOP)
     names = [text for text, _ in debugger.edits] + ([rest] if rest else [])
     debugger.branches.append(("; ".join(names) or "as it is", found))
-    debugger.say(drawing.tops(found, _shares(plain, found) if edits else None))
+    debugger.say(drawing.tops(found, None if made is plain else _shares(plain, found)))
 
 
 @word("attach", usage="SESSION|PID")
@@ -168,8 +173,8 @@ def detach(debugger: Debugger, rest: str) -> None:
     _nothing_more("detach", rest)
     if debugger.attached is None:
         raise Mistyped("attached to nothing")
-    if debugger.stop is not None and debugger.edits:
-        debugger.stop.continue_(_edits(debugger))
+    if debugger.edits:
+        _let_go(debugger)
     debugger.attached.detach()
     debugger.attached = None
     debugger.stand(None)
@@ -225,15 +230,26 @@ def _shares(made: Run, tops: list[Top]) -> list[float]:
     return [float(shares[top.id] / shares.sum()) for top in tops]
 
 
-def _edits(debugger: Debugger) -> list[Any]:
-    return [made for _, made in debugger.edits]
+@contextmanager
+def _pending(debugger: Debugger) -> Iterator[list[Any]]:
+    """The pending edits, to be made; where one is refused they stay, and it says how to be rid of them."""
+    try:
+        yield [made for _, made in debugger.edits]
+    except (EditError, LayerError) as exc:
+        if not debugger.edits:
+            raise
+        raise Mistyped(f"{exc} ('edit clear' drops the pending edits)") from exc
 
 
 def _let_go(debugger: Debugger) -> None:
     """Let the program's held run go on, with the edits."""
     stop = debugger.stop
     if stop is not None and stop.held:
-        stop.continue_(_edits(debugger))
+        try:
+            with _pending(debugger) as edits:
+                stop.continue_(edits)
+        except UnknownStop as exc:  # what it does next is to be seen, or that it is dead
+            debugger.say(f"[yellow]gone[/]: {exc}")
     debugger.stand(None)
 
 
