@@ -72,7 +72,7 @@ class Stop:
     def _continue(self, edits: Sequence[Edit] | Edit, hidden: Any) -> Operation[None]:
         session = self._attached.session
         if self._attached.over:
-            raise Closed(f"detached: {self._attached.reason}")
+            raise Closed(f"not attached any more: {self._attached.reason}")
         parcel = Parcel(session.connection, session.id)
         try:
             several = edits if isinstance(edits, (list, tuple)) else [edits]
@@ -128,7 +128,7 @@ class Attached(Parts[Stop, wire.Detached]):
 
     def _set_breaks(self, stops: Sequence[Any]) -> Operation[None]:
         if self._over or self._request is None:
-            raise Closed(f"detached: {self.reason or 'it was closed'}")
+            raise Closed(f"not attached any more: {self.reason or 'it was closed'}")
         flat = [
             one for some in stops for one in (some if isinstance(some, (list, tuple)) else [some])
         ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Operation
-from djinn_zmq.client.indexing import index_of
+from djinn_zmq.client.indexing import index_of, shown_index
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.wire import edits as wire
@@ -48,7 +48,7 @@ class _Valued:
         self.at = index_of(at)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.array.dtype} {self.array.shape})"
+        return f"{type(self).__name__}({self.array.dtype} {self.array.shape}{_at(self.at)})"
 
 
 class Add(_Valued):
@@ -75,6 +75,9 @@ class Lerp(_Valued):
     def __init__(self, value: Any, weight: float, at: Any = ...) -> None:
         super().__init__(value, at)
         self.weight = checks.number("Lerp: weight", weight, kind=EditError)
+
+    def __repr__(self) -> str:
+        return f"Lerp({self.array.dtype} {self.array.shape}, {self.weight}{_at(self.at)})"
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
@@ -109,7 +112,7 @@ class Scale:
         return wire.Scale(self.factor, self.at)
 
     def __repr__(self) -> str:
-        return f"Scale({self.factor})"
+        return f"Scale({self.factor}{_at(self.at)})"
 
 
 class Zero:
@@ -125,7 +128,7 @@ class Zero:
         return wire.Zero(self.at)
 
     def __repr__(self) -> str:
-        return "Zero()"
+        return f"Zero({_at(self.at).removeprefix(', ')})"
 
 
 class Patch:
@@ -149,7 +152,8 @@ class Patch:
         return wire.Patch(self.source.id, self.at, self.source_at)
 
     def __repr__(self) -> str:
-        return f"Patch({self.source!r})"
+        whence = _at(self.source_at, "source_at") if self.source_at != self.at else ""
+        return f"Patch({self.source!r}{_at(self.at)}{whence})"
 
 
 class Skip:
@@ -178,7 +182,7 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
     """*edits* as data, their values on the way with *parcel*. Raises RequestError for what is none."""
     on_wire = []
     for edit in edits if isinstance(edits, (list, tuple)) else [edits]:
-        if not hasattr(edit, "on_wire") or not hasattr(edit, "array"):
+        if isinstance(edit, type) or not hasattr(edit, "on_wire") or not hasattr(edit, "array"):
             raise RequestError(f"{checks.shown(edit)} is no edit: use djinn_zmq.Add, Set, Patch …")
         tensor = None
         if edit.array is not None:
@@ -187,8 +191,15 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
     return tuple(on_wire)
 
 
+def _at(index: wire.Index, name: str = "at") -> str:
+    """As an edit shows it, nothing where it is all of hidden."""
+    return "" if index == index_of(...) else f", {name}={shown_index(index)}"
+
+
 def _values(name: str, value: Any) -> np.ndarray:
     """*value* as a C-contiguous array of a float dtype. Raises EditError."""
+    if hasattr(value, "hidden") and hasattr(value, "resume"):
+        raise EditError(f"{name}: values are numbers, not {value!r}: give its .hidden, or a Patch")
     array = checks.array(f"{name}: value", value, kind=EditError)
     if array.dtype.kind in "iu":
         array = array.astype(np.float32)

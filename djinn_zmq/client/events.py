@@ -40,6 +40,10 @@ class Events:
         self._waiting = 0  # operations that may be using the subscriber
         self._closed = False
 
+    def __repr__(self) -> str:
+        kinds = f" of kind {', '.join(self._kinds)}" if self._kinds else ""
+        return f"<events{kinds} of {self._server!r}{', closed' if self._closed else ''}>"
+
     def so_far(self) -> Any:
         """Those that have happened: a list, oldest first. Does not wait."""
         return self._server.drive(self._so_far())

@@ -16,6 +16,7 @@ from djinn_zmq.client.parts import WINDOW, Parts
 from djinn_zmq.client.run import Checkpoint, along
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import LayerError, RequestError
+from djinn_zmq.settings import counted
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.codec import Message
@@ -123,6 +124,16 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             if checkpoints:
                 return next(reversed(checkpoints.values()))
         raise LayerError("the generation kept no checkpoint: use stop_at= or save_at=")
+
+    def __repr__(self) -> str:
+        said = counted(len(self.tokens), "token")
+        if self.stopped:
+            return f"<generation stopped after layer {self.layer} of step {self.step}, {said}>"
+        return (
+            f"<generation of {said}, over: {self.reason}>"
+            if self.reason
+            else f"<generation of {said} so far>"
+        )
 
     def resume(self, edits: Sequence[Edit] = (), *, hidden: Any = None) -> "Generation":
         """Go on from the stop as it began: the same wishes, the tokens that are left.

@@ -18,6 +18,23 @@ def index_of(at: Any) -> Index:
     return tuple(_part(part) for part in parts)
 
 
+def shown_index(index: Index) -> str:
+    """In numpy's notation: "(0, -1, 2:5)"."""
+    parts = [_shown_part(part) for part in index]
+    return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _shown_part(part: Pick | Stretch | Take | Rest) -> str:
+    if isinstance(part, Rest):
+        return "..."
+    if isinstance(part, Stretch):
+        start, stop, step = (
+            "" if one is None else str(one) for one in (part.start, part.stop, part.step)
+        )
+        return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
+    return str(part.at if isinstance(part, Pick) else list(part.at))
+
+
 def _part(part: Any) -> Pick | Stretch | Take | Rest:
     if part is Ellipsis:
         return Rest()

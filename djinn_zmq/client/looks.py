@@ -27,6 +27,9 @@ class Top(NamedTuple):
     probability: float
     logit: float
 
+    def __repr__(self) -> str:
+        return f"Top(token={self.token!r}, id={self.id}, probability={self.probability:.4g}, logit={self.logit:.6g})"
+
 
 class Diff(NamedTuple):
     """How one checkpoint differs from another.

@@ -128,6 +128,9 @@ class Trace(Bundles[Cell, Grid]):
         self._asked = False
         self._cells: dict[int, Outcome] = {}
 
+    def __repr__(self) -> str:
+        return f"<trace, {counted(len(self._cells), 'cell')} done>"
+
     def _more(self) -> Operation[Call] | None:
         if self._asked:
             return None
