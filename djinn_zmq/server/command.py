@@ -84,6 +84,17 @@ def _tcp(host: str, port: int, keys: Path | None) -> str | None:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
+def _events_port(asked: int, port: int) -> int:
+    """Raises RequestError for one that is taken by this command itself, or that nothing is at."""
+    if asked and not port:
+        raise RequestError(f"--events-port {asked} without TCP: give --port, too")
+    if asked and asked == port:
+        raise RequestError(
+            f"--events-port {asked} is --port: choose another, or any that is free, 0"
+        )
+    return asked
+
+
 def _host_memory(asked: int | None, engines: int) -> int:
     """Bytes for each engine: as asked (MiB), or half of what is free, shared by them."""
     if asked is not None:
@@ -275,7 +286,7 @@ def serve(
     \b
       python -m djinn_zmq.server --port 5556 --gpu 0
       djinn serve --model tiny --port 0
-      djinn serve --host 0.0.0.0 --keys ~/.djinn-keys --model smollm2
+      djinn serve --host 0.0.0.0 --keys ~/.cache/djinn/keys --model smollm2
     """
     keep_freed_memory()
     allow_many_descriptors()
@@ -305,7 +316,7 @@ def serve(
             shapes=shapes,
             tcp=_tcp(host, port, keys),
             keys=server_keys(keys) if keys is not None else None,
-            events_port=events_port,
+            events_port=_events_port(events_port, port),
         )
     except DjinnError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -138,7 +138,7 @@ def test_what_cannot_be_seen_is_refused_and_the_session_goes_on(model, france):
         (
             lambda: point.attention(2),
             LayerError,
-            "layer 2 lies behind the checkpoint after layer 2",
+            "layer 2 lies behind the checkpoint after layer 2: ahead are 3 to 4",
         ),
         (lambda: point.attention(5), LayerError, r'"tiny" has layers 1 to 4'),
         (lambda: france.checkpoints[4].attention(), LayerError, "layer 5 does not exist"),

@@ -64,6 +64,8 @@ def test_a_server_that_cannot_serve_says_why_in_one_sentence(refused_server, hom
         ),
         (["--gpu-memory", 10**9], "--gpu-memory 1000000000 (MiB) is more than this machine has: "),
         (["--state", "STATE", "--disk", 10**12], "is more than the file system of STATE has: "),
+        (["--events-port", "7"], "--events-port 7 without TCP: give --port, too"),
+        (["--port", "7", "--events-port", "7"], "--events-port 7 is --port: choose another"),
         (
             ["--ipc", "STATE/no/a.sock"],
             "--ipc STATE/no/a.sock: there is no directory STATE/no: make",
