@@ -8,6 +8,7 @@
 Each as PDF and PNG, legible in grey: lines differ by marker and dash, bars by hatch.
 """
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from djinn_zmq.probe.samples import Samples
 
 FORMATS = (".pdf", ".png")
 MIB = 1 << 20
+APART = 20  # times the median: a resume that took so long has all drawn on a logarithmic axis
 
 # What is drawn in figure 7: (baseline, beginning of the variant) → (label, shade, marker, dash)
 READY = {
@@ -208,7 +210,14 @@ def _resumes(axes: Axes, found: schema.File) -> None:
     axes.set_title(f"Resume, each session once: {note}", fontsize=10)
     axes.set_xlabel("in the order resumed")
     axes.set_ylabel("milliseconds")
-    axes.set_ylim(bottom=0)
+    times = [row["seconds"] for row in resumes]
+    if times and max(times) > APART * statistics.median(
+        times
+    ):  # else one would hide how the rest differ
+        axes.set_yscale("log")
+        drawing.plain_numbers(axes.yaxis)
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

@@ -1,6 +1,7 @@
 """Figures and the table from results that are committed, and from made-up ones."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from djinn_zmq.probe.results import Results, write
 from djinn_zmq.probe.samples import Samples
 
 LAYERS = (1, 2, 4)
+PRESSURE = (
+    Path(plots.__file__).with_name("results") / "experiment-2cores/memory-pressure-small.json"
+)
 
 
 def samples(baseline: str, variant: str, base_s: float, a_layer_s: float = 0.0) -> list[Samples]:
@@ -62,6 +66,17 @@ def test_every_figure_is_written_as_pdf_and_png_and_the_table_as_markdown_and_js
         "capabilities.md",
     }
     assert all((folder / name).stat().st_size > 1000 for name in written)
+
+
+@pytest.mark.parametrize(("slowest_s", "scale"), [(0.03, "linear"), (1.5, "log")])
+def test_one_slow_resume_does_not_hide_how_the_others_differ(slowest_s, scale):
+    found = schema.read(PRESSURE)
+    for row, seconds in zip(
+        found.tables["resumes"], [slowest_s, 0.003, *[0.02] * 99], strict=False
+    ):
+        row["seconds"] = seconds
+    _, resumes = plots.virtualization(found).axes
+    assert resumes.get_yscale() == scale
 
 
 def test_every_cell_of_the_table_is_measured_or_cited_or_says_that_it_is_neither(drawn, tmp_path):
