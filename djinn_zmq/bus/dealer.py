@@ -67,7 +67,10 @@ class Dealer:
             self.socket.connect(endpoint)
         except zmq.ZMQError as exc:
             self.close()
-            raise RequestError(f"cannot connect to {endpoint}: {exc.strerror}") from exc
+            hint = ": use tcp://HOST:PORT" if scheme == "tcp" else ""
+            raise RequestError(
+                f"cannot connect to {endpoint}: {os.strerror(exc.errno or 0)}{hint}"
+            ) from exc
         self._gone = False  # disconnected, and not connected again since
         self._receive = self.socket.recv
         self._send = limits.plain_send(self.socket)

@@ -37,6 +37,7 @@ class LeaseSocket:
         self.unsent: deque[Packet] = deque()  # what was posted and found no room
         self.on_full: Callable[[], None] = lambda: None  # called when there is some
         self._given_up = 0  # questions whose answers nobody waits for
+        self._other = "the other end of the lease socket"  # as an error calls it
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], token: bytes) -> "LeaseSocket":
@@ -51,6 +52,7 @@ class LeaseSocket:
             lease = cls(sock)
             if lease.peer_uid() != os.getuid():
                 raise AccessDenied(f"{path} belongs to uid {lease.peer_uid()}")
+            lease._other = f"the server at {path}"
             lease.ask(messages.Join(token))
         except OSError as exc:
             sock.close()
@@ -75,7 +77,7 @@ class LeaseSocket:
         try:
             socket.send_fds(self.socket, [encode_lease(packet)], fds)
         except (BrokenPipeError, ConnectionResetError) as exc:
-            raise Lost("the other end of the lease socket is gone") from exc
+            raise Lost(f"{self._other} is gone") from exc
         except TimeoutError as exc:
             raise self._gave_up() from exc
 
@@ -115,7 +117,7 @@ class LeaseSocket:
         for spare in fds[FDS_LIMIT:] if data else fds:  # an empty packet may carry some too
             os.close(spare)
         if not data:
-            raise Lost("the other end of the lease socket is gone")
+            raise Lost(f"{self._other} is gone")
         fds = fds[:FDS_LIMIT]
         try:
             return decode_lease(data), fds

@@ -395,7 +395,7 @@ def test_connecting_raises_what_the_server_refuses_with(directory: Path) -> None
 def test_a_server_that_hangs_up_while_one_connects_is_lost(directory: Path) -> None:
     with lease_bus.listen(directory / "lease") as listener:
         server = Answering(listener, b"")
-        with pytest.raises(Lost):
+        with pytest.raises(Lost, match=f"the server at {directory}/lease is gone"):
             LeaseSocket.connect(directory / "lease", b"token")
         server.wait()
 

@@ -369,10 +369,15 @@ def test_an_endpoint_of_another_kind_is_refused_by_name(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["tcp://localhost", "tcp://localhost:65536", "tcp://localhost:port"]
+    ("endpoint", "why"),
+    [
+        ("tcp://localhost", ": Invalid argument: use tcp://HOST:PORT"),
+        ("tcp://localhost:65536", ": a port is at most 65535"),
+        ("tcp://localhost:port", ": Invalid argument: use tcp://HOST:PORT"),
+    ],
 )
-def test_an_endpoint_that_is_no_address_is_refused_by_name(endpoint: str) -> None:
-    with pytest.raises(RequestError, match=f"cannot connect to {endpoint}"):
+def test_an_endpoint_that_is_no_address_is_refused_by_name(endpoint: str, why: str) -> None:
+    with pytest.raises(RequestError, match=f"cannot connect to {endpoint}{why}"):
         Dealer(endpoint, Settings(), None)
 
 

@@ -163,7 +163,7 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pull_module, "CONVERTER_NEEDS", ("json", "absent_gguf", "absent_accel"))
-    with pytest.raises(PullError, match="needs absent_gguf and absent_accel.*djinn_zmq.pull."):
+    with pytest.raises(PullError, match="needs absent_gguf and absent_accel.*djinn-zmq.pull."):
         pull("smollm2", models)
     assert not models.exists()
 
