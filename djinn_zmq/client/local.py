@@ -34,8 +34,9 @@ def local(
 ) -> Iterator[Model]:
     """Serve *model* in a private server and give it, as `Server.model` does.
 
-    device: "cpu" or "cuda:N". The server is this program's own (its socket has a random name in
-    your runtime directory) and ends with the block, whatever happens in it; `model.server` is it.
+    device: "cpu" or "cuda:N"; on a machine without a GPU it is the CPU (`model.device` says which).
+    The server is this program's own (its socket has a random name in your runtime directory) and ends
+    with the block, whatever happens in it; `model.server` is it.
     Raises StartError with the server's last words where it does not come up.
     """
     check(model, device, dtype)
