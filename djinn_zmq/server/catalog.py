@@ -1,5 +1,6 @@
 """Which names are served, and what they stand for."""
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -24,15 +25,8 @@ class Catalog:
         """models: what `--model` named: served names, directories or hub ids. shapes: what
         `--random-weights` named. Raises UnknownModel for what is none."""
         self._sources: dict[str, str] = {}
-        embedded = resources.files("djinn_zmq") / "models"
-        for folder in sorted(Path(str(embedded)).glob("*/")):
-            if (folder / CONFIG).exists():
-                self._sources[folder.name] = str(folder)
-        pulled = models_dir()
-        if pulled.is_dir():
-            for folder in sorted(pulled.glob("*/")):
-                if (folder / CONFIG).exists():
-                    self._sources[folder.name] = str(folder)
+        self._find(Path(str(resources.files("djinn_zmq") / "models")))
+        self._find(models_dir())
         for shape in shapes:
             if shape not in shape_names():
                 raise UnknownModel(f'no shape "{shape}": there are {", ".join(shape_names())}')
@@ -41,7 +35,14 @@ class Catalog:
 
     @property
     def names(self) -> tuple[str, ...]:
+        self._find(models_dir())
         return tuple(self._sources)
+
+    def _find(self, directory: Path) -> None:
+        """Serve the models in *directory* by name, besides those known: some are pulled meanwhile."""
+        for folder in sorted(directory.glob("*/")):
+            if folder.name not in self._sources and os.path.exists(folder / CONFIG):
+                self._sources[folder.name] = str(folder)
 
     def _add(self, model: str) -> str:
         name, source = self.resolve(model, trusted=True)
@@ -54,6 +55,8 @@ class Catalog:
         trusted: may the asker name things on this machine that nobody chose to serve?
         Raises UnknownModel, or AccessDenied for an untrusted asker.
         """
+        if model not in self._sources:
+            self._find(models_dir())
         if model in self._sources:
             return model, self._sources[model]
         if model in self._sources.values():
@@ -74,7 +77,8 @@ class Catalog:
         except (OSError, RuntimeError) as exc:  # too long, not to be entered, or of no such user
             raise UnknownModel(f'"{model}" names no model that can be read: {exc}') from exc
         if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+            pull = "" if "/" in model else "; 'djinn pull' lists what it can bring"
             raise UnknownModel(
-                f'"{model}" is no served name ({known}), no directory, and no hub id (OWNER/NAME)'
+                f'"{model}" is no served name ({known}), no directory, and no hub id (OWNER/NAME){pull}'
             )
         return model, model

@@ -27,3 +27,18 @@ def test_who_is_not_trusted_gets_what_is_served_and_learns_of_nothing_else(tmp_p
     for other in (str(tmp_path / "none"), str(tmp_path.parent), "owner/name"):
         with pytest.raises(AccessDenied, match="a client without a key gets: tiny"):
             catalog.resolve(other, trusted=False)
+
+
+def test_a_model_that_is_pulled_while_it_serves_is_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DJINN_CACHE", str(tmp_path))
+    catalog = Catalog(())
+    with pytest.raises(UnknownModel, match="'djinn pull' lists what it can bring"):
+        catalog.resolve("smollm2", trusted=True)
+    folder = tmp_path / "models" / "smollm2"
+    folder.mkdir(parents=True)
+    assert catalog.names == ("tiny",)  # a directory without a config is no model
+    (folder / CONFIG).touch()
+    assert catalog.resolve("smollm2", trusted=False) == ("smollm2", str(folder))
+    assert catalog.names == ("tiny", "smollm2")
