@@ -160,7 +160,9 @@ class Debugging:
                 raise EditError(halt.fixed)
             for edit in asked.edits:
                 if isinstance(edit, Skip):
-                    raise EditError(f"Skip({edit.layer!r}): a run under way goes through all its layers; edit what flows there")
+                    raise EditError(
+                        f"Skip({edit.layer!r}): a run under way goes through all its layers; edit what flows there"
+                    )
             if asked.hidden is not None:
                 check_hidden(asked.hidden, halt.kept[-1].tensor)
             sources = self._runner.sources(session, asked.edits)

@@ -113,7 +113,9 @@ def test_what_is_printed_is_what_is_there(debugger, tiny):
     assert "#1 after layer 2" in does(debugger, "print #1")
     assert "0:the 1:capital 2:of 3:france 4:is" in does(debugger, "where")
     debugger.console.width = 40
-    assert "\n-" not in does(debugger, "print [0, -1]")  # a line begins where the numbers do: "[" or " "
+    assert "\n-" not in does(
+        debugger, "print [0, -1]"
+    )  # a line begins where the numbers do: "[" or " "
 
 
 @pytest.mark.parametrize(
