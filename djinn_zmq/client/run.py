@@ -414,7 +414,10 @@ class Run:
 
     def __repr__(self) -> str:
         kept = ", ".join(map(str, self.checkpoints)) or "none"
-        return f"<run {self.state} after layer {self.layer}, checkpoints at layers: {kept}>"
+        last = next(reversed(self.checkpoints.values()), None)
+        inside = self.stopped and last is not None and last.place
+        where = f"at {inside}" if inside else f"after layer {self.layer}"
+        return f"<run {self.state} {where}, checkpoints: {kept}>"
 
 
 def along(
@@ -465,6 +468,8 @@ def ask(
 
 def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:
     """*value* as an array that can travel. Raises EditError for a dtype no tensor has."""
+    if isinstance(value, Checkpoint):
+        raise EditError(f"hidden: an array, not {value!r}: give its .hidden")
     array = checks.array("hidden", value, kind=EditError)
     if dtype_name(array.dtype) is None:
         raise EditError(f"hidden of dtype {array.dtype}: it must have the checkpoint's, {dtype}")

@@ -173,6 +173,8 @@ def test_a_replacement_of_another_shape_or_dtype_is_refused(point):
         point.resume(hidden=whole[:, :4])
     with pytest.raises(errors.EditError, match="dtype"):
         point.resume(hidden=whole.astype(np.complex64))
+    with pytest.raises(errors.EditError, match=r"hidden: an array, not <checkpoint .*its \.hidden"):
+        point.resume(hidden=point)
 
 
 def test_wrong_wishes_for_logits_are_refused(tiny):

@@ -34,6 +34,7 @@ def test_a_zero_edit_at_any_place_changes_no_bit_and_a_real_one_does(model, plai
     run = model.run(FRANCE, stop_at=place)
     point = run.checkpoint
     assert (run.state, point.place) == ("stopped", place) and place in repr(point)
+    assert repr(run).startswith(f"<run stopped at {place}, ")
     whole = np.asarray(point.hidden)
     for nothing in ([], [Scale(1.0)], [djinn.Set(whole)]):
         assert point.resume(nothing, logits="all").logits.tobytes() == plain
