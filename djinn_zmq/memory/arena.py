@@ -352,22 +352,28 @@ class Pool:
 
     def may_grow(self, nbytes: int, zone: str = "") -> int:
         """Bytes of the arena that would be made for a slot of *nbytes*; 0: the limit allows none.
-        Gives up empty ones of other zones for it."""
-        for empty in self._empty(zone):
-            if self.limit - self.mapped - self.coming >= max(nbytes, self.arena_nbytes):
+        Gives up empty ones for it: of other zones, and those that are too small."""
+        room = self.limit - self.mapped - self.coming
+        empty = self._empty(nbytes, zone)
+        if nbytes > room + sum(one.capacity for one in empty):
+            return 0
+        for one in empty:
+            if room >= max(nbytes, self.arena_nbytes):
                 break
             assert self._retire is not None
-            self._retire(self.arenas.pop(empty.number))
-            empty.close()
-        room = self.limit - self.mapped - self.coming
-        return max(nbytes, min(self.arena_nbytes, room)) if nbytes <= room else 0
+            self._retire(self.arenas.pop(one.number))
+            one.close()
+            room += one.capacity
+        return max(nbytes, min(self.arena_nbytes, room))
 
-    def _empty(self, zone: str) -> list[OwnArena]:
-        """Arenas of other zones that hold nothing."""
+    def _empty(self, nbytes: int, zone: str) -> list[OwnArena]:
+        """Arenas that hold nothing, and will not hold a slot of *nbytes* of *zone* either."""
         return [
             one
             for one in self.arenas.values()
-            if self._retire is not None and one.zone not in (zone, None) and not one.used
+            if self._retire is not None
+            and not one.used
+            and (one.zone not in (zone, None) or one.capacity < nbytes)
         ]
 
     def _of(self, zone: str) -> list[OwnArena]:

@@ -116,6 +116,27 @@ def test_arenas_that_are_being_made_count_against_the_limit() -> None:
     pool.close()
 
 
+def test_empty_arenas_that_are_too_small_give_way_where_that_is_enough() -> None:
+    numbers = itertools.count(1)
+    retired: list[int] = []
+    pool = Pool(
+        LIMIT,
+        4 * GRANULE,
+        lambda arena: next(numbers),
+        "test",
+        lambda arena: retired.append(arena.number),
+    )
+    leases = [pool.lease(4 * GRANULE, holder=1, zone="a") for _ in range(4)]
+    for lease in leases[:2]:
+        pool.give_back(lease.slot)
+    with pytest.raises(ArenaFull, match="16.0 KiB free in one piece, 32.0 KiB free in all"):
+        pool.lease(9 * GRANULE, holder=1, zone="a")
+    assert retired == [] and pool.ready(4 * GRANULE, "a")
+    assert len(pool.lease(8 * GRANULE, holder=1, zone="a").view) == 8 * GRANULE
+    assert retired == [1, 2] and pool.mapped == pool.used == LIMIT
+    pool.close()
+
+
 def test_a_limit_that_ends_within_a_granule_leaves_nothing_free_not_less() -> None:
     pool = Pool(GRANULE + 1, GRANULE + 1, lambda arena: 1, "test")
     pool.lease(GRANULE + 1, holder=1)
