@@ -75,7 +75,7 @@ class Room:
         One more arena is made beside us: its pages, and registering them, take tens of milliseconds.
         """
         self.settle()
-        while not self.pool.ready(nbytes, zone):
+        while nbytes <= self.pool.limit and not self.pool.ready(nbytes, zone):
             if self.growing or self.growing.begin(nbytes, zone):
                 yield
                 self.settle()
@@ -101,13 +101,16 @@ class Room:
             try:
                 return self.pool.lease(body.nbytes, body.session, zone=body.zone), None
             except ArenaFull as exc:
+                if body.nbytes > self.pool.limit:  # nothing that gives way is enough
+                    return None, exc
                 if self.growing:  # they have what the limit leaves: the first is soon there
                     self.growing.wait()
                 elif not self._drop_one() and not self.more():
                     return None, exc
 
     def device_slot(self, nbytes: int, zone: str) -> DeviceSlot | None:
-        """The same on the device; None also where it has no tier."""
+        """The same on the device; None also where it has no tier. What lies where it could not be stays: a
+        slab is never freed."""
         if not self.slabs.limit:
             return None
         slot = self.slabs.lease(nbytes, zone)
@@ -116,7 +119,14 @@ class Room:
             slot = self.slabs.lease(nbytes, zone)
         while slot is None:
             victim = next(
-                (one for one in self._oldest() if one.device and len(one.tiers) > 1), None
+                (
+                    one
+                    for one in self._oldest()
+                    if one.device
+                    and len(one.tiers) > 1
+                    and self.slabs.may_hold(one.device.slab, nbytes, zone)
+                ),
+                None,
             )
             if victim is None:
                 return None

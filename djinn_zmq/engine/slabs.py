@@ -139,6 +139,12 @@ class Slabs:
         slab = self.slabs[number] = Slab(number, memory, zone)
         return slab
 
+    def may_hold(self, slab: Slab, nbytes: int, zone: str) -> bool:
+        """Could a slot of *nbytes* of *zone* be in *slab*, if nothing else were there?"""
+        if slab.exported and slab.zone != zone:
+            return False
+        return granules_for(nbytes) <= slab.memory.numel() // GRANULE
+
     def give_back(self, where: Where) -> None:
         """Raises StaleSlot if it has been given back already."""
         self.slabs[where.slab].give_back(where)

@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.errors import ArenaFull
 from djinn_zmq.settings import KIB, MIB
-from tests.engine.keepers import OWNER, Late, ServerSide, in_turns, kept_in, running, used
+from tests.engine.keepers import IDS, OWNER, Late, ServerSide, in_turns, kept_in, running, used
 from tests.engine.test_disk import disk_held
 
 
@@ -109,3 +110,26 @@ def test_what_is_released_while_its_file_is_written_leaves_nothing(
     assert used(keeping) == (0, 0, 0)
     keeping.disk.close()
     assert not list(state.iterdir())
+
+
+def test_nothing_gives_way_to_what_no_room_would_be_enough_for(keeping: Keeping) -> None:
+    """In a slab or in the limit of host memory."""
+    entry = kept_in(keeping)
+    in_turns(keeping.tiers.file(entry.body))
+    room = keeping.room
+    while room.slabs.lease(MIB, "another's"):
+        pass
+    assert room.device_slot(MIB + 1, OWNER) is None
+    too_much = keeping.pool.limit + 1
+    in_turns(keeping.make_room(too_much, OWNER))
+    with pytest.raises(ArenaFull):
+        keeping.keep(
+            torch.zeros(1, 1, too_much, dtype=torch.uint8),
+            session=1, owner=OWNER, run=7, layer=2, ids=IDS,
+        )  # fmt: skip
+    assert entry.body.tiers == ("device", "host", "disk")
+    room.slabs.slabs[entry.body.device.where.slab].exported = True
+    assert room.device_slot(1, "another's") is None
+    assert entry.body.tiers == ("device", "host", "disk")
+    assert room.device_slot(MIB, entry.body.zone) is not None
+    assert entry.body.tiers == ("host", "disk")
