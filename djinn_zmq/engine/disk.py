@@ -1,7 +1,8 @@
 """The disk tier: a file a checkpoint, under the state directory, written and read beside the layers.
 
 Two threads, one that writes and removes (in order) and one that reads: they sleep in system calls and
-hold the GIL for microseconds. A wake-up tells the engine's loop that one of them is done.
+hold the GIL for microseconds. A wake-up tells the engine's loop that one of them is done. What is still to get
+its name from the one is waited for by the other.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ class Disk:
         self._writer = ThreadPoolExecutor(1, "djinn-disk-writer")
         self._reader = ThreadPoolExecutor(1, "djinn-disk-reader")
         self._under_way: set[Future[Any]] = set()  # threads take theirs out themselves
+        self._naming: dict[int, Future[None]] = {}  # by the number that a file is given
 
     @property
     def busy(self) -> bool:
@@ -90,14 +92,21 @@ class Disk:
             except OSError as exc:
                 _log.warning("checkpoint %#x has no file of its own: %s", other, exc)
 
-        self._writer.submit(work)
+        self._named(other, self._writer.submit(work))
+
+    def _named(self, number: int, future: "Future[None]") -> None:
+        """*number* has a file when *future* is done, which may be behind a large one that is being written."""
+        self._naming = {one: its for one, its in self._naming.items() if not its.done()}
+        self._naming[number] = future
 
     def load(self, number: int, target: memoryview) -> "Future[Any]":
         """Read the hidden state of *number* into *target*. Raises (there) BadFile."""
         assert self.folder is not None
-        path = files.path_of(self.folder, number)
+        path, named = files.path_of(self.folder, number), self._naming.get(number)
 
         def work() -> None:
+            if named is not None:
+                named.exception()
             saved = files.read(path)
             if saved.hidden.nbytes != len(target):
                 raise files.BadFile(
@@ -125,7 +134,9 @@ class Disk:
                     path.replace(inherited)  # of two links to one file both stay
                 path.unlink()
 
-        self._writer.submit(work)
+        future = self._writer.submit(work)
+        if heir:
+            self._named(heir, future)
 
     def _watched(self, future: "Future[Any]") -> "Future[Any]":
         self._under_way.add(future)

@@ -94,6 +94,29 @@ def test_a_file_that_has_lost_its_number_is_the_others_whether_they_could_be_lin
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_file_is_read_when_it_has_the_number_that_it_is_read_under(
+    tmp_path: Path, inherits: bool
+) -> None:
+    """It may get that behind a large one that is being written."""
+    disk, gate = Disk(tmp_path, 1024 * KIB, lambda: None), threading.Event()
+    data = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    disk.save([7], {"hidden": data, "ids": IDS}, {"format": FORMAT, "layer": "2"}).result(10)
+    disk._writer.submit(gate.wait, 10)
+    if inherits:
+        disk.remove(7, 8)
+    else:
+        disk.link(7, 8)
+    target = memoryview(bytearray(data.nbytes))
+    future = disk.load(8, target)
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    gate.set()
+    future.result(10)
+    assert bytes(target) == data.tobytes()
+    disk.close()
+
+
 def refused(*_: Any) -> None:
     raise OSError(errno.EPERM, "no hard links here")
 
