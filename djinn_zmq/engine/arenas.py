@@ -110,15 +110,21 @@ class Arenas:
             _, fd = self._lease.ask(Want(number))
             if fd is None:
                 raise Lost(f"arena {number} came without a descriptor")
-            arena = OwnArena(number, fd)
             try:
-                self._device.attach(arena)
-            except StartError as exc:  # of what is adopted, what is in it alone is lost
-                arena.close()
+                self.pool.arenas[number] = self._attached(OwnArena(number, fd))
+            except (ArenaFull, StartError) as exc:
+                # Of what is adopted, what is in it alone is lost.
                 self._lease.send(Retire(number))
                 raise Lost(f"arena {number}: {exc}") from exc
-            self.pool.arenas[number] = arena
         return self.pool.arenas[number]
+
+    def _attached(self, arena: OwnArena) -> OwnArena:
+        try:
+            self._device.attach(arena)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
 
     def close(self) -> None:
         self._grower.shutdown()

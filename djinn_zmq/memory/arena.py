@@ -75,7 +75,7 @@ class Arena:
         """Take over *fd* (closed by `close`, and here where this raises) and map it.
 
         Raises ProtocolError where it is not sealed, its header does not fit its size, or it may
-        not be mapped for writing.
+        not be mapped for writing, ArenaFull where this process can map no more.
         """
         self.number = number
         self.fd = fd
@@ -92,7 +92,12 @@ class Arena:
         self.nbytes = shared.sealed_size(self.fd)
         if self.nbytes < HEADER_ROOM:
             raise ProtocolError(f"{self.nbytes} bytes are no arena")
-        self._map = shared.mapped(self.fd, self.nbytes, writable=writable)
+        try:
+            self._map = shared.mapped(self.fd, self.nbytes, writable=writable)
+        except OSError as exc:  # no addresses, or no descriptor: a map has one of its own
+            raise ArenaFull(
+                f"{format_bytes(self.nbytes)} of shared memory to be mapped: {exc.strerror}"
+            ) from exc
         self._memory = memoryview(self._map)
         magic, granule, count, offset = HEADER.unpack_from(bytes(self._memory[: HEADER.size]))
         if (

@@ -234,3 +234,17 @@ def test_where_there_are_no_descriptors_it_is_they_that_are_missed_and_not_memor
             shared.create(GRANULE, "test")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_arena_that_cannot_be_mapped_is_refused_and_leaves_nothing() -> None:
+    """Its map has a descriptor of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    try:
+        with pytest.raises(ArenaFull, match="KiB of shared memory to be mapped: Too many open"):
+            OwnArena.create(GRANULE, "test")
+        os.close(os.open("/dev/null", os.O_RDONLY))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
