@@ -78,7 +78,14 @@ def test_files_are_written_in_advance_when_host_memory_is_three_quarters_full(
     keeping.pool.limit -= KIB
     keeping.settle()
     assert keeping.disk.used == entry.body.nbytes
+    in_turns(keeping.tiers.file(entry.body))
+    assert [(one, how) for one, how, _ in keeping.moves] == [(entry, "write")]
+    keeping.settle()  # all have one
+    assert keeping.disk.used == entry.body.nbytes
     keeping.pool.limit = limit
+    other = kept_in(keeping)
+    keeping.room.drop_host(other.body)
+    assert not keeping.room._write_one()  # there is nothing to make it of
 
 
 def test_a_file_that_is_there_has_the_numbers_of_those_that_are_left_by_then(
@@ -96,6 +103,19 @@ def test_a_file_that_is_there_has_the_numbers_of_those_that_are_left_by_then(
     keeping.disk._writer.submit(int).result()
     assert [path.name for path in state.iterdir()] == [f"{shared.id:016x}.safetensors"]
     assert shared.body.disk == shared.id
+
+
+def test_who_shares_what_is_being_written_has_a_file_as_well(keeping: Keeping, state: Path) -> None:
+    entry = kept_in(keeping)
+    with disk_held(keeping.disk):
+        keeping.room._write_one()
+        shared = keeping.share(entry, 8)
+        filing = keeping.tiers.file(entry.body)
+        next(filing)
+    in_turns(filing)
+    keeping.disk._writer.submit(int).result()
+    names = sorted(f"{number:016x}.safetensors" for number in (entry.id, shared.id))
+    assert sorted(path.name for path in state.iterdir()) == names
 
 
 def test_what_is_released_while_its_file_is_written_leaves_nothing(

@@ -116,6 +116,15 @@ def test_arenas_that_are_being_made_count_against_the_limit() -> None:
     pool.close()
 
 
+def test_who_cannot_give_up_arenas_keeps_those_of_other_zones(pool: Pool) -> None:
+    for _ in range(4):
+        pool.lease(4 * GRANULE, holder=1, zone="a")
+    pool.reclaim(1)
+    with pytest.raises(ArenaFull, match="0 B free in one piece, 64.0 KiB free in all"):
+        pool.lease(1, holder=1, zone="b")
+    assert pool.mapped == LIMIT
+
+
 def test_empty_arenas_that_are_too_small_give_way_where_that_is_enough() -> None:
     numbers = itertools.count(1)
     retired: list[int] = []
