@@ -67,9 +67,9 @@ class Disk:
         paths = [files.path_of(self.folder, number) for number in numbers]
 
         def work() -> None:
-            files.write(paths[0], arrays, metadata)
             made = paths[:1]
             try:
+                files.write(paths[0], arrays, metadata)
                 for path in paths[1:]:
                     os.link(paths[0], path)
                     made.append(path)

@@ -14,6 +14,7 @@ import pytest
 
 from djinn_zmq.engine.disk import Disk
 from djinn_zmq.errors import BadFile
+from djinn_zmq.memory import files
 from djinn_zmq.memory.files import FORMAT, path_of
 from djinn_zmq.settings import KIB
 
@@ -54,6 +55,19 @@ def test_a_file_is_there_under_all_of_its_numbers_or_none(tmp_path: Path) -> Non
     taken.unlink()
     disk.save([7, 8, 9], arrays, {"format": FORMAT, "layer": "2"}).result(10)
     assert sorted(tmp_path.iterdir()) == [path_of(tmp_path, number) for number in (7, 8, 9)]
+    disk.close()
+
+
+def test_a_file_that_may_not_be_on_the_disk_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be found there by the next server, and counted by nobody until then."""
+    disk = Disk(tmp_path, 1024 * KIB, lambda: None)
+    arrays = {"hidden": np.zeros((1, 2, 4), np.float32), "ids": IDS}
+    monkeypatch.setattr(files, "_sync_folder", refused)
+    future = disk.save([7, 8], arrays, {"format": FORMAT, "layer": "2"})
+    assert isinstance(future.exception(10), OSError)
+    assert not list(tmp_path.iterdir())
     disk.close()
 
 
