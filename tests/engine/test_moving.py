@@ -17,7 +17,7 @@ from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.slabs import COPIES
-from djinn_zmq.errors import ArenaFull, RequestError
+from djinn_zmq.errors import AccessDenied, ArenaFull, RequestError
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
@@ -138,7 +138,8 @@ def test_who_wants_room_does_not_wait_for_a_client_to_end(keeping: Keeping) -> N
     keeping.holds.view(101, 1, entry.body, client.pid)
     keeping.drop_session(1)
     assert leased(keeping) == 1
-    turns = keeping.make_room(LIMITS.host_memory * 2, OWNER)
+    keeping.pool.lease(1, 9)
+    turns = keeping.make_room(LIMITS.host_memory, OWNER)
     assert sum(1 for _ in zip(turns, range(100), strict=False)) < 100
     client.communicate()
 
@@ -178,11 +179,23 @@ def test_a_spare_that_gives_way_gives_its_room_in_host_memory_as_well(keeping: K
     used = keeping.pool.used
     hold = keeping.holds.lend_copy(101, 1, entry.body, os.getpid())
     assert len(hold.spares) == 2
+    taken = hold.spares[1].slot.where
     entry.body.users += 1
     while keeping.room.slabs.lease(64, COPIES):
         pass
     keeping.holds.lend_copy(102, 1, entry.body, os.getpid())
     assert len(hold.spares) == 1 and keeping.pool.used == used + GRANULE
+    with pytest.raises(AccessDenied, match="was not lent to you"):  # it is another's by now
+        keeping.holds.find(Tensor("float32", (2, 5, 8), taken), OWNER)
+
+
+def test_a_view_in_host_memory_ends_with_its_session_and_waits_for_nobody(keeping: Keeping) -> None:
+    entry, used = kept_in(keeping), keeping.pool.used
+    keeping.holds.view(101, 1, entry.body)
+    keeping.drop([entry.id])
+    assert keeping.pool.used == used  # its client may still read it
+    keeping.drop_session(1)
+    assert (leased(keeping), keeping.pool.used) == (0, 0) and not keeping.holds.of(1)
 
 
 def test_a_slot_that_a_client_had_mapped_waits_for_the_copy_that_is_made_of_it(
