@@ -27,6 +27,8 @@ from djinn_zmq.wire.tiers import Kept
 
 _log = logging.getLogger(__name__)
 
+NUMBERS = 1 << 63  # of checkpoints, with 0, which is none
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -66,7 +68,8 @@ class Returned:
             return
         try:
             number = int(path.name.removesuffix(files.SUFFIX), 16)
-            if path != files.path_of(path.parent, number):  # nobody would find it under that number
+            # Else nobody would find it under that number, or could be told of it.
+            if path != files.path_of(path.parent, number) or not 0 < number < NUMBERS:
                 raise ValueError("its name is none that a server gives")
             saved = files.read(path)
             owner = saved.metadata["owner"]

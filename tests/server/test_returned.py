@@ -92,6 +92,8 @@ def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_s
     (state / ".half.tmp").write_bytes(b"half")
     for name in ("beef", "beef.safetensors", "-1.safetensors"):  # a user's own, of such a name
         write(state / name, needs="3 tokens' keys and values")
+    for number in (0, -1, 1 << 63, 1 << 64):  # none of these fits a message, or is one
+        write(files.path_of(state, number))
     write(state / "3.safetensors")
     (state / "notes.tmp").write_bytes(b"a user's")
     (state / ".folder.tmp").mkdir()
