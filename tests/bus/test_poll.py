@@ -322,3 +322,20 @@ def test_a_turn_ends_when_its_time_is_over(poll: Poll, pair: tuple[Socket, Socke
     poll.watch_used(Both(pair[0]), lambda: pytest.fail("nothing was sent"))
     poll.turn(0)
     poll.turn(0.01)
+
+
+def test_what_is_unwatched_is_not_waited_for_any_more_and_may_be_watched_again(poll: Poll) -> None:
+    read, write = os.pipe()
+    called: list[bytes] = []
+    poll.watch(read, lambda: called.append(os.read(read, 1)))
+    os.write(write, b"12")
+    poll.turn(5.0)
+    poll.unwatch(read)
+    poll.unwatch(read)  # it is not: nothing happens
+    poll.turn(0)
+    assert called == [b"1"]
+    poll.watch(read, lambda: called.append(os.read(read, 1)))
+    poll.turn(5.0)
+    assert called == [b"1", b"2"]
+    os.close(read)
+    os.close(write)

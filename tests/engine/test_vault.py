@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from djinn_zmq.engine.caches import Account, Segment
 from djinn_zmq.engine.devices import Cpu
+from djinn_zmq.engine.slabs import COPIES
 from djinn_zmq.engine.vault import Vault
 from djinn_zmq.settings import KIB
 from tests.engine.keepers import ServerSide, running
@@ -77,6 +78,7 @@ def test_host_memory_is_nobody_elses_while_a_copy_that_was_given_up_is_written_t
     leaving = vault.shrink()
     go_on(leaving, lambda: bool(vault.on_host))
     next(leaving)
+    assert not vault.drop_copies()
     leaving.close()  # as of a job that is cancelled
     pool = vault.room.pool
     used = pool.used
@@ -316,3 +318,68 @@ def test_two_ways_out_at_once_move_no_more_than_has_to_leave(obeying: Vault, tol
     gone = 2 * LAYERS - here(first + second)
     go_on(other)
     assert gone == 2 * LAYERS - here(first + second) and not obeying.crowded
+
+
+def test_each_part_of_a_segment_comes_back_with_its_own_bits_and_strides(obeying: Vault) -> None:
+    """Of several, of other dtypes, of sizes that fill no whole number of lines."""
+    keys = torch.randn(1, 5, 3, 7).transpose(1, 2)
+    values = torch.randn(1, 3, 5, 7).bfloat16()
+    positions = torch.arange(5)
+    parts = {("keys", None): keys, ("values", None): values, ("positions", 0): positions}
+    before = {name: (part.clone(), part.stride()) for name, part in parts.items()}
+    segment = Segment(0, 5, parts, None, Account())
+    gaps = Segment(0, 5, {("keys", None): torch.randn(5, 8)[:, :7]}, None, Account())
+    obeying.track(1, [segment, gaps])
+    obeying.limit = 0
+    go_on(obeying.shrink())
+    assert here([segment]) == 0 and obeying.on_device == 0
+    assert here([gaps]) == 1  # it cannot be moved as it is
+    obeying.limit = 1 << 20
+    go_on(obeying.ready(obeying.pin(1, [segment])))
+    assert here([segment]) == 3 and obeying.on_device == segment.nbytes
+    for name, (data, stride) in before.items():
+        part = segment.parts[name]
+        assert (part.dtype, part.stride()) == (data.dtype, stride) and torch.equal(part, data)
+
+
+def test_what_has_left_leaves_once_and_is_told_of_by_session(obeying: Vault) -> None:
+    first, second = conversation(1.0), conversation(2.0)
+    obeying.track(1, first)
+    obeying.track(2, second)
+    go_on(obeying.shrink())
+    assert 0 < here(first) < LAYERS
+    obeying.limit = 0
+    go_on(obeying.shrink())
+    assert here(first + second) == obeying.on_device == 0
+    nbytes = sum(one.nbytes for one in first)
+    for session in (1, 2):
+        mine = [one for one in obeying.moves if one.session == session]
+        assert {one.how for one in mine} == {"evict"}
+        assert sum(one.nbytes for one in mine) == nbytes
+
+
+def test_keys_and_values_have_what_slabs_leave_of_the_device_and_a_quarter_in_any_case(
+    obeying: Vault,
+) -> None:
+    slabs, limit = obeying.room.slabs, 512 * KIB
+    slabs._slab_nbytes = 128 * KIB
+    assert obeying.allowance == limit
+    slabs.lease(1)
+    assert obeying.allowance == limit - 128 * KIB
+    slabs._slab_nbytes = 300 * KIB
+    slabs.lease(1, COPIES)
+    assert obeying.allowance == limit // 4 > limit - slabs.mapped
+
+
+def test_what_is_just_allowed_is_not_too_much(obeying: Vault) -> None:
+    segments = conversation(1.0)
+    obeying.track(1, segments)
+    obeying.limit = obeying.on_device
+    assert not obeying.crowded and not obeying.pressed
+    obeying.limit -= 1
+    assert obeying.crowded and obeying.pressed
+    obeying.shrinking = True  # somebody sees to it
+    assert obeying.crowded and not obeying.pressed
+    obeying.shrinking = False
+    obeying.limit = None
+    assert not obeying.crowded

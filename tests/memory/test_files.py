@@ -71,6 +71,35 @@ def test_metadata_that_are_no_text_or_no_layer_are_refused(
         files.read(where)
 
 
+def test_a_layer_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    where = tmp_path / "one.safetensors"
+    for layer in ("two", "-1", ""):
+        files.write(where, {"hidden": HIDDEN, "ids": IDS}, {**FACTS, "layer": layer})
+        with pytest.raises(BadFile, match="says no layer"):
+            files.read(where)
+
+
+def test_a_word_of_a_header_that_was_changed_is_found(path: Path) -> None:
+    """As one that says another model, which every other check would pass."""
+    files.write(path, {"hidden": HIDDEN, "ids": IDS}, {**FACTS, "model": "tiny"})
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'"model": "tiny"', b'"model": "huge"'))
+    with pytest.raises(BadFile, match=r"is damaged: its header has the checksum \w{8}, not"):
+        files.read(path)
+    path.write_bytes(raw + b"\0")
+    with pytest.raises(BadFile, match=f"has {len(raw) + 1} bytes, its header and tensors take"):
+        files.read(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    for where, why in (
+        (tmp_path / "none", "cannot be read: No such file"),
+        (tmp_path, "directory"),
+    ):
+        with pytest.raises(BadFile, match=f"{where} .*{why}"):
+            files.read(where)
+
+
 def test_checksums_are_those_that_the_protocol_says(tmp_path: Path) -> None:
     where = tmp_path / "large.safetensors"
     large = np.arange(3 * files.SUMMED // 4 + 7, dtype=np.float32).reshape(1, 1, -1)

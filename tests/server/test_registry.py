@@ -1,5 +1,6 @@
 """Whose sessions there are, who speaks for them, and what is kept where."""
 
+import os
 import time
 from typing import Any
 
@@ -138,3 +139,21 @@ def test_each_tier_of_each_engine_is_told_with_what_is_in_it() -> None:
         (1, "host", 14, 0, 0),
         (1, "disk", 14, 24, 1),
     ]
+
+
+def test_of_anothers_session_nobody_is_told_what_program_runs_it() -> None:
+    registry = Registry(2)
+    mine, others = peer_of("me"), peer_of("another")
+    mine.process = os.getpid()
+    session = registry.open(mine, "tiny", 0)
+    session.created_s -= 100.0
+    told, hidden = session.info(peer_of("me")), session.info(others)
+    assert told.yours and "python" in told.program and told.pid == os.getpid()
+    assert not hidden.yours and hidden.program == ""
+    assert 100 <= told.age_s < 200
+    assert others.program == ""  # nobody knows which it is
+    gone = peer_of("me")
+    gone.process = 1 << 30
+    assert gone.program == ""
+    registry.keep_open(session, 60.0)
+    assert (session.info(mine).pid, session.info(mine).program) == (0, "")
