@@ -254,6 +254,14 @@ def test_who_waited_a_moment_ago_is_warm_and_does_no_work_meanwhile(awake, monke
     assert done == ["meanwhile", "nothing", "one", "nothing", "two"]
 
 
+def test_who_may_not_spin_now_does_not_stay_awake_for_who_rings_ahead(awake) -> None:
+    poll, theirs, done = awake
+    poll.may_spin = False
+    theirs.ring()
+    poll.turn(5.0)
+    assert done == ["nothing"]
+
+
 def test_who_is_rung_ahead_and_has_other_work_does_not_stay_awake_for_it(awake) -> None:
     poll, theirs, done = awake
     read, write = os.pipe()

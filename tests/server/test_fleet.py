@@ -18,7 +18,8 @@ from djinn_zmq.server.registry import Peer, Registry
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire import codec, states
-from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping, Ready
+from djinn_zmq.wire.attach import Happened, Tell
+from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping, Progress, Ready
 from djinn_zmq.wire.ops import Op
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
@@ -250,3 +251,68 @@ def test_an_engine_that_dies_as_often_as_it_may_within_a_minute_is_started_again
         engine.advance("start")
     engine.bury()
     assert engine.state is states.Engine.FAILED
+
+
+def test_who_waits_for_a_model_is_told_of_its_progress_as_often_as_he_said() -> None:
+    said: dict[bytes, list[Progress]] = {b"i1": [], b"i2": []}
+
+    def reply(envelope: bytes, frame: bytes, _: object) -> None:
+        said[envelope].append(codec.decode(frame).meta)
+
+    registry, nothing = Registry(9), Any
+    fleet = fleet_of(registry, reply)
+    (engine,) = fleet.engines
+    engine.state = states.Engine.STARTING
+    for number, credit in ((b"1", 3), (b"2", 0)):
+        peer = Peer(b"i" + number, nothing, number, "a user", True, 0)
+        frame = codec.encode(Op.OPEN, Open("tiny"), request=1, credit=credit)
+        fleet.open(peer, codec.peek(frame), "tiny", "tiny")
+    engine.state = states.Engine.READY
+    for done in range(5):
+        meta = Progress("tiny: weights", done, 5)
+        fleet.on_message(engine, codec.encode(Op.LOAD, meta, flags=Flag.PROGRESS), ())
+        assert (engine.state, engine.detail) == (states.Engine.LOADING, "tiny: weights")
+    told = [(one.stage, one.done) for one in said[b"i1"]]
+    assert told == [("tiny: waiting", 0), ("tiny: weights", 0), ("tiny: weights", 1)]
+    assert not said[b"i2"]
+
+
+def test_an_engine_that_comes_up_is_told_whether_runs_are_listened_for() -> None:
+    registry, nothing = Registry(9), Any
+    journal = Journal()
+    fleet = fleet_of(registry, lambda *_: None, ("cpu", "cpu"))
+    fleet._journal = journal
+    up, coming = fleet.engines
+    up.state, coming.state = states.Engine.READY, states.Engine.STARTING
+    ends = []
+    for engine in fleet.engines:
+        engine.link, theirs = Link.create(Settings())
+        ends.append(Link(Lane(theirs, Settings(), first=False), server=-1))
+    fleet.tell_of_runs(True)
+
+    def heard(end: Link) -> list[Any]:
+        told = []
+        while (frames := end.receive()) is not None:
+            told.append(codec.decode(frames[1]).meta)
+        return told
+
+    assert (heard(ends[0]), heard(ends[1])) == ([Tell(True)], [])
+    ready = codec.encode(Op.READY, Ready("cpu", 4711, 99))
+    fleet.on_message(coming, ready, ())
+    assert (coming.state, coming.device_memory) == (states.Engine.READY, 99)
+    assert heard(ends[1]) == [Tell(True)]
+    fleet.tell_of_runs(False)
+    assert (heard(ends[0]), heard(ends[1])) == ([Tell(False)], [Tell(False)])
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    session = registry.open(peer, "tiny", 0)
+    for number in (session.id, session.id ^ 2):  # and of one that is closed by now
+        meta = Happened("stop", "stopped after layer 2", 5)
+        fleet.on_message(up, codec.encode(Op.HAPPENED, meta, session=number), ())
+    events = journal.after(0, "a user", 9)
+    assert [(one.kind, one.session) for one in events if one.kind == "stop"] == [
+        ("stop", session.id)
+    ]
+    assert "engine 1 is ready on cpu, pid 4711" in [one.text for one in events]
+    for engine, end in zip(fleet.engines, ends, strict=True):
+        end.close()
+        engine.stop(0)
