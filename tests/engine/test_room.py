@@ -50,6 +50,28 @@ def test_what_was_used_last_gives_way_last_and_what_is_away_for_longest_first(
     assert gone_from_host(keeping, entries) == [3, 2, 1, 4, 0]
 
 
+def test_what_somebody_uses_stays_and_what_a_thread_is_writing_is_not_written_twice(
+    keeping: Keeping,
+) -> None:
+    entry, room = kept_in(keeping), keeping.room
+    with disk_held(keeping.disk):
+        assert room._write_one() and not room._write_one()
+        filing = keeping.tiers.file(entry.body)
+        next(filing)
+    in_turns(filing)
+    while room.slabs.lease(MIB, "another's"):
+        pass
+    keeping.hold(entry)
+    assert not room._drop_one() and room.device_slot(MIB, entry.body.zone) is None
+    assert entry.body.tiers == ("device", "host", "disk")
+    evicting = keeping.tiers.evict(entry.body, "disk")
+    next(evicting)
+    keeping.let_go(entry)
+    assert room.device_slot(MIB, entry.body.zone) is not None and room._drop_one()
+    assert entry.body.tiers == ("disk",)
+    in_turns(evicting)
+
+
 def test_who_wants_room_waits_for_slots_that_the_device_is_done_with_soon(
     server: ServerSide,
 ) -> None:
