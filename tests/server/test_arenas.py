@@ -2,16 +2,20 @@
 
 import fcntl
 import os
+import socket
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from djinn_zmq.bus.lease import LeaseSocket, close_all
+from djinn_zmq.errors import Lost
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import GRANULE, OwnArena, Pool, total_size
 from djinn_zmq.settings import KIB
 from djinn_zmq.wire import messages
-from tests.server.serving import Served, joined, told
+from djinn_zmq.wire.ops import Op
+from tests.server.serving import Served, joined, keep, told
 
 
 def test_an_arena_that_an_engine_gives_up_says_so_to_all_who_map_it(served: Served) -> None:
@@ -69,3 +73,87 @@ def test_a_limit_is_filled_by_arenas_of_any_size_and_not_passed_by_the_smallest(
     small.close()
     pool.close()
     lease.close()
+
+
+def asked(served: Served, lease: Any, number: int) -> tuple[Any, int | None]:
+    """What is granted of arena *number*, and how its descriptor is open."""
+    lease.send(messages.Want(number))
+    for _ in range(200):
+        served.turn()
+        try:
+            packet, fds = lease.receive()
+        except BlockingIOError:
+            continue
+        how = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in fds]
+        close_all(fds)
+        return packet, how[0] if how else None
+    raise AssertionError("no packet")
+
+
+def test_an_arena_is_written_by_who_leases_it_and_read_by_whom_it_concerns(served: Served) -> None:
+    client = served.connect(served.ipc)
+    lease, other = joined(served, client), joined(served, served.connect(served.ipc))
+    arena = OwnArena.create(4 * KIB, "test")
+    theirs = share(served, lease, arena.fd).arena
+    engines = share(served, served.lease, arena.fd).arena
+    owner = f"uid:{os.getuid()}"
+    assert asked(served, served.lease, engines) == (messages.Granted(engines, ""), os.O_RDWR)
+    assert asked(served, served.lease, theirs) == (messages.Granted(theirs, owner), os.O_RDONLY)
+    for by, number, why in (
+        (other, theirs, f"arena {theirs} is not an engine's"),
+        (lease, theirs, f"arena {theirs} is not an engine's"),
+        (lease, engines, f"nothing of yours is in arena {engines}"),
+    ):
+        assert asked(served, by, number) == (messages.Refused("access", why), None)
+    assert asked(served, lease, 99) == (messages.Refused("lost", "arena 99 is gone"), None)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    keep(served, session, range(1, 2), arena=engines)
+    assert asked(served, lease, engines) == (messages.Granted(engines, ""), os.O_RDONLY)
+    for one in (lease, other):
+        one.close()
+    arena.close()
+
+
+def test_packets_that_bring_what_they_should_not_are_refused_and_leave_no_descriptor(
+    served: Served,
+) -> None:
+    lease = joined(served, served.connect(served.ipc))
+    arena = OwnArena.create(4 * KIB, "test")
+    number = share(served, lease, arena.fd).arena
+    for by, packet, fds in (
+        (lease, messages.Share(), ()),
+        (lease, messages.Share(), (arena.fd, arena.fd)),
+        (lease, messages.Want(number), (arena.fd,)),
+        (lease, messages.Retire(number), ()),
+        (served.lease, messages.Offer(1), (arena.fd,) * 3),
+    ):
+        before = len(os.listdir("/proc/self/fd"))
+        by.send(packet, *fds)
+        assert told(served, by).code == "protocol"
+        assert len(os.listdir("/proc/self/fd")) == before
+    served.lease.send(messages.Retire(number))  # another's: nothing happens
+    assert asked(served, served.lease, number)[0].arena == number and not arena.retired
+    arena.close()
+    lease.close()
+
+
+def test_who_has_not_joined_is_hung_up_on_whatever_he_brings(served: Served) -> None:
+    client = served.connect(served.ipc)
+    path = served.ask(client, Op.HELLO, messages.Hello("", 0)).lease_path
+    for packet, fds in (
+        (messages.Want(1), ()),
+        (messages.Share(), (0,)),
+        (messages.Join(bytes(16)), ()),
+        (messages.Join(bytes(16)), (0,)),
+    ):
+        before = len(os.listdir("/proc/self/fd"))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(path)
+        stranger = LeaseSocket(sock)
+        stranger.send(packet, *fds)
+        sock.setblocking(False)
+        with pytest.raises(Lost):
+            told(served, stranger)
+        stranger.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert not served.server.arenas.nbytes()
