@@ -17,12 +17,12 @@ from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.slabs import COPIES
-from djinn_zmq.errors import AccessDenied, ArenaFull, RequestError
+from djinn_zmq.errors import AccessDenied, ArenaFull, RequestError, UnknownCheckpoint
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.tensors import Tensor
-from djinn_zmq.wire.tiers import Hold
+from djinn_zmq.wire.tiers import Hold, Move
 from tests.engine.keepers import IDS, LIMITS, OWNER, Late, ServerSide, running
 
 
@@ -210,3 +210,86 @@ def test_a_slot_that_a_client_had_mapped_waits_for_the_copy_that_is_made_of_it(
     assert leased(keeping) == 1
     device.finish()
     assert leased(keeping) == 0
+
+
+# ---- what may be asked
+
+
+def asking(keeping: Keeping, session: EngineSession, what: str, asked: Any) -> Any:
+    """The job that *asked* comes to, done."""
+    mover, model = Mover(keeping, Runner(keeping)), object()
+    begin = getattr(mover, what)
+    job, turns = begin(asked, (), session, model, Stopwatch(), shared=True)
+    for _ in turns:
+        pass
+    return job
+
+
+def test_a_checkpoint_is_moved_where_there_is_such_a_tier_and_up_to_the_fastest(
+    keeping: Keeping,
+) -> None:
+    session = EngineSession(1, OWNER, "tiny")
+    one, two = kept_in(keeping), kept_in(keeping)
+    ids = (one.id, two.id, one.id)
+    job = asking(keeping, session, "move", Move(ids, "host", True))
+    assert [kept.tiers for kept in job.reply().kept] == [("host",), ("host",)]
+    job = asking(keeping, session, "move", Move(ids[:2], "", False))
+    assert [kept.tiers for kept in job.reply().kept] == [("device", "host")] * 2
+    for tier, down, allowed in (
+        ("device", True, "evicted to nothing: host or disk"),
+        ("", True, "evicted to nothing: host or disk"),
+        ("disk", False, "prefetched to nothing: device or host"),
+    ):
+        with pytest.raises(RequestError, match=f'"{tier}" can be {allowed}'):
+            asking(keeping, session, "move", Move(ids, tier, down))
+    with pytest.raises(RequestError, match="no disk tier"):
+        asking(keeping, session, "move", Move(ids, "disk", True))
+    with pytest.raises(RequestError, match="no checkpoint to move is named"):
+        asking(keeping, session, "move", Move((), "host", True))
+    assert one.body.tiers == two.body.tiers == ("device", "host") and one.body.idle
+
+
+def test_what_is_moved_or_held_is_a_checkpoint_of_the_session_that_asks(keeping: Keeping) -> None:
+    session = EngineSession(1, OWNER, "tiny", asker=os.getpid())
+    other = kept_in(keeping, session=2)
+    data = torch.randn(2, 5, 8)
+    logits = keeping.keep(data, session=1, owner=OWNER, run=7, layer=-1, ids=IDS)
+    for number in (other.id, logits.id):
+        for what, asked in (
+            ("move", Move((number,), "host", True)),
+            ("hold", Hold(number, "host", False)),
+            ("hold", Hold(number, "device", False)),
+        ):
+            with pytest.raises(RequestError, match="is not a checkpoint of this session"):
+                asking(keeping, session, what, asked)
+    with pytest.raises(UnknownCheckpoint):
+        asking(keeping, EngineSession(2, "you", "tiny"), "move", Move((other.id,), "host", True))
+    assert other.body.tiers == ("device", "host")
+
+
+def test_a_view_is_of_a_tier_that_there_is_and_of_the_device_for_a_process_that_is_known(
+    keeping: Keeping,
+) -> None:
+    session, entry = EngineSession(1, OWNER, "tiny"), kept_in(keeping)
+    for tier, copy in (("disk", False), ("", False), ("host", True)):
+        with pytest.raises(RequestError, match=f'"{tier}" cannot be held'):
+            asking(keeping, session, "hold", Hold(entry.id, tier, copy))
+    for copy in (False, True):
+        with pytest.raises(RequestError, match="lent only to a client on this machine"):
+            asking(keeping, session, "hold", Hold(entry.id, "device", copy))
+    keeping.room.drop_device(entry.body)
+    told = asking(keeping, session, "hold", Hold(entry.id, "host", False)).reply()
+    assert told.tensor == entry.body.tensor and told.handle is None and entry.body.views == 1
+    with pytest.raises(RequestError, match="a view of the checkpoint is in use"):
+        asking(keeping, session, "move", Move((entry.id,), "host", True))
+    keeping.drop([told.hold])
+    session.asker = os.getpid()
+    told = asking(keeping, session, "hold", Hold(entry.id, "device", False)).reply()
+    assert entry.body.device is not None and told.tensor.where == entry.body.device.where
+    assert told.handle.offset == told.tensor.where.index * GRANULE and told.spare is None
+    lent = asking(keeping, session, "hold", Hold(entry.id, "device", True)).reply()
+    assert lent.tensor.where not in (told.tensor.where, lent.spare) and lent.spare is not None
+    slabs = keeping.room.slabs.slabs
+    assert all(slabs[one.tensor.where.slab].exported for one in (told, lent))
+    keeping.drop([told.hold, lent.hold])
+    assert not entry.body.views and entry.body.idle and leased(keeping) == 1
