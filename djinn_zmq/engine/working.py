@@ -123,7 +123,7 @@ class Work:
     def _fail(self, active: Active, error: DjinnError) -> None:
         if active.job.state not in ("finished", "stopped"):
             active.job.advance("fail")
-        self._discard(active)
+        self._loans.discard(active.job)
         self._answers.refuse(active.envelope, active.header, error)
 
     def end(self, active: Active, error: DjinnError) -> None:
@@ -134,7 +134,7 @@ class Work:
             self.end_if_broken(exc)
             _log.exception("ending a run of %s failed", active.job.model.info.name)
         active.job.advance("cancel")
-        self._discard(active)
+        self._loans.discard(active.job)
         self._answers.refuse(active.envelope, active.header, error)
         self._over(active)
 
@@ -144,8 +144,3 @@ class Work:
         self._loans.over(active.job)
         if self._keeping.vault.pressed:
             self.chores.append(self._keeping.vault.shrink())
-
-    def _discard(self, active: Active) -> None:
-        self._loans.discard(active.job)
-        if isinstance(active.held, Part):  # what its client was never told of
-            self._keeping.drop([kept.id for kept in getattr(active.held.meta, "checkpoints", ())])
