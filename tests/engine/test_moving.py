@@ -293,3 +293,22 @@ def test_a_view_is_of_a_tier_that_there_is_and_of_the_device_for_a_process_that_
     assert all(slabs[one.tensor.where.slab].exported for one in (told, lent))
     keeping.drop([told.hold, lent.hold])
     assert not entry.body.views and entry.body.idle and leased(keeping) == 1
+
+
+def test_a_slab_that_cannot_be_opened_by_others_is_refused_and_nothing_is_held(
+    keeping: Keeping,
+) -> None:
+    """As on a CPU."""
+
+    def refuse(_: object) -> None:
+        raise RequestError("there is no CUDA memory to open")
+
+    device: Any = keeping.device
+    device.export = refuse
+    entry, session = kept_in(keeping), EngineSession(1, OWNER, "tiny", asker=os.getpid())
+    used = leased(keeping), keeping.pool.used
+    for copy in (False, True):
+        with pytest.raises(RequestError, match="no CUDA memory"):
+            asking(keeping, session, "hold", Hold(entry.id, "device", copy))
+    assert not keeping.holds.of(1) and entry.body.idle
+    assert (leased(keeping), keeping.pool.used) == used

@@ -143,6 +143,9 @@ def test_empty_arenas_that_are_too_small_give_way_where_that_is_enough() -> None
     assert retired == [] and pool.ready(4 * GRANULE, "a")
     assert len(pool.lease(8 * GRANULE, holder=1, zone="a").view) == 8 * GRANULE
     assert retired == [1, 2] and pool.mapped == pool.used == LIMIT
+    pool.reclaim(1)
+    pool.lease(1, holder=1, zone="b")
+    assert retired == [1, 2, 3]  # one was enough
     pool.close()
 
 

@@ -3,24 +3,42 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.link import Link
-from djinn_zmq.errors import ArenaFull, Busy, Lost
+from djinn_zmq.errors import ArenaFull, Busy, DjinnError, Lost, UnknownModel
+from djinn_zmq.memory import files
 from djinn_zmq.server.engines import CRASH_WINDOW_S, HELD_LIMIT, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
-from djinn_zmq.server.registry import Peer, Registry
+from djinn_zmq.server.registry import KeptRecord, Peer, Registry
 from djinn_zmq.server.returned import Returned
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.attach import Happened, Tell
-from djinn_zmq.wire.messages import Flag, Leave, Loaded, ModelInfo, Open, Ping, Progress, Ready
+from djinn_zmq.wire.messages import (
+    Adopt,
+    Enter,
+    Flag,
+    Kept,
+    Leave,
+    Load,
+    Loaded,
+    ModelInfo,
+    Open,
+    Ping,
+    Progress,
+    Ready,
+)
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tensors import Slot, Tensor, inline
+from djinn_zmq.wire.tiers import Unclaimed
 
 TINY = ModelInfo("tiny", "tiny", "", 1, 1, 1, 0, 1, 1, "float32", "cpu", False, "")
 
@@ -316,3 +334,72 @@ def test_an_engine_that_comes_up_is_told_whether_runs_are_listened_for() -> None
     for engine, end in zip(fleet.engines, ends, strict=True):
         end.close()
         engine.stop(0)
+
+
+def held_for(engine: Engine) -> list[tuple[int, Any]]:
+    """The ops and metas of what it will be told when it is up."""
+    messages = [codec.decode(frame, buffers) for _, frame, buffers in engine._held]
+    return [(message.header.op, message.meta) for message in messages]
+
+
+def test_who_follows_a_dead_engine_is_told_of_sessions_what_they_keep_and_models_in_that_order() -> (
+    None
+):
+    registry, nothing = Registry(9), Any
+    fleet = fleet_of(registry, lambda *_: None)
+    (engine,) = fleet.engines
+    engine.state, engine.sources["tiny"] = states.Engine.STARTING, "a folder"
+    peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
+    session = registry.open(peer, "tiny", 0)
+    session.info_of_model, session.kv = TINY, 99
+    ids = {run: inline(np.full((1, 2), run)) for run in (5, 6)}
+    for number, run, layer in ((1, 5, 2), (2, 6, 2), (3, 6, -1), (4, 5, 3)):
+        tensor = Tensor("float32", (1, 2, 3), Slot(1, number, 1))
+        kept = Kept(number, session.id, run, layer, tensor, tiers=("host",))
+        session.kept[number] = KeptRecord(kept, ids[run])
+    fleet._restore(engine)
+    kepts = {number: record.kept for number, record in session.kept.items()}
+    assert list(kepts) == [1, 2, 4] and session.kv == 0  # a reply's logits are over
+    facts = tuple(files.facts_of(TINY).items())
+    assert held_for(engine) == [
+        (Op.ENTER, Enter("a user", "tiny", 0)),
+        (Op.ADOPT, Adopt(ids[5], (kepts[1], kepts[4]), facts)),
+        (Op.ADOPT, Adopt(ids[6], (kepts[2],), facts)),
+        (Op.LOAD, Load("tiny", "a folder", "auto")),
+    ]
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_to_all_who_wait_and_may_be_asked_for_again() -> (
+    None
+):
+    answers: list[DjinnError] = []
+
+    def reply(_: bytes, frame: bytes, __: object) -> None:
+        answers.append(codec.error_of(codec.decode(frame)))
+
+    registry, nothing = Registry(9), Any
+    fleet = fleet_of(registry, reply)
+    (engine,) = fleet.engines
+    engine.state = states.Engine.STARTING
+    header = codec.peek(codec.encode(Op.OPEN, Open("tiny"), request=1))
+    for number in (b"1", b"2"):
+        peer = Peer(b"i" + number, nothing, number, "a user", True, 0)
+        fleet.open(peer, header, "tiny", "a folder")
+    engine.state = states.Engine.LOADING
+    load = codec.peek(codec.encode(Op.LOAD, Load("tiny", "a folder", "auto")))
+    fleet.on_message(engine, codec.failure(load, UnknownModel("tiny: no such folder")), ())
+    assert [(type(one), str(one)) for one in answers] == [
+        (UnknownModel, "tiny: no such folder")
+    ] * 2
+    assert engine.state is states.Engine.READY and not engine.sources and not engine.detail
+
+
+def test_files_that_no_session_has_yet_take_each_engines_share_of_the_disk() -> None:
+    for disk, told in ((1 << 20, [(Op.UNCLAIMED, Unclaimed(51))]), (0, [])):
+        fleet = fleet_of(Registry(9), lambda *_: None, ("cpu", "cpu"), disk=disk)
+        returned: Any = SimpleNamespace(nbytes=101)
+        fleet._returned = returned
+        for engine in fleet.engines:
+            engine.state = states.Engine.STARTING
+            fleet._tell_unclaimed(engine)
+            assert held_for(engine) == told
