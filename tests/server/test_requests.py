@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from djinn_zmq.bus.dealer import Dealer
-from djinn_zmq.errors import ProtocolError, UnknownCheckpoint
+from djinn_zmq.errors import AccessDenied, ProtocolError, UnknownCheckpoint, UnknownSession
 from djinn_zmq.memory import files
 from djinn_zmq.server.requests import UPLOADS_LIMIT
 from djinn_zmq.server.returned import Returned
@@ -111,11 +111,18 @@ def test_so_many_uploads_of_one_connection_are_under_way_and_each_has_a_number_o
     client.send(codec.encode(Op.UPLOAD, meta, request=99, session=session))
     with pytest.raises(ProtocolError, match=f"{UPLOADS_LIMIT} uploads are under way: at most"):
         served.answer(client)
+    with pytest.raises(UnknownSession):
+        served.ask(other, Op.UPLOAD, meta, session=session)
     other.send(codec.encode(Op.UPLOAD, meta, request=1, session=others))
     staged = served.server.arenas.staged
     served.until(lambda: staged() == (UPLOADS_LIMIT + 1) * 4096)
-    client.close()
-    served.until(lambda: staged() == 4096)
+    status = served.ask(other, Op.STATUS, messages.Status())
+    assert status.memory.used == staged()
+    # Of a client that may come back the sessions are kept, and what it was sending is not.
+    peer = served.server.registry.sessions[session].peer
+    assert peer is not None
+    served.server.requests.forget_peer(peer)
+    assert staged() == 4096
 
 
 def test_what_has_come_back_and_is_claimed_is_its_sessions_and_its_engine_is_told(
@@ -155,3 +162,11 @@ def test_a_status_counts_checkpoints_and_what_is_in_host_memory(served: Served) 
     assert (found.checkpoints, found.nbytes, found.yours) == (2, 96, True)
     by_tier = {tier.name: (tier.used, tier.checkpoints) for tier in status.memory.tiers}
     assert by_tier == {"device": (0, 0), "host": (64, 1), "disk": (32, 1)}
+
+
+def test_who_is_not_the_servers_own_user_does_not_stop_it(served: Served) -> None:
+    with pytest.raises(AccessDenied, match="only the user who runs the server may stop it"):
+        served.ask(served.connect(served.tcp), Op.STOP, messages.Stop())
+    assert not served.server._stops
+    stopping = served.ask(served.connect(served.ipc), Op.STOP, messages.Stop())
+    assert served.server._stops == 1 and stopping.within_s == 0.0  # there is nothing to write
