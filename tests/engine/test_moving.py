@@ -270,14 +270,14 @@ def test_what_is_moved_or_held_is_a_checkpoint_of_the_session_that_asks(keeping:
 def test_a_view_is_of_a_tier_that_there_is_and_of_the_device_for_a_process_that_is_known(
     keeping: Keeping,
 ) -> None:
-    session, entry = EngineSession(1, OWNER, "tiny"), kept_in(keeping)
+    session, other = EngineSession(1, OWNER, "tiny"), kept_in(keeping)  # in front of it
+    entry = kept_in(keeping)
     for tier, copy in (("disk", False), ("", False), ("host", True)):
         with pytest.raises(RequestError, match=f'"{tier}" cannot be held'):
             asking(keeping, session, "hold", Hold(entry.id, tier, copy))
     for copy in (False, True):
         with pytest.raises(RequestError, match="lent only to a client on this machine"):
             asking(keeping, session, "hold", Hold(entry.id, "device", copy))
-    keeping.room.drop_device(entry.body)
     told = asking(keeping, session, "hold", Hold(entry.id, "host", False)).reply()
     assert told.tensor == entry.body.tensor and told.handle is None and entry.body.views == 1
     with pytest.raises(RequestError, match="a view of the checkpoint is in use"):
@@ -286,12 +286,12 @@ def test_a_view_is_of_a_tier_that_there_is_and_of_the_device_for_a_process_that_
     session.asker = os.getpid()
     told = asking(keeping, session, "hold", Hold(entry.id, "device", False)).reply()
     assert entry.body.device is not None and told.tensor.where == entry.body.device.where
-    assert told.handle.offset == told.tensor.where.index * GRANULE and told.spare is None
+    assert told.handle.offset == told.tensor.where.index * GRANULE > 0 and told.spare is None
     lent = asking(keeping, session, "hold", Hold(entry.id, "device", True)).reply()
     assert lent.tensor.where not in (told.tensor.where, lent.spare) and lent.spare is not None
     slabs = keeping.room.slabs.slabs
     assert all(slabs[one.tensor.where.slab].exported for one in (told, lent))
-    keeping.drop([told.hold, lent.hold])
+    keeping.drop([told.hold, lent.hold, other.id])
     assert not entry.body.views and entry.body.idle and leased(keeping) == 1
 
 
