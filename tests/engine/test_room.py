@@ -175,3 +175,23 @@ def test_nothing_gives_way_to_what_no_room_would_be_enough_for(keeping: Keeping)
     assert entry.body.tiers == ("device", "host", "disk")
     assert room.device_slot(MIB, entry.body.zone) is not None
     assert entry.body.tiers == ("host", "disk")
+
+
+def test_each_that_shares_a_file_has_it_under_its_number_until_it_is_released(
+    keeping: Keeping, state: Path
+) -> None:
+    entry = kept_in(keeping)
+    in_turns(keeping.tiers.file(entry.body))
+    shared = [keeping.share(entry, 8).id for _ in range(2)]
+    keeping.room.drop_device(entry.body)
+    keeping.room.drop_host(entry.body)
+
+    def numbers() -> list[int]:
+        keeping.disk._writer.submit(int).result()
+        return sorted(int(path.stem, 16) for path in state.iterdir())
+
+    assert numbers() == sorted([entry.id, *shared])
+    keeping.drop([entry.id])
+    assert numbers() == sorted(shared) and entry.body.disk in shared
+    keeping.drop(shared)
+    assert numbers() == [] and used(keeping) == (0, 0, 0)

@@ -189,6 +189,9 @@ def test_an_error_on_the_way_in_ends_the_way_out_with_it(obeying: Vault, told: T
     del failed  # which has the frames of both
     obeying.unpin(pins)
     assert (obeying._coming, obeying.on_host > 0) == (0, True)
+    del told.stored
+    go_on(obeying.shrink())  # what was written to until then is let go of
+    assert not obeying.pressed
 
 
 def test_what_could_not_be_copied_out_whole_has_no_copy(obeying: Vault, told: Told) -> None:
@@ -219,6 +222,9 @@ def test_a_hint_brings_no_more_than_may_be_on_the_device(obeying: Vault) -> None
     go_on(obeying.back(1))
     assert here(later) == LAYERS  # of the most recently used first
     assert not obeying.crowded
+    obeying.limit = 0  # nor does it keep them there
+    go_on(obeying.shrink())
+    assert here(later) == 0
 
 
 def values(segments: list[Segment]) -> set[float]:

@@ -24,8 +24,10 @@ from djinn_zmq.wire import codec, states
 from djinn_zmq.wire.attach import Happened, Tell
 from djinn_zmq.wire.messages import (
     Adopt,
+    Drop,
     Enter,
     Flag,
+    Keep,
     Kept,
     Leave,
     Load,
@@ -403,3 +405,14 @@ def test_files_that_no_session_has_yet_take_each_engines_share_of_the_disk() -> 
             engine.state = states.Engine.STARTING
             fleet._tell_unclaimed(engine)
             assert held_for(engine) == told
+
+
+def test_what_is_kept_for_a_session_that_has_ended_meanwhile_is_dropped() -> None:
+    fleet = fleet_of(Registry(9), lambda *_: None)
+    (engine,) = fleet.engines
+    engine.state = states.Engine.STARTING
+    tensor = Tensor("float32", (1, 2, 3), Slot(1, 0, 1))
+    kepts = tuple(Kept(number, 77, 5, 2, tensor) for number in (1, 2))
+    keep = codec.encode(Op.KEEP, Keep(inline(np.zeros((1, 2), np.int64)), kepts), session=77)
+    fleet.on_message(engine, keep, ())
+    assert held_for(engine) == [(Op.DROP, Drop((1, 2)))]
