@@ -1,5 +1,9 @@
 """What an engine kept goes on in its successor, or is named lost."""
 
+import errno
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,11 +11,13 @@ torch = pytest.importorskip("torch")
 from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import ArenaFull, Lost, StaleSlot, StartError, UnknownCheckpoint
+from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import Arena, OwnArena
+from djinn_zmq.memory.files import FORMAT, path_of, write
 from djinn_zmq.settings import KIB
 from djinn_zmq.wire.messages import Kept
-from djinn_zmq.wire.tensors import Device, Slot, Tensor
-from tests.engine.keepers import IDS, ServerSide, end, keep, kib, running
+from djinn_zmq.wire.tensors import Device, File, Slot, Tensor
+from tests.engine.keepers import IDS, OWNER, ServerSide, end, keep, kib, running
 
 
 def test_a_successor_takes_over_what_its_predecessor_kept(server: ServerSide) -> None:
@@ -120,3 +126,53 @@ def test_an_arena_of_a_dead_engine_is_leased_from_by_its_successor_alone(
         keeping.adopt([kept], IDS, "me")
         arena = keeping.pool.arenas[kept.tensor.where.arena]
         assert isinstance(arena, OwnArena) and len(arena.leases) == 1
+
+
+def test_what_is_in_an_arena_that_cannot_be_mapped_is_named_lost_and_the_rest_is_taken(
+    server: ServerSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = server.engine()
+    refused, good = keep(dead, kib(512, 1)), keep(dead, kib(512, 2))
+    end(dead)
+    with running(server) as keeping:
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "mapped", no_memory)
+            assert keeping.adopt([refused], IDS, "me") == [refused.id]
+        assert keeping.adopt([good], IDS, "me") == []
+        assert same_bits(keeping.load(good.tensor), kib(512, 2))
+        with pytest.raises(Lost, match="is gone"):
+            keeping.load(refused.tensor)
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_what_was_adopted_and_released_is_not_adopted_again(server: ServerSide) -> None:
+    dead = server.engine()
+    kept = keep(dead, kib(16))
+    end(dead)
+    with running(server) as keeping:
+        assert keeping.adopt([kept], IDS, OWNER) == []
+        keeping.finish_adopting()
+        keeping.drop([kept.id])
+        assert keeping.adopt([kept], IDS, OWNER) == [kept.id]
+
+
+def test_a_file_of_another_tensor_is_no_copy_and_that_of_its_own_counts(
+    server: ServerSide, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    shape, nbytes = (2, 5, 8), 2 * 5 * 8 * 4
+    facts = {"format": FORMAT, "layer": "2"}
+    write(path_of(state, 9), {"hidden": np.ones(shape, np.float32), "ids": IDS}, facts)
+    with running(server, state=state) as keeping:
+        for dtype, extents in (("float32", (2, 5, 9)), ("int32", shape)):
+            other = Kept(9, 1, 7, 2, Tensor(dtype, extents, File(9)), tiers=("disk",))
+            assert keeping.adopt([other], IDS, OWNER) == [9]
+        assert keeping.disk.used == 0
+        own = Kept(9, 1, 7, 2, Tensor("float32", shape, File(9)), tiers=("disk",))
+        assert keeping.adopt([own], IDS, OWNER) == [] and keeping.disk.used == nbytes
+        keeping.drop([9])
+        assert keeping.disk.used == 0

@@ -1,13 +1,17 @@
 """What an engine keeps, with the server's own arenas at the other end of a real lease socket."""
 
 import os
+import select
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine.caches import Account, Segment
+from djinn_zmq.engine.devices import Cpu
 from djinn_zmq.engine.keeping import LOCAL_OWNER, TORCH_DTYPES, Keeping
 from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.engine.vault import Vault
@@ -414,3 +418,98 @@ def test_closing_closes_every_descriptor(server: ServerSide) -> None:
     server.settle()
     server.arenas.retire(ENGINE)
     assert open_descriptors() == before
+
+
+# ---- what is told of it, and asked
+
+
+def test_a_file_says_what_it_is_not_enough_to_go_on_from_alone(
+    server: ServerSide, tmp_path: Path
+) -> None:
+    """A server that finds it later would else have it resumed without, to other logits."""
+    state = tmp_path / "state"
+    state.mkdir()
+    past = SimpleNamespace(branch=SimpleNamespace(ids=IDS[:1, :3]))
+    with running(server, state=state) as keeping:
+        for more, needs in (
+            ({}, None),
+            ({"midway": past}, "3 tokens' keys and values"),
+            ({"place": "layers.2.mlp"}, "layers.2.mlp"),
+        ):
+            kept = keeping.keep(
+                torch.ones(2, 5, 8), session=1, owner=OWNER, run=7, layer=2, ids=IDS, **more
+            )
+            for _ in keeping.tiers.file(keeping.entries[kept.id].body):
+                pass
+            assert keeping.disk.stored(kept.id).metadata.get("needs") == needs
+
+
+def test_what_is_before_the_first_layer_is_moved_as_any_checkpoint_and_logits_are_not(
+    keeping: Keeping,
+) -> None:
+    bodies = [keeping.entries[keep(keeping, kib(1), layer=layer).id].body for layer in (-1, 0, 1)]
+    assert [body.idle for body in bodies] == [False, True, True]
+
+
+def test_a_checkpoint_is_ready_where_layers_read_it_and_nothing_is_to_be_waited_for(
+    server: ServerSide,
+) -> None:
+    class Apart(Cpu):
+        """As a GPU is."""
+
+        reads_host = False
+
+    with running(server) as keeping:
+        entry = keeping.entries[keep(keeping, kib(16)).id]
+        assert keeping.ready(entry)
+        assert not keeping.promote(entry) and keeping.vault.limit is None
+        assert not keeping.vault.crowded
+    with running(server, Apart()) as keeping:
+        entry = keeping.entries[keep(keeping, kib(16)).id]
+        assert not keeping.ready(entry) and not keeping.promote(entry)  # there is no room for it
+    with running(server, Apart(), device_memory=1024 * KIB) as keeping:
+        entry = keeping.entries[keep(keeping, kib(16)).id]
+        assert keeping.ready(entry) and entry.body.tiers == ("device", "host")
+        keeping.room.drop_device(entry.body)
+        assert not keeping.ready(entry)
+        assert keeping.promote(entry) and keeping.ready(entry)
+        assert same_bits(keeping.hidden(entry), kib(16))
+    device = Late()
+    device.reads_host = False
+    with running(server, device, device_memory=1024 * KIB) as keeping:
+        entry = keeping.entries[keep(keeping, kib(16)).id]
+        device.finish()
+        keeping.tiers.fill()
+        keeping.room.drop_device(entry.body)
+        device.busy = True
+        assert keeping.promote(entry) and not keeping.ready(entry)
+        device.busy = False
+        assert keeping.ready(entry)
+        device.busy = True  # with what came since
+        assert keeping.ready(entry)
+        device.busy = False
+
+
+def test_what_a_client_has_written_in_a_device_slot_is_seen_where_it_stands(
+    server: ServerSide,
+) -> None:
+    with running(server, device_memory=4096 * KIB) as keeping:
+        data = torch.randn(2, 5, 8)
+        entry = keeping.entries[keep(keeping, data).id]
+        slot = keeping.holds.lend_copy(101, 1, entry.body, os.getpid()).writable
+        assert slot is not None
+        sent = Tensor("float32", (2, 5, 8), slot.where)
+        assert same_bits(keeping.see_sent(sent, (), OWNER), data)
+        assert keeping.has(101, 1) and not keeping.has(101, 2) and not keeping.has(102, 1)
+        assert keeping.has(entry.id, 1) and not keeping.has(entry.id, 2)
+        with pytest.raises(AccessDenied):
+            keeping.see_sent(sent, (), "you")
+
+
+def test_who_has_been_told_of_what_was_done_beside_it_is_not_told_again(keeping: Keeping) -> None:
+    poll = select.poll()
+    poll.register(keeping, select.POLLIN)
+    keeping._awake()
+    assert poll.poll(0)
+    keeping.settle()
+    assert not poll.poll(0)
