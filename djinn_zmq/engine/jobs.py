@@ -83,6 +83,7 @@ class EngineSession:
     account: Account = field(default_factory=Account)  # of their keys and values
     told_nbytes: int = 0  # of these, to the server
     told_ids: np.ndarray | None = None  # the ids that it was told of last
+    coming: int = 0  # ways on which what it has is brought up, because it is expected
     attached: Attached | None = None  # the debugger that holds its jobs at breakpoints
 
 

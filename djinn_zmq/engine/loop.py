@@ -462,13 +462,23 @@ class EngineLoop:
         if expected_s:
             self._keeping.room.away(session.id, expected_s)
         else:
-            self._work.chores.append(self._keeping.tiers.back(session.id))
-            self._work.chores.append(self._keeping.vault.back(session.id))
+            self._keeping.room.expect(session.id)
+            if not session.coming:  # who says it again while it is brought up brings nothing more
+                for bringing in (self._keeping.tiers.back, self._keeping.vault.back):
+                    session.coming += 1
+                    self._work.chores.append(_coming(session, bringing(session.id)))
         self._answers.answer(envelope, message.header, AwayReply())
 
     def farewell(self, reason: str) -> None:
         """Tell the server why this process ends: it answers for what is owed."""
         self._lease.send(messages.Farewell(reason[:FAREWELL_LIMIT]))
+
+
+def _coming(session: EngineSession, bringing: Iterator[None]) -> Iterator[None]:
+    try:
+        yield from bringing
+    finally:
+        session.coming -= 1
 
 
 def connect(link: Ends, lease_fd: int, settings: Settings) -> tuple[Link, LeaseSocket]:

@@ -72,6 +72,35 @@ def test_a_device_found_broken_by_a_copy_that_nobody_waits_for_is_said_to_be(
         EngineLoop._fill(loop)
 
 
+def test_who_says_again_that_it_is_expected_while_it_is_brought_up_brings_no_more_chores() -> None:
+    chores: list[Iterator[None]] = []
+    brought: list[int] = []
+    expected: list[int] = []
+
+    def back(session: int) -> Iterator[None]:
+        yield
+        brought.append(session)
+
+    loop: Any = SimpleNamespace(
+        _keeping=SimpleNamespace(
+            tiers=SimpleNamespace(back=back),
+            vault=SimpleNamespace(back=back),
+            room=SimpleNamespace(expect=expected.append),
+        ),
+        _work=SimpleNamespace(chores=chores),
+        _answers=SimpleNamespace(answer=lambda *_: None),
+    )
+    session: Any = SimpleNamespace(id=5, coming=0)
+    message: Any = SimpleNamespace(meta=SimpleNamespace(expected_s=0), header=None)
+    for times in (1, 2):
+        for _ in range(3):
+            EngineLoop._away(loop, b"", message, session, 0)
+        assert len(chores) == 2
+        while chores:
+            assert list(chores.pop()) == [None]
+        assert brought == [5] * 2 * times and expected == [5] * 3 * times
+
+
 @pytest.mark.parametrize(
     ("stays", "order"),
     [
