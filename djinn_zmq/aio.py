@@ -33,7 +33,7 @@ from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import check, private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, keys_of, reporter
-from djinn_zmq.errors import Busy, Closed, DjinnError, Lost
+from djinn_zmq.errors import Closed, DjinnError, Lost
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Progress
@@ -147,8 +147,6 @@ class AsyncConnection(Connection):
 
     async def _part(self, request: int, timeout_s: float | None = None) -> Message | None:
         self._look_again()
-        if request in self._coming:
-            raise Busy("the next part of this answer is awaited already")
         if not self.has_news(request):
             coming = self._coming[request] = self._loop.create_future()
             call = self._calls[request]

@@ -155,6 +155,7 @@ class Attached(Parts[Stop, wire.Detached]):
     def _next(self, timeout_s: float | None, *, begins: bool = False) -> Operation[Any]:
         if self._over:
             return OVER
+        self._enter()
         try:
             if self._request is None:
                 call = yield from self._ask
@@ -178,6 +179,8 @@ class Attached(Parts[Stop, wire.Detached]):
             self._over = True
             self.reason = self.reason or str(exc)
             raise
+        finally:
+            self._awaited = False
 
     def _end(self, message: Message) -> Operation[wire.Detached]:
         self.reason = message.meta.reason

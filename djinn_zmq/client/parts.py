@@ -15,6 +15,7 @@ from typing import Any, Generic, Self, TypeVar
 from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.session import Session
+from djinn_zmq.errors import Busy
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag
 
@@ -34,6 +35,7 @@ class Stream(ABC, Generic[T, R]):
     def __init__(self, session: Session) -> None:
         self._session = session
         self._over = False
+        self._awaited = False
         self.result: R | None = None
 
     def __iter__(self) -> Self:
@@ -76,7 +78,14 @@ class Stream(ABC, Generic[T, R]):
 
     @abstractmethod
     def _step(self) -> Operation[Any]:
-        """The next, or OVER."""
+        """The next, or OVER. Raises Busy where that is awaited already."""
+
+    def _enter(self) -> None:
+        """A step begins. What it comes to is for whoever asked first: who asks beside him is refused before
+        he can end it for both. Raises Busy."""
+        if self._awaited:
+            raise Busy("the next part of this answer is awaited already")
+        self._awaited = True
 
 
 class Parts(Stream[T, R]):
@@ -128,6 +137,7 @@ class Parts(Stream[T, R]):
     def _step(self) -> Operation[Any]:
         if self._over:
             return OVER
+        self._enter()
         try:
             if self._request is None:
                 self._send((yield from self._ask))
@@ -140,6 +150,8 @@ class Parts(Stream[T, R]):
             self._over = True
             self._on_arrived()
             raise
+        finally:
+            self._awaited = False
         self._over = True
         return OVER
 
@@ -166,6 +178,13 @@ class Bundles(Stream[T, R]):
         """The reply of one request has come."""
 
     def _step(self) -> Operation[Any]:
+        self._enter()
+        try:
+            return (yield from self._item())
+        finally:
+            self._awaited = False
+
+    def _item(self) -> Operation[Any]:
         while not self._ready:
             if self._parts is None and not self._over:
                 ask = self._more()

@@ -18,9 +18,9 @@ import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.bus.router import Router
 from djinn_zmq.client.calls import Call
-from djinn_zmq.client.parts import Parts
+from djinn_zmq.client.parts import Bundles, Parts, Stream
 from djinn_zmq.client.session import Session
-from djinn_zmq.errors import Closed, DjinnError, Lost, PromptError
+from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, PromptError
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
@@ -116,13 +116,34 @@ class Numbers(Parts[int, bool]):
 
 
 def parts_on(server: djinn.Server, window: int = 8) -> Numbers:
-    session = Session(server.connection, server.drive, None, OPENED)
+    return numbers_on(Session(server.connection, server.drive, None, OPENED), window)
 
+
+def numbers_on(session: Session, window: int = 8) -> Numbers:
     def ask():
         return Call(Op.TOKENS, messages.Tokens("", None), session=7, parts=window)
         yield
 
     return Numbers(session, ask())
+
+
+class Ones(Bundles[int, bool]):
+    """The same, as bundles of one."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._asks = [numbers_on(session)]
+
+    def _more(self):
+        return self._asks.pop()._ask if self._asks else None
+
+    def _items(self, message):
+        return [message.meta.done]
+
+    def _end(self, message):
+        self.result = message.meta.found
+        return
+        yield
 
 
 def test_all_parts_come_in_order_and_then_what_they_came_to(script: Script) -> None:
@@ -192,5 +213,23 @@ def test_cancelling_the_task_that_waits_cancels_the_answer(script: Script) -> No
             assert [part async for part in parts] == []
             await server.ping()
             assert len(script.cancelled) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["parts", "bundles"])
+def test_who_asks_for_a_part_that_is_awaited_is_refused_and_ends_it_for_nobody(
+    script: Script, kind: str
+) -> None:
+    async def main() -> None:
+        async with aio.connect(script.endpoint) as server:
+            session = Session(server.connection, server.drive, None, OPENED)
+            parts: Stream[int, bool] = numbers_on(session) if kind == "parts" else Ones(session)
+            first, refused = await asyncio.gather(
+                anext(parts), anext(parts), return_exceptions=True
+            )
+            assert first == 0 and isinstance(refused, Busy) and "awaited already" in str(refused)
+            assert [part async for part in parts] == list(range(1, 100))
+            assert parts.result is True
 
     asyncio.run(main())
