@@ -287,7 +287,11 @@ class Model:
     def _close(self) -> Operation[None]:
         self._on_close(self)
         self.connection.lanes.forget(self.session_id)
-        yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
+        try:
+            yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
+        except BaseException:  # Busy, or a KeyboardInterrupt: said with the next request
+            self.connection.forget(self.session_id, 0)
+            raise
 
     def __repr__(self) -> str:
         return (

@@ -316,9 +316,17 @@ class Session(Channel):
 
     def end(self) -> Operation[None]:
         if self._closed.detach() is not None and not self.connection.closed:
-            self.leave()
-            self.connection.lanes.forget(self.id)
-            yield Call(Op.CLOSE, messages.Close(), session=self.id, timeout_s=CLOSE_S)
+            try:
+                self.leave()
+                self.connection.lanes.forget(self.id)
+                yield Call(Op.CLOSE, messages.Close(), session=self.id, timeout_s=CLOSE_S)
+            except BaseException:  # Busy, or a KeyboardInterrupt: said with the next request
+                self.connection.forget(self.id, 0)
+                raise
+
+    def drop(self) -> None:
+        """End it without a word: that goes with the next request."""
+        self._closed()
 
     def _check_open(self) -> None:
         if not self._closed.alive:

@@ -16,6 +16,7 @@ import transformers
 import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.errors import (
+    Busy,
     Cancelled,
     Closed,
     DeadlineExceeded,
@@ -376,6 +377,28 @@ def test_branches_of_a_closed_session_are_gone_by_name(tiny):
     with pytest.raises((UnknownCheckpoint, UnknownSession)):
         tiny.run(FRANCE, stop_at=1).checkpoint.resume(djinn.Patch(point))
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
+
+
+@pytest.mark.parametrize("error", [Busy, KeyboardInterrupt])
+def test_a_session_whose_end_could_not_be_said_ends_with_the_next_request(
+    served, server, monkeypatch, error
+):
+    def fails(*_):
+        raise error("not now")
+
+    with served.connect() as client:
+        model = client.model("tiny")
+        session = model.session()
+        next(session.generate(FRANCE, 50, ends=()))
+        numbers = {model.session_id, session.id}
+        with monkeypatch.context() as patch:
+            patch.setattr(client.connection, "send", fails)
+            for one in (session, model):
+                with pytest.raises(error):
+                    one.close()
+        assert numbers <= {one.id for one in server.sessions()}
+        client.ping()
+        assert not numbers & {one.id for one in server.sessions()}
 
 
 def test_the_same_in_asyncio_code(served):
