@@ -22,7 +22,7 @@ from djinn_zmq.client.parts import OVER, Parts
 from djinn_zmq.client.run import Checkpoint
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.talk import Session
-from djinn_zmq.errors import Closed
+from djinn_zmq.errors import Closed, DjinnError
 from djinn_zmq.wire import attach as wire
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Flag, SessionInfo
@@ -145,8 +145,11 @@ class Attached(Parts[Stop, wire.Detached]):
         """Attach. Raises what the engine refuses with."""
         try:
             yield from self._next(None, begins=True)
-        except BaseException:
+        except DjinnError:
             yield from self._close()
+            raise
+        except BaseException:  # a KeyboardInterrupt: nothing can be asked any more
+            self.session.drop()
             raise
 
     def _step(self) -> Operation[Any]:

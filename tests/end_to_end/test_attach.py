@@ -356,3 +356,32 @@ def test_another_user_over_ipc_cannot_attach(served, tiny):
         for path, mode in modes.items():
             path.chmod(mode)
     assert asked.stdout == "False ''\nrefused\nrefused\n", asked.stderr
+
+
+def test_who_gives_up_attaching_gets_his_own_error_and_leaves_no_session(
+    alone, served, server, tiny, monkeypatch
+):
+    before = {one.id for one in server.sessions()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.connection, "_wait_part", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.attach(alone.model.session_id, stop_at=2)
+    server.ping()  # behind what is said of the session
+
+    async def main() -> None:
+        async with aio.connect(served.endpoint) as client:
+            attaching = asyncio.create_task(client.attach(alone.model.session_id, stop_at=2))
+            while not client.connection._coming:
+                await asyncio.sleep(0)
+            attaching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await attaching
+            await client.ping()
+            assert {one.id for one in await client.sessions()} == before
+
+    asyncio.run(main())
+    assert alone.runs().result(WAIT_S).state == "finished"
