@@ -61,19 +61,21 @@ class Wish:
 @dataclass(slots=True, eq=False)
 class Said:
     """How far a generation has come, apart from the iterator, which may be gone: where it began
-    (session, standing), its request, the tokens before its own, and those taken."""
+    (session, standing), its request, the tokens before its own, and those taken. passed: the session has gone
+    on from elsewhere since the last of these was taken."""
 
     session: Any
     begin: Any
     request: int | None
     before: np.ndarray | None
     ids: list[int]
+    passed: bool = False
 
     def leave(self) -> None:
-        """It is not over, and is to end here: the session stands behind what was taken."""
+        """It is not over, and is to end here: the session stands behind what was taken, if that came last."""
         if self.request is not None:
             self.session.connection.abandon(self.request)
-        if self.before is not None:
+        if self.before is not None and not self.passed:
             said = np.concatenate([self.before, np.array(self.ids, np.int64)])
             pending = said[len(self.begin.ids) - len(self.begin.pending) :]
             self.session.standing = replace(self.begin, pending=pending)
@@ -212,6 +214,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         if part.top_ids is not None and part.top_values is not None:
             top = yield from self._tops(part, message)
         said.ids.append(part.id)
+        said.passed = False
         token = GeneratedToken(
             id=part.id,
             text=part.text,

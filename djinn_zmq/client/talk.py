@@ -270,6 +270,8 @@ class Session(Channel):
             self.standing = Standing(run.mark)
         elif run.stopped:
             self.standing = Standing(None, run.checkpoint)
+        if self._said is not None:
+            self._said.passed = True
 
     def between(self) -> Operation[None]:
         """Have it stand between two forwards: finish the one it stopped in."""

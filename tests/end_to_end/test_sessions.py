@@ -181,6 +181,23 @@ def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
         list(gone)
 
 
+def test_a_session_stands_where_it_was_moved_last_by_a_token_or_by_a_resume_of_its_checkpoint(session):
+    for token in session.generate(FRANCE, max_new_tokens=200, ends=(), save_at=2):
+        branch = token.checkpoints[2].resume(djinn.Scale(0.5))  # the generation goes on beside it
+        if token.step == 2:
+            break
+    assert session.ids.tolist() == branch.mark.ids.tolist() and len(session.ids) == 5 + 2
+    for token in session.generate("a", max_new_tokens=200, ends=(), save_at=2):
+        if token.step == 1:
+            break
+        stopped = token.checkpoints[2].resume(stop_at=3)
+    assert len(session.ids) == 5 + 2 + 1 + 2 and session.ids[-1] == token.id
+    generation = session.generate(max_new_tokens=200, ends=())
+    next(generation)
+    stopped.checkpoint.resume(stop_at=4)
+    assert session.checkpoint.layer == 4
+
+
 @pytest.mark.parametrize("where", ["ipc", "tcp"])
 def test_a_reader_that_takes_its_time_stops_its_own_generation_and_nobody_else(served, where):
     endpoint = served.endpoint if where == "ipc" else served.tcp
