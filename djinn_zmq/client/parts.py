@@ -167,7 +167,7 @@ class Bundles(Stream[T, R]):
 
     @abstractmethod
     def _more(self) -> Operation[Call] | None:
-        """Makes the next call, and `_parcel`; None where all have been made."""
+        """Makes the next call, with what `_pack` gave; None where all have been made."""
 
     @abstractmethod
     def _items(self, message: Message) -> list[T]:
@@ -215,7 +215,16 @@ class Bundles(Stream[T, R]):
             yield from self._parts._close()
         self._settle()
 
+    def _pack(self) -> Parcel:
+        """What the next request travels with. It comes back when that is answered, or when nothing refers to
+        this iterator any more."""
+        parcel = self._parcel = Parcel(self._session.connection, self._session.id)
+        self._dropped = weakref.finalize(self, parcel.drop)
+        self._dropped.atexit = False
+        return parcel
+
     def _settle(self) -> None:
         if self._parcel is not None:
+            self._dropped.detach()
             self._parcel.settle()
             self._parcel = None

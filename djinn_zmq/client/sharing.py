@@ -41,7 +41,7 @@ class Sharing:
         self._lent: dict[int, Lease] = {}  # by address: slots that are the user's arrays
         self._given: dict[int, _Given] = {}  # by id: these arrays themselves, as long as they live
         self._cuda: CudaMemory | None = None
-        self._ended: deque[int] = deque()  # those whose arrays are gone
+        self._ended: deque[int | Lease] = deque()  # of arrays that are gone, and slots given back later
 
     def join(self, path: str | os.PathLike[str], token: bytes) -> None:
         """Share from now on. Raises Unreachable, AccessDenied, Lost where that cannot be."""
@@ -60,7 +60,8 @@ class Sharing:
     def stage(self, nbytes: int) -> Lease:
         """A slot of this client's own arenas. Raises ArenaFull beyond their limit."""
         while self._ended:
-            self.give_back(self._lent.pop(self._ended.popleft()))
+            ended = self._ended.popleft()
+            self.give_back(self._lent.pop(ended) if isinstance(ended, int) else ended)
         if self._pool is None:
             self._pool = Pool(
                 self._settings.client_arenas, self._settings.arena, self._share, "client"
@@ -127,6 +128,10 @@ class Sharing:
     def give_back(self, lease: Lease) -> None:
         assert self._pool is not None
         self._pool.give_back(lease.slot)
+
+    def give_back_later(self, lease: Lease) -> None:
+        """Before the next one is staged: safe to call from a finalizer."""
+        self._ended.append(lease)
 
     def arena(self, number: int) -> Arena:
         """Anybody's shared arena, mapped on first use."""

@@ -15,7 +15,6 @@ from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Top, row_of
-from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import RequestError
@@ -154,6 +153,7 @@ class Sweep(Bundles[Outcome, Cost]):
         self._memory = memory
         self._timeout_s = timeout_s
         self._left = deque(_requests(branches))
+        self._asked: Sequence[Sequence[Edit] | Edit] = ()
         self._finished = 0
         self._cost = Cost()
         self.total = sum(map(len, self._left))
@@ -180,7 +180,8 @@ class Sweep(Bundles[Outcome, Cost]):
             tokens = yield from token_ids(self._session, self._tokens)
             self._results = wire.Results(self._results.logits, self._results.top, tokens)
             self._tokens = None
-        self._parcel = parcel = Parcel(self._session.connection, self._session.id)
+        parcel = self._pack()
+        self._asked = branches  # held: an array of `Checkpoint.writable` is read where it stands
         on_wire = []
         for edits in branches:
             on_wire.append((yield from placed_edits(edits, parcel)))

@@ -144,7 +144,7 @@ class Trace(Bundles[Cell, Grid]):
             tokens = yield from token_ids(self._session, self._tokens)
             if not tokens:
                 raise RequestError("tokens=[]: at least one, or None for the likeliest")
-        self._parcel = parcel = Parcel(self._session.connection, self._session.id)
+        parcel = self._pack()
         meta = wire.Trace(
             (yield from _placed(clean, parcel)),
             (yield from _placed(corrupted, parcel)),

@@ -1,11 +1,12 @@
 """Sweeps and traces through real processes: streamed, cut into batches, refused by name."""
 
 import asyncio
+import gc
 
 import numpy as np
 import pytest
 
-from djinn_zmq import Add, Patch, Scale, Zero, aio
+from djinn_zmq import Add, Patch, Scale, Set, Zero, aio
 from djinn_zmq.errors import (
     EditError,
     LayerError,
@@ -49,6 +50,42 @@ def test_a_sweep_streams_an_outcome_a_branch_and_says_what_it_skipped(model, poi
     assert (sweep.result.layers, sweep.result.layers_full) == (13 * 2, 13 * 4)
     assert "50% skipped" in str(sweep.result)
     assert point.resume().top(1)[0].token == "paris"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_travelled_with_a_sweep_that_is_dropped_comes_back(served, shared):
+    with served.connect(shared=shared) as server:
+        model = server.model("tiny")
+        point = model.run(np.ones((23, 200), int), stop_at=2, logits="none").checkpoint
+        large = [[Add(np.zeros(point.shape, np.float32))] for _ in range(2)]  # of more than a piece
+        used = server.status().memory.used
+        point.sweep(large, logits="none").finish()  # and of one that is not dropped: once
+        for _ in point.sweep(large, logits="none"):
+            break
+        gc.collect()
+        point.resume(large[0], stop_at=2).checkpoint.release()  # whatever has values to send
+        if shared:
+            assert server.connection.sharing._pool.used == 0
+        until(lambda: server.status().memory.used == used, "uploads are released")
+
+
+def test_an_array_of_the_clients_own_is_not_used_again_while_a_sweep_may_read_it(served):
+    async def main() -> None:
+        async with aio.connect(served.endpoint) as server:
+            model = await server.model("tiny")
+            point = (await model.run(FRANCE, stop_at=2)).checkpoint
+            values = await point.writable()
+            values[...] = 0
+            sweep = point.sweep([Set(values), Zero()])
+            del values
+            first = asyncio.create_task(anext(sweep))
+            await asyncio.sleep(0)  # it is asked
+            gc.collect()
+            assert not server.connection.sharing._ended
+            assert (await first).logits.tobytes() == (await anext(sweep)).logits.tobytes()
+            await sweep.finish()
+
+    asyncio.run(main())
 
 
 def test_more_values_than_one_request_carries_go_in_several(model, point):
