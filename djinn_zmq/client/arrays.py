@@ -13,7 +13,7 @@ from djinn_zmq.errors import AccessDenied, Lost, OnDevice, StaleSlot, UnknownChe
 from djinn_zmq.wire.edits import Index, selection
 from djinn_zmq.wire.messages import Kept, Read
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import DTYPES, Slot, over
+from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, over
 from djinn_zmq.wire.tiers import Hold, Move, Where
 
 Drive = Callable[[Operation[Any]], Any]
@@ -186,3 +186,23 @@ class RemoteArray:
     def _piece(self, index: Index, offset: int) -> Call:
         kept = self._kept
         return Call(Op.READ, Read(kept.id, index, offset, PIECE), session=kept.session)
+
+
+def left_behind(
+    connection: Connection, drive: Drive, session: int, number: int, tensor: Tensor
+) -> RemoteArray:
+    """What an answer was too large to bring: kept until nothing refers to this any more."""
+    array = RemoteArray(connection, drive, Kept(number, session, 0, -1, tensor), None)
+    release = weakref.finalize(array, connection.forget, session, number)
+    release.atexit = False
+    return array
+
+
+def brought(arrays: list[np.ndarray | RemoteArray]) -> Operation[list[np.ndarray]]:
+    """All that an answer brought and left behind. What is fetched is let go of, and the list is empty then."""
+    found = []
+    arrays.reverse()
+    while arrays:
+        one = arrays.pop()
+        found.append((yield from one._read(())) if isinstance(one, RemoteArray) else one)
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.arrays import brought, left_behind
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.parcels import Parcel
@@ -18,7 +18,6 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.spans import Spans
 from djinn_zmq.wire import forwards as wire
 from djinn_zmq.wire.forwards import Crop, Repeat
-from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor, view
 
@@ -81,15 +80,22 @@ def forward(session: Session, asked: Asked) -> Operation[Forwarded]:
     finally:
         parcel.settle()
     found: wire.Forwarded = reply.meta
-    past = None
-    if found.past:
-        past = Past(session.connection, session.id, found.past, found.length)
+    connection = session.connection
+    past: Past | None = None
+    try:
+        if found.past:
+            past = Past(connection, session.id, found.past, found.length)
+        arrays = [
+            left_behind(connection, session.drive, session.id, output.id, output.tensor)
+            if output.id
+            else np.array(view(output.tensor, reply.buffers))
+            for output in found.outputs
+        ]
+    except BaseException:  # a KeyboardInterrupt: nobody will refer to what was kept
+        connection.give_back(reply)
+        raise
     outputs: dict[str, Any] = {}
-    for output in found.outputs:
-        if output.id:
-            array = yield from _fetched(session, output)
-        else:
-            array = np.array(view(output.tensor, reply.buffers))
+    for output, array in zip(found.outputs, (yield from brought(arrays)), strict=True):
         if output.place < 0:
             outputs[output.name] = array
         else:
@@ -128,14 +134,6 @@ def _placed(asked: Asked, parcel: Parcel) -> Operation[wire.Forward]:
         asked.cached,
         asked.hidden,
     )
-
-
-def _fetched(session: Session, output: wire.Output) -> Operation[np.ndarray]:
-    kept = Kept(output.id, session.id, 0, -1, output.tensor)
-    array = RemoteArray(session.connection, session.drive, kept, None)
-    release = weakref.finalize(array, session.connection.forget, session.id, output.id)
-    release.atexit = False
-    return (yield from array._read(()))
 
 
 def card(session: Session) -> Operation[tuple[dict[str, bytes], str]]:

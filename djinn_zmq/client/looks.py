@@ -1,20 +1,19 @@
 """Looks at a checkpoint: the server says in few numbers what it holds; the tensor stays there."""
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from djinn_zmq.client import checks
-from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.arrays import brought, left_behind
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import LayerError, RequestError, SelectionError
 from djinn_zmq.wire import looks as wire
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import Tensor, view
+from djinn_zmq.wire.tensors import view
 
 CELL = 18  # characters of a lens' column at most
 
@@ -225,21 +224,18 @@ class Looks:
         reply = yield Call(
             Op.LOOK, wire.Look(asked), session=self._kept.session, progress=session.progress
         )
-        found = []
-        for seen in reply.meta.seen:
-            if seen.id:
-                found.append((yield from self._fetched(seen.tensor, seen.id)))
-            else:
-                found.append(np.array(view(seen.tensor, reply.buffers)))
-        return found
-
-    def _fetched(self, tensor: Tensor, number: int) -> Operation[np.ndarray]:
-        connection = self._session.connection
-        kept = Kept(number, self._kept.session, 0, -1, tensor)
-        array = RemoteArray(connection, self._session.drive, kept, None)
-        release = weakref.finalize(array, connection.forget, kept.session, number)
-        release.atexit = False
-        return (yield from array._read(()))
+        connection, number = session.connection, self._kept.session
+        try:
+            found = [
+                left_behind(connection, session.drive, number, seen.id, seen.tensor)
+                if seen.id
+                else np.array(view(seen.tensor, reply.buffers))
+                for seen in reply.meta.seen
+            ]
+        except BaseException:  # a KeyboardInterrupt: nobody will refer to what was left
+            connection.give_back(reply)
+            raise
+        return (yield from brought(found))
 
 
 def _positions(positions: Any, extent: int) -> list[int]:

@@ -8,6 +8,9 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
+from djinn_zmq.client import forwards, looks
+from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.forwards import Asked
 from djinn_zmq.errors import LayerError, RequestError, SelectionError, StopError, UnknownCheckpoint
 from tests.end_to_end.conftest import until
 
@@ -183,3 +186,33 @@ def test_looks_are_awaited_in_asyncio_code(served):
             assert lens[4, 4][0][0] == "paris" and not diff.same_bits
 
     asyncio.run(main())
+
+
+def test_what_an_answer_left_on_the_server_is_released_where_the_first_of_it_is_not_fetched(
+    server, tiny, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    ids = np.ones((4, 250), np.int64)
+    point = tiny.run(ids, save_at=range(5), logits="none").checkpoint
+    used = server.status().memory.used
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteArray, "_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            point.lens(k=20)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.forward(Asked(ids, hidden=True))
+    with monkeypatch.context() as patch:
+        for room in (looks, forwards):
+            patch.setattr(room, "left_behind", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            point.lens(k=20)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.forward(Asked(ids, hidden=True))
+    gc.collect()
+    server.ping()  # what nobody refers to any more is said with the next request
+    until(lambda: server.status().memory.used == used, "all of it is released")
+    mine = next(one for one in server.sessions() if one.id == tiny.session_id)
+    assert mine.kv == 0
+    assert point.lens(k=20).ids.shape == (5, 4, 250, 20)

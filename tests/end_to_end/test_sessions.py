@@ -181,7 +181,9 @@ def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
         list(gone)
 
 
-def test_a_session_stands_where_it_was_moved_last_by_a_token_or_by_a_resume_of_its_checkpoint(session):
+def test_a_session_stands_where_it_was_moved_last_by_a_token_or_by_a_resume_of_its_checkpoint(
+    session,
+):
     for token in session.generate(FRANCE, max_new_tokens=200, ends=(), save_at=2):
         branch = token.checkpoints[2].resume(djinn.Scale(0.5))  # the generation goes on beside it
         if token.step == 2:
