@@ -1,5 +1,6 @@
 """What happens on a server, as it happens: published, and the journal where something was missed."""
 
+import threading
 import time
 import weakref
 from collections import deque
@@ -10,7 +11,7 @@ from typing import Any, Self
 from djinn_zmq.bus.news import ALL, CHANGED_S, Subscriber
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Operation
-from djinn_zmq.errors import Closed, Lost
+from djinn_zmq.errors import Busy, Closed, Lost
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import EVENT_KINDS, Event, EventsReply, Published
@@ -37,7 +38,7 @@ class Events:
         self._ready: deque[Event] = deque()
         self._subscriber: Subscriber | None = None
         self._end: Any = None
-        self._waiting = 0  # operations that may be using the subscriber
+        self._in_use = threading.Lock()  # by the one operation that may be
         self._closed = False
 
     def __repr__(self) -> str:
@@ -45,19 +46,36 @@ class Events:
         return f"<events{kinds} of {self._server!r}{', closed' if self._closed else ''}>"
 
     def so_far(self) -> Any:
-        """Those that have happened: a list, oldest first. Does not wait."""
+        """Those that have happened: a list, oldest first. Does not wait. Raises Busy while another waits for
+        the next."""
         return self._server.drive(self._so_far())
 
     def _so_far(self) -> Operation[list[Event]]:
-        yield from self._catch_up()
-        found = list(self._ready)
-        self._ready.clear()
-        return found
+        self._enter()
+        try:
+            yield from self._catch_up()
+            found = list(self._ready)
+            self._ready.clear()
+            return found
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        """What has come is told once, and a socket is for one thread at a time. Raises Busy."""
+        if not self._in_use.acquire(blocking=False):
+            raise Busy("the next event is awaited already, by another thread or task")
+
+    def _leave(self) -> None:
+        self._in_use.release()
+        if self._closed:
+            self.close()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Event:
+        if not hasattr(self._server.connection, "drive"):
+            raise TypeError("in asyncio code use `async for`")
         step: Any = None
         operation = self._next()
         try:
@@ -87,8 +105,7 @@ class Events:
         return event
 
     def _next(self) -> Operation[Event | None]:
-        # Before it is looked whether it is closed: `close` does it the other way round.
-        self._waiting += 1
+        self._enter()  # before it is looked whether it is closed: `close` does it the other way round
         try:
             while not self._ready and not self._closed:
                 if self._server.connection.closed:
@@ -102,9 +119,7 @@ class Events:
                     yield Heard(self._subscriber)
             return self._ready.popleft() if self._ready else None
         finally:
-            self._waiting -= 1
-            if self._closed:
-                self.close()
+            self._leave()
 
     def _begin(self) -> Operation[None]:
         """Listen, and only then ask for what was before."""
@@ -165,8 +180,11 @@ class Events:
         """Listen no more. Who waits for an event meanwhile, in another thread or task, finds out when it looks
         next (LOOK_S), is given none, and hangs up: a socket is for one thread at a time."""
         self._closed = True
-        if self._end is not None and not self._waiting:
-            self._end()
+        if self._end is not None and self._in_use.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._in_use.release()
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ import pytest
 
 from djinn_zmq.client import events as room
 from djinn_zmq.client.events import Events
-from djinn_zmq.errors import Lost
+from djinn_zmq.errors import Busy, Lost
 from djinn_zmq.wire.tiers import Event, EventsReply
 
 BEFORE = Event(1, 0.0, "session", 0, "it was", 0, 0)
@@ -83,3 +83,27 @@ def test_who_closes_while_another_waits_leaves_it_to_that_one_to_hang_up(
     monkeypatch.setattr(Quiet, "wait", wait, raising=False)
     assert list(events) == []
     assert open_at == [True] and made[0].closed
+
+
+def test_who_asks_for_an_event_that_another_waits_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made.clear()
+    monkeypatch.setattr(room, "Subscriber", Quiet)
+    answers = iter([answered(), answered(), answered(BEFORE), answered()])
+    server: Any = SimpleNamespace(connection=SimpleNamespace(closed=False, endpoint="tcp://host:2"))
+    server.connection.settings = server.connection.keys = None
+    server.connection.drive, server.connection.look = lambda _: next(answers), lambda: None
+    events, others = Events(server, (), 0), [next, lambda events: next(events._so_far())]
+
+    def wait(_: Quiet, timeout_s: float) -> None:
+        """Meanwhile others ask, as threads or tasks would."""
+        other = others.pop()
+        with pytest.raises(Busy, match="awaited already"):
+            other(events)
+        if not others:
+            events.close()
+
+    monkeypatch.setattr(Quiet, "wait", wait, raising=False)
+    assert list(events) == [] and made[0].closed and len(made) == 1
+    assert next(answers).meta.events == (BEFORE,)  # nobody has asked a second time

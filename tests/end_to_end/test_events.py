@@ -114,6 +114,8 @@ def test_over_tcp_and_from_asyncio_code_they_come_too(served):
     async def main() -> None:
         async with aio.connect(served.tcp) as server:
             events = server.events(kinds=["session"])
+            with pytest.raises(TypeError, match="async for"):
+                next(events)
             model = await server.model("tiny")
             async for event in events:
                 assert event.session == model.session_id
