@@ -132,17 +132,14 @@ class Events:
         subscriber = Subscriber(endpoint, connection.settings, connection.keys, topics)
         self._end = weakref.finalize(self, subscriber.close)
         limit_s = time.monotonic() + CHANGED_S
-        found: list[tuple[bytes, bytes]] = []
         try:
             while not subscriber.holds:
-                found += subscriber.take()
+                subscriber.take()  # what comes so early is in the journal by now
                 if not subscriber.holds:
                     if time.monotonic() > limit_s:
                         raise Lost(f"no events come from {endpoint}")
                     yield Heard(subscriber)
             yield from self._catch_up()
-            for topic, frame in found:
-                yield from self._take(topic, frame)
         except BaseException:  # it begins anew, if it is asked once more
             self._end()
             raise
