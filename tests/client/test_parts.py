@@ -221,15 +221,15 @@ def test_cancelling_the_task_that_waits_cancels_the_answer(script: Script) -> No
 def test_who_asks_for_a_part_that_is_awaited_is_refused_and_ends_it_for_nobody(
     script: Script, kind: str
 ) -> None:
-    async def main() -> None:
-        async with aio.connect(script.endpoint) as server:
-            session = Session(server.connection, server.drive, None, OPENED)
-            parts: Stream[int, bool] = numbers_on(session) if kind == "parts" else Ones(session)
-            first, refused = await asyncio.gather(
-                anext(parts), anext(parts), return_exceptions=True
-            )
-            assert first == 0 and isinstance(refused, Busy) and "awaited already" in str(refused)
-            assert [part async for part in parts] == list(range(1, 100))
-            assert parts.result is True
-
-    asyncio.run(main())
+    with djinn.connect(script.endpoint) as server:
+        session = Session(server.connection, server.drive, None, OPENED)
+        parts: Stream[int, bool] = numbers_on(session) if kind == "parts" else Ones(session)
+        for expected in range(2):  # the first of all, and one behind it
+            waiting = parts._step()  # as a task of asyncio's
+            wanted = next(waiting)
+            with pytest.raises(Busy, match="awaited already"):
+                next(parts)
+            with pytest.raises(StopIteration) as end:
+                waiting.send(server.connection._exchange(wanted))
+            assert end.value.value == expected
+        assert list(parts) == list(range(2, 100)) and parts.result is True
