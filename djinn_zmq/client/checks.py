@@ -84,14 +84,14 @@ def flag(what: str, value: Any) -> bool:
 
 def text(what: str, value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return str(value)  # numpy's own kind of it is none that travels
     raise RequestError(f"{what}={shown(value)}: text")
 
 
 def one_of(what: str, value: Any, allowed: Iterable[str]) -> str:
     words = list(allowed)
     if isinstance(value, str) and value in words:
-        return value
+        return str(value)
     *some, last = [f'"{word}"' for word in words]
     raise RequestError(f"{what}={shown(value)}: {', '.join(some)} or {last}")
 
@@ -110,7 +110,7 @@ def model(what: str, value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         found = os.fspath(value)
         if isinstance(found, str):
-            return found
+            return str(found)
     raise RequestError(f"{what}={shown(value)}: a served name, a directory, or a hub id")
 
 
@@ -140,3 +140,8 @@ def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
         return np.asarray(value)
     except (ValueError, OverflowError) as exc:
         raise kind(f"{what}={shown(value)}: an array, or lists of one length") from exc
+    except (
+        TypeError,
+        RuntimeError,
+    ) as exc:  # a torch tensor of bfloat16, on a GPU, with a gradient
+        raise kind(f"{what}: numpy makes no array of this {type(value).__name__}: {exc}") from exc

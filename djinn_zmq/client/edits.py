@@ -141,8 +141,7 @@ class Patch:
     array = None
 
     def __init__(self, source: Kept, at: Any = ..., source_at: Any = None) -> None:
-        number = getattr(source, "id", None)
-        if not isinstance(number, int):
+        if not hasattr(type(source), "hidden"):
             raise EditError(f"Patch: the source is {type(source).__name__}: give a checkpoint")
         self.source = source  # held, so that it is not released while the edit may be made
         self.at = index_of(at)
@@ -169,7 +168,7 @@ class Skip:
     def __init__(self, layer: int | str) -> None:
         if not isinstance(layer, str):
             layer = checks.whole("Skip: layer", layer, allowed="a number or a path", kind=EditError)
-        self.layer = layer
+        self.layer = str(layer) if isinstance(layer, str) else layer
 
     def on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Skip(self.layer)

@@ -191,10 +191,9 @@ class Looks:
 
     def diff(self, other: Looked) -> Any:
         """How it differs from another checkpoint of its shape, also of another model: a `Diff`."""
-        number = getattr(other, "id", None)
-        if not isinstance(number, int) or not hasattr(other, "layer"):
+        if not hasattr(type(other), "hidden"):
             raise RequestError(f"diff with {type(other).__name__}: give a checkpoint")
-        return self._session.drive(self._diff(number))
+        return self._session.drive(self._diff(other.id))
 
     def _diff(self, other: int) -> Operation[Diff]:
         norms, cosine, largest, place, same = yield from self._look(wire.Diff(self.id, other))

@@ -12,7 +12,7 @@ from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
+from djinn_zmq.client.prompts import Prompt, as_int64, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
 from djinn_zmq.client.stops import Logits, wanted_of
@@ -235,7 +235,7 @@ class Model:
         found = checks.array("ids", ids, kind=PromptError)
         if found.size and found.dtype.kind not in "iu":
             raise PromptError(f"ids={checks.shown(ids)}: whole numbers")
-        return self.drive(self._session.pieces_of(found.reshape(-1)))
+        return self.drive(self._session.pieces_of(as_int64(found.reshape(-1))))
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
         """A checkpoint of this model out of the file that `Checkpoint.save` wrote.

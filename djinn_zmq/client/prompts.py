@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client import checks
 from djinn_zmq.errors import PromptError
 
 Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, positions)
@@ -11,9 +12,9 @@ Prompt = Any  # str, list of str, or token ids: (positions,) or (batch, position
 
 def texts_of(prompt: Prompt) -> tuple[str, ...]:
     if isinstance(prompt, str):
-        return (prompt,)
+        return (str(prompt),)
     if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt):
-        return tuple(prompt)
+        return tuple(map(str, prompt))
     return ()
 
 
@@ -26,6 +27,8 @@ def ids_of(prompt: Prompt) -> np.ndarray:
             "the prompts have different lengths: prompts of one batch must have the same number "
             "of tokens; Model.batch runs them each by itself"
         ) from exc
+    except (TypeError, RuntimeError) as exc:  # a torch tensor on a GPU
+        raise PromptError(f"a prompt that numpy makes no array of: {exc}") from exc
     if array.size == 0:
         raise PromptError("an empty prompt cannot be run")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
@@ -33,4 +36,11 @@ def ids_of(prompt: Prompt) -> np.ndarray:
             f"a prompt of {array.dtype} and shape {array.shape}: give text, a list of texts, or "
             "int token ids of shape (positions,) or (batch, positions)"
         )
-    return np.ascontiguousarray(array.reshape(-1, array.shape[-1]), np.int64)
+    return as_int64(array.reshape(-1, array.shape[-1]))
+
+
+def as_int64(ids: np.ndarray) -> np.ndarray:
+    """Whole numbers as they travel. Raises PromptError for one that would become another."""
+    if ids.dtype == np.uint64 and ids.size and ids.max() > checks.LARGEST:
+        raise PromptError(f"token id {ids.max()}: no model has one")
+    return np.ascontiguousarray(ids, np.int64)

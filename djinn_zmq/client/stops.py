@@ -90,8 +90,8 @@ class Token(Condition):
             token = int(token)
         if not isinstance(token, (str, int)) or isinstance(token, bool):
             raise StopError(f"Token({checks.shown(token)}): text, or an id")
-        self._token = token
-        self.on_wire = ((wire.Token(token),),)
+        self._token = str(token) if isinstance(token, str) else token
+        self.on_wire = ((wire.Token(self._token),),)
 
     def __repr__(self) -> str:
         return f"Token({self._token!r})"
@@ -193,5 +193,5 @@ def _break_of(one: Any) -> Break:
 
 def _place(what: str, value: Any) -> Place:
     if isinstance(value, str) and value.strip():
-        return value.strip()
+        return str(value).strip()
     return checks.whole(what, value, allowed=PLACE, kind=LayerError)

@@ -278,7 +278,7 @@ def token_ids(session: Session, tokens: Any) -> Operation[tuple[int, ...]]:
     alone = (*checks.WHOLE, str)
     for one in checks.several("tokens", tokens, "text, an id, or several", alone=alone):
         if isinstance(one, str):
-            reply = yield Call(Op.TOKENS, messages.Tokens(one, None), session=session.id)
+            reply = yield Call(Op.TOKENS, messages.Tokens(str(one), None), session=session.id)
             ids = view(reply.meta.ids, reply.buffers)
             if len(ids) != 1:
                 raise RequestError(f"{one!r} is {len(ids)} tokens: one is needed, or its id")

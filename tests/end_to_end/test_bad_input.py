@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import djinn_zmq as djinn
 from djinn_zmq import errors
@@ -335,3 +336,41 @@ def test_a_tier_there_is_not_is_refused_by_name(point):
         point.evict("moon")
     assert point.prefetch() == "host"
     assert point.resume().top(1)[0].token == "paris"
+
+
+def test_what_is_much_like_what_is_wanted_is_refused_by_what_it_is(tiny, point):
+    run = tiny.run(FRANCE)
+    grown = torch.ones(64, requires_grad=True)
+    half = torch.ones(64, dtype=torch.bfloat16)
+    for call, error, text in [
+        (lambda: point.resume(djinn.Zero), errors.RequestError, "Zero'> is no edit"),
+        (lambda: point.resume([djinn.Add]), errors.RequestError, "Add'> is no edit"),
+        (lambda: djinn.Patch(run), errors.EditError, "the source is Run: give a checkpoint"),
+        (lambda: point.diff(run), errors.RequestError, "diff with Run: give a checkpoint"),
+        (lambda: djinn.Add(grown), errors.EditError, "array of this Tensor: .*requires grad"),
+        (lambda: point.resume(hidden=half), errors.EditError, "array of this Tensor: .*BFloat16"),
+        (lambda: tiny.run(half), errors.PromptError, "no array of: .*BFloat16"),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_a_token_id_past_what_travels_is_named_as_it_was_given(tiny):
+    large = np.array([1, 2**63], np.uint64)
+    for call in (lambda: tiny.run(large), lambda: tiny.pieces(large)):
+        with pytest.raises(errors.PromptError, match="token id 9223372036854775808"):
+            call()
+    assert tiny.pieces(large[:1]) == tiny.pieces([1])
+
+
+def test_numpys_own_text_is_text(tiny, point):
+    assert tiny.run(np.array(FRANCE)[()]).logits.tobytes() == tiny.run(FRANCE).logits.tobytes()
+    assert len(tiny.run([np.str_(FRANCE)]).ids) == 1
+    assert tiny.encode(np.str_(FRANCE)).tolist() == tiny.run(FRANCE).ids[0].tolist()
+    at = djinn.Break(np.str_("layers.1"), when=djinn.Token(np.str_("france")))
+    assert tiny.run(FRANCE, stop_at=at, save_at=np.array(["layers.0"])).layer == 2
+    (outcome,) = point.sweep([djinn.Zero()], tokens=np.array(["paris"]))
+    assert outcome.token_logits.shape == (1, 1)
+    skipped = point.resume(djinn.Skip(np.str_("layers.2"))).logits.tobytes()
+    assert skipped == point.resume(djinn.Skip(3)).logits.tobytes()
+    assert point.evict(np.str_("host")) == "host"
