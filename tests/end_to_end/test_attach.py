@@ -385,3 +385,21 @@ def test_who_gives_up_attaching_gets_his_own_error_and_leaves_no_session(
 
     asyncio.run(main())
     assert alone.runs().result(WAIT_S).state == "finished"
+
+
+def test_who_waits_for_a_stop_beside_another_is_refused_and_the_other_gets_it(alone, served):
+    async def main() -> None:
+        async with (
+            aio.connect(served.endpoint) as client,
+            await client.attach(alone.model.session_id, stop_at=2) as attached,
+        ):
+            first = asyncio.create_task(attached.wait())
+            await asyncio.sleep(0)
+            with pytest.raises(errors.Busy, match="awaited already"):
+                await attached.wait()
+            answer = alone.runs()
+            await (await first).continue_()
+            assert not attached.over
+        assert answer.result(WAIT_S).state == "finished"
+
+    asyncio.run(main())
