@@ -5,6 +5,7 @@ asked beside it, not by a bit. (A batch of one length in `Model.run` is one forw
 GPU, and rounded as that shape is.)
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
@@ -16,6 +17,7 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import DjinnError, RequestError
 from djinn_zmq.settings import counted
+from djinn_zmq.wire.codec import Message
 
 T = TypeVar("T")
 
@@ -51,7 +53,7 @@ class Batch(Sequence[Run]):
 
     def top(self, k: int = 5) -> Any:
         """Of each prompt the *k* likeliest next tokens: a list of lists of `Top`."""
-        return self._session.drive(together([run._top(k, 0) for run in self._runs]))
+        return self._session.drive(together(self._session, [run._top(k, 0) for run in self._runs]))
 
     def resume(
         self,
@@ -89,13 +91,14 @@ class Batch(Sequence[Run]):
 
 
 def made(session: Session, operations: Sequence[Operation[Run]]) -> Operation[Batch]:
-    return Batch(session, (yield from together(operations)))
+    return Batch(session, (yield from together(session, operations)))
 
 
-def together(operations: Sequence[Operation[T]]) -> Operation[list[T]]:
+def together(session: Session, operations: Sequence[Operation[T]]) -> Operation[list[T]]:
     """Several operations at once: what they ask is on its way together. All fail if one does."""
     results: dict[int, T] = {}
     asked: dict[int, Call] = {}
+    replies: deque[Message] = deque()  # that have come, and nobody has yet
 
     def advance(place: int, go_on: Callable[[], Any]) -> None:
         try:
@@ -112,10 +115,13 @@ def together(operations: Sequence[Operation[T]]) -> Operation[list[T]]:
             advance(place, operation.__next__)
         while asked:
             places = list(asked)
-            replies = yield list(asked.values())
-            for place, reply in zip(places, replies, strict=True):
+            replies.extend((yield list(asked.values())))
+            for place in places:
+                reply = replies.popleft()
                 advance(place, lambda place=place, reply=reply: operations[place].send(reply))
     finally:
+        for reply in replies:  # one before them failed
+            session.connection.give_back(reply)
         for operation in operations:
             operation.close()
     return [results[place] for place in range(len(operations))]

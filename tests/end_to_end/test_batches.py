@@ -8,6 +8,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
+from djinn_zmq.client import run as run_room
 from djinn_zmq.errors import EditError, PromptError, RequestError
 from tests.end_to_end.conftest import until
 from tests.engine.architectures import tiny_model
@@ -84,6 +85,18 @@ def test_one_that_is_refused_is_named_and_the_others_leave_nothing(server, tiny)
     del batch, refused
     gc.collect()  # tracebacks hold what was refused, in circles
     tiny.ping()  # takes along what is released, past the server
+    until(lambda: server.status().memory.checkpoints == before, "nothing is left")
+
+
+def test_what_came_behind_one_that_was_interrupted_is_released(server, tiny, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = server.status().memory.checkpoints
+    monkeypatch.setattr(run_room, "Run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.batch(PROMPTS, stop_at=2)
+    tiny.ping()
     until(lambda: server.status().memory.checkpoints == before, "nothing is left")
 
 
