@@ -245,8 +245,12 @@ class Model:
         return self.drive(self._load_checkpoint(checks.path("path", path)))
 
     def _load_checkpoint(self, path: Path) -> Operation[Checkpoint]:
-        kept, ids = yield from tiers.load(self._session, path)
-        return Checkpoint(self._session, kept, ids)
+        reply, ids = yield from tiers.load(self._session, path)
+        try:
+            return Checkpoint(self._session, reply.meta.kept, ids)
+        except BaseException:  # a KeyboardInterrupt: nobody will refer to it
+            self.connection.give_back(reply)
+            raise
 
     def returned(self) -> Any:
         """Your checkpoints of this model that came back from the disk when the server started, and

@@ -41,9 +41,8 @@ class Sharing:
         self._lent: dict[int, Lease] = {}  # by address: slots that are the user's arrays
         self._given: dict[int, _Given] = {}  # by id: these arrays themselves, as long as they live
         self._cuda: CudaMemory | None = None
-        self._ended: deque[int | Lease] = (
-            deque()
-        )  # of arrays that are gone, and slots given back later
+        # To be given back: of arrays that are gone, and what a finalizer has ended.
+        self._ended: deque[int | Lease] = deque()
 
     def join(self, path: str | os.PathLike[str], token: bytes) -> None:
         """Share from now on. Raises Unreachable, AccessDenied, Lost where that cannot be."""

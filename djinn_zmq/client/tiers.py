@@ -16,6 +16,7 @@ from djinn_zmq.client.session import Session
 from djinn_zmq.errors import BadFile, RequestError
 from djinn_zmq.settings import counted
 from djinn_zmq.wire import tiers
+from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES
 from djinn_zmq.wire.tiers import Kept
@@ -176,8 +177,8 @@ class Returned:
         return f"<returned {self.id:#x} after layer {self.layer}: {self.dtype} {self.shape}, disk>"
 
 
-def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
-    """Make a checkpoint of the file *path*; what it is, and its ids. Raises BadFile."""
+def load(session: Session, path: Path) -> Operation[tuple[Message, np.ndarray]]:
+    """Make a checkpoint of the file *path*: what that is answered with, and its ids. Raises BadFile."""
     from djinn_zmq.memory import files  # on first use: few clients read any
 
     saved = files.read(path)
@@ -197,7 +198,7 @@ def load(session: Session, path: Path) -> Operation[tuple[Kept, np.ndarray]]:
         reply = yield call
     finally:
         parcel.settle()
-    return reply.meta.kept, ids
+    return reply, ids
 
 
 def away(session: Session, expected_s: float) -> Operation[None]:
