@@ -148,6 +148,10 @@ class Parts(Stream[T, R]):
             self.result = yield from self._end(message)
         except BaseException:
             self._over = True
+            if (
+                self._request is not None
+            ):  # an interrupt may have come as a part was made of what had
+                self._session.connection.abandon_later(self._request)
             self._on_arrived()
             raise
         finally:
@@ -218,9 +222,10 @@ class Bundles(Stream[T, R]):
     def _pack(self) -> Parcel:
         """What the next request travels with. It comes back when that is answered, or when nothing refers to
         this iterator any more."""
-        parcel = self._parcel = Parcel(self._session.connection, self._session.id)
+        parcel = Parcel(self._session.connection, self._session.id)
         self._dropped = weakref.finalize(self, parcel.drop)
         self._dropped.atexit = False
+        self._parcel = parcel
         return parcel
 
     def _settle(self) -> None:

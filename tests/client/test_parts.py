@@ -183,6 +183,21 @@ def test_what_is_closed_or_dropped_is_cancelled(script: Script) -> None:
         assert len(set(script.cancelled)) == 2
 
 
+def test_what_is_interrupted_as_a_part_is_made_is_cancelled(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Numbers, "_take", interrupted)
+    with djinn.connect(script.endpoint) as server:
+        parts = parts_on(server)
+        with pytest.raises(KeyboardInterrupt):
+            next(parts)
+        server.ping()  # behind what is said of it
+        assert list(parts) == [] and len(script.cancelled) == 1
+
+
 def test_a_connection_that_is_closed_ends_its_parts_with_an_error(script: Script) -> None:
     with djinn.connect(script.endpoint) as server:
         parts = parts_on(server)
