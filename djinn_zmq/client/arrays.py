@@ -9,7 +9,14 @@ import numpy as np
 from djinn_zmq.client.calls import PIECE, Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.indexing import index_of
-from djinn_zmq.errors import AccessDenied, Lost, OnDevice, StaleSlot, UnknownCheckpoint
+from djinn_zmq.errors import (
+    AccessDenied,
+    Lost,
+    OnDevice,
+    ProtocolError,
+    StaleSlot,
+    UnknownCheckpoint,
+)
 from djinn_zmq.wire.edits import Index, selection
 from djinn_zmq.wire.messages import Kept, Read
 from djinn_zmq.wire.ops import Op
@@ -175,6 +182,9 @@ class RemoteArray:
         nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         if nbytes > PIECE:
             pieces += yield [self._piece(index, offset) for offset in range(PIECE, nbytes, PIECE)]
+        came = sum(len(piece.buffers[0]) for piece in pieces)
+        if came != nbytes:  # else some of it would be whatever was in the memory before
+            raise ProtocolError(f"{came} bytes came of {self.dtype} {shape}, which takes {nbytes}")
         out = np.empty(nbytes, np.uint8)
         place = 0
         for piece in pieces:

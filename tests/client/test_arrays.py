@@ -1,5 +1,6 @@
 """Reading what is kept where it stands in shared memory, while it moves."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from djinn_zmq.client.arrays import TRIES, RemoteArray
 from djinn_zmq.client.calls import Call
 from djinn_zmq.client.connection import Connection
-from djinn_zmq.errors import Lost, StaleSlot, UnknownCheckpoint
+from djinn_zmq.errors import Lost, ProtocolError, StaleSlot, UnknownCheckpoint
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot, Tensor
@@ -91,6 +92,28 @@ def test_what_moves_while_it_is_copied_is_copied_again_from_where_it_is(times: i
     reading, target = Reading(times), np.zeros_like(WHOLE)
     reading.drive(reading.array().read_into(target))
     np.testing.assert_array_equal(target, WHOLE)
+
+
+class Pulling(Reading):
+    """Over the bus, in one piece of which *missing* bytes do not come."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(0)
+        self.sharing.can_map = lambda _: False  # type: ignore[method-assign]
+        self.missing = missing
+
+    def _answer(self, call: Call) -> Any:
+        raw = WHOLE.tobytes()
+        meta = SimpleNamespace(shape=WHOLE.shape)
+        return SimpleNamespace(meta=meta, buffers=[(raw + raw)[: len(raw) - self.missing]])
+
+
+@pytest.mark.parametrize("missing", [4, 32, -4])
+def test_what_does_not_come_whole_is_no_array(missing: int) -> None:
+    assert WHOLE.nbytes == 32
+    np.testing.assert_array_equal(Pulling(0).array().fetch(), WHOLE)
+    with pytest.raises(ProtocolError, match="bytes came of float32"):
+        Pulling(missing).array().fetch()
 
 
 def test_what_is_released_while_it_is_copied_is_lost() -> None:
