@@ -7,6 +7,7 @@ would broadcast to the part chosen. Edits are made in the order given, on the en
 rounded once; only their own values travel.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -193,6 +194,15 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
 def _at(index: wire.Index, name: str = "at") -> str:
     """As an edit shows it, nothing where it is all of hidden."""
     return "" if index == index_of(...) else f", {name}={shown_index(index)}"
+
+
+def own(edit: Edit) -> Edit:
+    """*edit* with values of its own: it may be made again when those that it was given have changed."""
+    if edit.array is None:
+        return edit
+    twin: Any = copy.copy(edit)
+    twin.array = edit.array.copy()
+    return twin  # type: ignore[no-any-return]
 
 
 def _values(name: str, value: Any) -> np.ndarray:

@@ -170,6 +170,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         hidden, edits = None, ()
         if point is not None:
             hidden, edits = yield from point.carry(begin.edits, begin.hidden, parcel)
+            self._said.begin = begin.fixed()
         meta = talks.Generate(
             branch=0 if mark is None else mark.number,
             static=session.static,

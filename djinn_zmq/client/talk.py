@@ -11,7 +11,7 @@ goes on from there and moves it; `mark`, `back` and every checkpoint lead to oth
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,13 +20,14 @@ import numpy as np
 from djinn_zmq.client import checks, tiers
 from djinn_zmq.client.calls import CLOSE_S, Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
-from djinn_zmq.client.edits import Edit
+from djinn_zmq.client.edits import Edit, own
 from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, ids_of, texts_of
 from djinn_zmq.client.run import NO_IDS, Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
+from djinn_zmq.client.sharing import on_device
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.errors import Closed, PromptError, RequestError
 from djinn_zmq.settings import counted
@@ -58,6 +59,14 @@ class Standing:
         else:
             own = NO_IDS if self.mark is None else self.mark.ids
         return np.concatenate([own, self.pending])
+
+    def fixed(self) -> "Standing":
+        """The same with values of its own. A generation that is left is begun again with what it began with, and
+        by then the caller may have written other values into his arrays."""
+        hidden = self.hidden
+        if hidden is not None and not on_device(hidden):
+            hidden = np.array(hidden)
+        return replace(self, edits=[own(edit) for edit in self.edits], hidden=hidden)
 
     @property
     def previous(self) -> Checkpoint | None:

@@ -181,6 +181,21 @@ def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
         list(gone)
 
 
+def test_what_a_generation_began_with_may_be_changed_once_it_is_left(session):
+    point = session.run(FRANCE, stop_at=2).checkpoint
+    heard = []
+    for change in (False, True):
+        hidden, vector = point.writable(), np.linspace(-1, 1, 64).astype(np.float32)
+        hidden[0, 1] = 0.5
+        for _ in point.generate(20, djinn.Add(vector, at=(0, -1)), hidden=hidden, ends=()):
+            break
+        if change:
+            hidden[...] = 3
+            vector *= -20
+        heard.append(bits(session.run("a").logits))
+    assert heard[0] == heard[1]
+
+
 def test_a_session_stands_where_it_was_moved_last_by_a_token_or_by_a_resume_of_its_checkpoint(
     session,
 ):
