@@ -1,0 +1,58 @@
+"""A caller's words for where a run stops, and what they are as data."""
+
+from functools import reduce
+from operator import and_, or_
+from typing import Any
+
+import numpy as np
+import pytest
+
+from djinn_zmq.client.stops import Break, HasNaN, Norm, Step, Token, breaks_of, wanted_of
+from djinn_zmq.errors import LayerError, RequestError, StopError
+from djinn_zmq.wire import stops as wire
+
+
+def test_a_condition_is_shown_as_it_was_written() -> None:
+    written = (HasNaN() | Norm(">", 2)) & Step(1)
+    assert repr(written) == '((HasNaN() | Norm(">", 2)) & Step(1))'
+    assert repr(Break(when=Token("a"))) == "Break(when=Token('a'))"
+    assert repr(Break(0)) == "Break(0)"
+    assert repr(Break("norm", when=HasNaN())) == "Break('norm', when=HasNaN())"
+
+
+def test_conditions_are_joined_as_all_ways_in_which_they_can_hold() -> None:
+    one, two, three = (Step(number).on_wire[0][0] for number in (1, 2, 3))
+    assert (Step(1) | Step(2) & Step(3)).on_wire == ((one,), (two, three))
+    assert ((Step(1) | Step(2)) & Step(3)).on_wire == ((one, three), (two, three))
+
+
+@pytest.mark.parametrize(("join", "one"), [(or_, HasNaN()), (and_, HasNaN())])
+def test_a_condition_holds_as_many_tests_as_travel_and_not_one_more(join: Any, one: HasNaN) -> None:
+    whole = reduce(join, [one] * wire.TESTS_LIMIT)
+    assert sum(map(len, whole.on_wire)) == wire.TESTS_LIMIT
+    with pytest.raises(StopError, match=f"{wire.TESTS_LIMIT + 1} tests: at most"):
+        join(whole, one)
+
+
+def test_what_is_saved_is_named_once_and_all_is_from_where_a_run_begins_to_where_it_stops() -> None:
+    both = wanted_of(None, [2, "b", np.int64(1), 2, "a", "b"], "last", 0, 4)
+    assert both.save_at == (1, 2) and both.stop_at == wire.Stops((), ("b", "a"))
+    assert wanted_of(3, "all", "last", 1, 4).save_at == (1, 2, 3)
+    assert wanted_of(["norm", 3], "all", "last", 1, 4).save_at == (1, 2, 3, 4)
+    stop = wanted_of(3, "a", "last", 0, 4).stop_at
+    assert stop == wire.Stops((wire.Break(3, ()),), ("a",))
+
+
+def test_of_the_likeliest_logits_one_can_be_asked_for_and_none_cannot() -> None:
+    assert wanted_of(None, (), 1, 0, 4).top == 1 and wanted_of(None, (), "all", 0, 4).top == 0
+    for wrong in (0, -1, True, 1.0, "some", None):
+        with pytest.raises(RequestError, match="or how many of the likeliest, 1 or more"):
+            wanted_of(None, (), wrong, 0, 4)  # type: ignore[arg-type]
+
+
+def test_no_breakpoints_are_none_and_a_run_needs_a_place() -> None:
+    assert breaks_of(None) == breaks_of([]) == breaks_of(()) == ()
+    assert breaks_of(2) == breaks_of([2]) == (wire.Break(2, ()),)
+    assert breaks_of([0, Break(" x ", when=HasNaN())])[1] == wire.Break("x", ((wire.HasNaN(),),))
+    with pytest.raises(LayerError, match="at least one place"):
+        wanted_of([], (), "last", 0, 4)
