@@ -20,6 +20,14 @@ def test_a_condition_is_shown_as_it_was_written() -> None:
     assert repr(Break("norm", when=HasNaN())) == "Break('norm', when=HasNaN())"
 
 
+def test_a_condition_is_neither_true_nor_false_here() -> None:
+    for joined in (lambda: HasNaN() and Step(1), lambda: HasNaN() or Step(1)):
+        with pytest.raises(StopError, match="evaluated on the engine"):
+            joined()
+    with pytest.raises(StopError, match="3 is no condition"):
+        HasNaN() | 3  # type: ignore[operator]
+
+
 def test_conditions_are_joined_as_all_ways_in_which_they_can_hold() -> None:
     one, two, three = (Step(number).on_wire[0][0] for number in (1, 2, 3))
     assert (Step(1) | Step(2) & Step(3)).on_wire == ((one,), (two, three))
@@ -37,6 +45,12 @@ def test_a_condition_holds_as_many_tests_as_travel_and_not_one_more(join: Any, o
 def test_what_is_saved_is_named_once_and_all_is_from_where_a_run_begins_to_where_it_stops() -> None:
     both = wanted_of(None, [2, "b", np.int64(1), 2, "a", "b"], "last", 0, 4)
     assert both.save_at == (1, 2) and both.stop_at == wire.Stops((), ("b", "a"))
+    assert wanted_of(None, (2, 1), "last", 0, 4).save_at == (1, 2)
+    assert (
+        wanted_of(None, None, "last", 0, 4).save_at
+        == wanted_of(None, [], "last", 0, 4).save_at
+        == ()
+    )
     assert wanted_of(3, "all", "last", 1, 4).save_at == (1, 2, 3)
     assert wanted_of(["norm", 3], "all", "last", 1, 4).save_at == (1, 2, 3, 4)
     stop = wanted_of(3, "a", "last", 0, 4).stop_at
