@@ -70,3 +70,16 @@ def test_no_breakpoints_are_none_and_a_run_needs_a_place() -> None:
     assert breaks_of([0, Break(" x ", when=HasNaN())])[1] == wire.Break("x", ((wire.HasNaN(),),))
     with pytest.raises(LayerError, match="at least one place"):
         wanted_of([], (), "last", 0, 4)
+
+
+def test_what_is_no_condition_is_refused_by_what_it_is() -> None:
+    for wrong, text in (
+        (lambda: Norm(">", "much"), "the second is a number"),  # type: ignore[arg-type]
+        (lambda: Token(True), "text, or an id"),
+        (lambda: Token(1.5), "text, or an id"),  # type: ignore[arg-type]
+        (lambda: Step(True), "a whole number"),
+        (lambda: Break(), "a place, a condition, or both"),
+        (lambda: Break(2, when="nan"), "use HasNaN, Norm"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(StopError, match=text):
+            wrong()
