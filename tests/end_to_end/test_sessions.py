@@ -181,6 +181,17 @@ def test_a_generation_that_is_left_early_stands_behind_its_last_token(session):
         list(gone)
 
 
+def test_generations_that_are_left_one_behind_the_other_lose_no_token(session):
+    start = session.run("the").mark
+    whole = [token.id for token in session.generate(FRANCE, 4, ends=())]
+    session.back(start)
+    for prompt in (FRANCE, None, None):  # each goes on from tokens that are still to be run
+        for _ in session.generate(prompt, 50, ends=()):
+            break
+    assert session.ids.tolist()[-3:] == whole[:3] and len(session.ids) == 1 + 5 + 3
+    assert [token.id for token in session.generate(None, 1, ends=())] == whole[3:]
+
+
 def test_what_a_generation_began_with_may_be_changed_once_it_is_left(session):
     point = session.run(FRANCE, stop_at=2).checkpoint
     heard = []

@@ -88,12 +88,14 @@ def test_an_array_of_the_clients_own_is_not_used_again_while_a_sweep_may_read_it
     asyncio.run(main())
 
 
-def test_more_values_than_one_request_carries_go_in_several(model, point):
-    large = [np.full((1, 5, 64), part / 100) for part in range(150)]  # float64: 2560 bytes each
+@pytest.mark.parametrize(("dtype", "requests"), [("float64", 3), ("float32", 2)])
+def test_more_values_than_one_request_carries_go_in_several(model, point, dtype, requests):
+    # 2560 bytes each, beside the meta, or 1280 within it
+    large = [np.full((1, 5, 64), part / 100, dtype) for part in range(150)]
     sweep = point.sweep([Add(vector) for vector in large], logits=1)
     outcomes = sweep.all()
     assert [outcome.number for outcome in outcomes] == list(range(150))
-    assert sweep.result.branches == sweep.done == 150 and sweep.result.batches == 3
+    assert sweep.result.branches == sweep.done == 150 and sweep.result.batches == requests
     alone = point.resume([Add(large[149])]).top(1)[0]
     assert outcomes[149].top(1)[0].token == alone.token
     assert outcomes[149].top(1)[0].probability == pytest.approx(alone.probability, abs=0.01)
