@@ -192,6 +192,28 @@ def test_generations_that_are_left_one_behind_the_other_lose_no_token(session):
     assert [token.id for token in session.generate(None, 1, ends=())] == whole[3:]
 
 
+def test_tokens_that_are_still_to_be_run_are_not_lost_by_what_is_asked_next(session, tiny):
+    point = session.run(FRANCE, stop_at=2).checkpoint
+
+    def left() -> list[int]:
+        """A generation behind its first token, which it went on to from within a forward."""
+        for _ in point.generate(20, ends=()):
+            break
+        return session.ids.tolist()
+
+    ids = left()
+    assert session.mark().ids.tolist() == ids and len(ids) == 6
+    assert left() == ids and session.run([5, 6]).mark.ids.tolist() == [*ids, 5, 6]
+    assert left() == ids and session.back() is point
+    left()
+    session.rebuild()
+    assert session.ids.tolist() == ids
+    with tiny.session() as other:
+        for foreign in (other.run(FRANCE).mark, other.run("a", stop_at=1).checkpoint):
+            with pytest.raises(RequestError, match="of another session|of this session"):
+                session.back(foreign)
+
+
 def test_what_a_generation_began_with_may_be_changed_once_it_is_left(session):
     point = session.run(FRANCE, stop_at=2).checkpoint
     heard = []
