@@ -1,13 +1,16 @@
 """A checkpoint in a file of the user's own: it is loaded again as it was, or refused by name."""
 
+import gc
 import os
 
 import numpy as np
 import pytest
 
 import djinn_zmq as djinn
+from djinn_zmq.client import model as model_room
 from djinn_zmq.errors import BadFile
 from djinn_zmq.memory import files
+from tests.end_to_end.conftest import until
 
 FRANCE = "the capital of france is"
 
@@ -21,6 +24,23 @@ def test_a_saved_checkpoint_is_loaded_again_by_another_client(served, tiny, tmp_
         assert (again.layer, again.shape) == (2, point.shape)
         assert again.resume().logits.tobytes() == point.resume().logits.tobytes()
         assert again.resume(stop_at=3).ids.tolist() == point.resume(stop_at=3).ids.tolist()
+
+
+def test_what_a_file_was_made_a_checkpoint_of_is_released_if_nobody_gets_it(
+    server, tiny, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    path = tiny.run(FRANCE, stop_at=2).checkpoint.save(tmp_path / "point.safetensors")
+    gc.collect()
+    tiny.ping()
+    before = server.status().memory.checkpoints
+    monkeypatch.setattr(model_room, "Checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.load_checkpoint(path)
+    tiny.ping()
+    until(lambda: server.status().memory.checkpoints == before, "it is released")
 
 
 @pytest.mark.parametrize(
