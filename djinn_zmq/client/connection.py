@@ -203,7 +203,8 @@ class Connection:
                 deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
                 credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
             )
-        except (OverflowError, TypeError) as exc:  # a layer of 2**70, say
+        except (OverflowError, TypeError, UnicodeEncodeError) as exc:
+            # A layer of 2**70, say, or half a character.
             raise RequestError(f"what was asked for can't be sent: {exc}") from exc
         if session and self.lanes.wanted and call.op in ON_LANES:
             call.lane = self._lane_of(session)

@@ -150,8 +150,9 @@ class Checkpoint(Looks, Tiered):
         on_wire: tuple[WireEdit, ...] = ()
         released: tuple[int, ...] = ()
         try:
-            if hidden is not None or not isinstance(edits, tuple) or edits:
-                stays = wanted.stop_at == self.layer and not (edits or wanted.save_at)
+            none = isinstance(edits, (tuple, list)) and not edits
+            if hidden is not None or not none:
+                stays = wanted.stop_at == self.layer and none and not wanted.save_at
                 placed, on_wire = yield from self.carry(edits, hidden, parcel, to_keep=stays)
             released = session.connection.released_beside(session.id)
             meta = messages.Resume(self.id, placed, on_wire, wanted, released)

@@ -1,7 +1,5 @@
 """Edits as they are made by hand: what they say of themselves, and what is none."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,14 @@ import djinn_zmq as djinn
 from djinn_zmq.client.edits import placed_edits
 from djinn_zmq.errors import EditError, RequestError
 
-POINT = SimpleNamespace(id=7, hidden=None, resume=None)
+
+class Point:
+    """What of a checkpoint an edit looks at."""
+
+    id, hidden, resume = 7, None, None
+
+
+POINT = Point()
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,9 @@ def test_wrong_edits_are_refused_and_say_which(point):
             point.resume([edit])
     with pytest.raises(errors.EditError, match=r"edit 1 \(Add\)"):
         point.resume([djinn.Scale(2.0), djinn.Add(np.ones(3))])
-    with pytest.raises(errors.RequestError, match="is no edit"):
-        point.resume(["zero"])
+    for none in (["zero"], np.zeros(3)):
+        with pytest.raises(errors.RequestError, match="is no edit"):
+            point.resume(none, stop_at=point.layer)
 
 
 def test_a_replacement_of_another_shape_or_dtype_is_refused(point):
@@ -250,6 +251,7 @@ ARGUMENTS = [
     ("Add", ([1, [2]], "a", math.nan), lambda here, value: djinn.Add(value)),
     ("Step", NO_WHOLE, lambda here, value: djinn.Step(value)),
     ("sent", (2**70,), lambda here, value: here.run(stop_at=value)),
+    ("sent", ("half a character: \ud800",), lambda here, value: here.model.run(value)),
     ("sent", (2**70,), lambda here, value: here.run(edits=djinn.Zero(at=value))),
     ("device", ("gpu", "cuda", "", 0, None), lambda here, value: here.local(device=value)),
     ("dtype", ("int8", None, 0), lambda here, value: here.local(dtype=value)),
