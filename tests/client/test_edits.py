@@ -13,6 +13,9 @@ class Point:
 
     id, hidden, resume = 7, None, None
 
+    def __repr__(self) -> str:
+        return "<checkpoint 7>"
+
 
 POINT = Point()
 
