@@ -374,12 +374,19 @@ def test_who_gives_up_attaching_gets_his_own_error_and_leaves_no_session(
 
     async def main() -> None:
         async with aio.connect(served.endpoint) as client:
-            attaching = asyncio.create_task(client.attach(alone.model.session_id, stop_at=2))
-            while not client.connection._coming:
-                await asyncio.sleep(0)
-            attaching.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await attaching
+            asked = asyncio.Event()
+
+            async def part(*_):
+                asked.set()
+                await asyncio.Event().wait()  # for ever: the true one may be there at once
+
+            with monkeypatch.context() as patch:
+                patch.setattr(client.connection, "_part", part)
+                attaching = asyncio.create_task(client.attach(alone.model.session_id, stop_at=2))
+                await asked.wait()
+                attaching.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await attaching
             await client.ping()
             assert {one.id for one in await client.sessions()} == before
 
