@@ -23,10 +23,9 @@ alone" is timed after the writing (idling lies between), by all of torch's threa
 alike before the clock" is over an offload whose pinned tensor the same call has written in front of the clock,
 "writing timed on both sides" over one that writes it on the clock
 what threads of many cores wrote lies dirty in their L2 caches, and a copy over PCIe fetches it from there (read off
-times: no counter was). 10.56 MB on an H200 machine of 16 cores, medians of 60: an offload takes 237 us untouched, 430
-after 16 threads wrote, 246 after numpy's one; a resume alone 427, 649 and 492: 2.7 x untouched memory, 1.5 x memory
-written alike, 2.1 x with numpy; and 1.8 x where nobody wrote, so that the memory's state is a part of what is over
-the limit, and not all of it"""
+times: no counter was). 10.56 MB on an H200 machine of 16 cores, medians of 150: an offload takes 209 us untouched, 383
+after 16 threads wrote, 236 after numpy's one; a resume alone 271, 547 and 320: 2.6 x untouched memory, 1.4 x memory
+written alike, 1.5 x with numpy; and 1.3 x where nobody wrote"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,22 +13,22 @@ be held against a copy of something that nobody wrote.
 
 But writing leaves something behind: the lines lie dirty in the L2 caches of the cores that wrote, and a
 copy over PCIe has to fetch them from there. (That is read off these times; no counter was.) On an H200
-machine (16 cores, one NUMA node, 2 MB of L2 a core), 10.56 MB of pinned memory, medians of 60, in us:
+machine (16 cores, one NUMA node, 2 MB of L2 a core), 10.56 MB of pinned memory, medians of 150, a ping in front of the writing, in us:
 
                                                    offload    resume alone
-    untouched: nobody wrote it                         237             427
-    16 threads of torch wrote it just before           430             649
-    … and 1 ms passes                                  335
-    one thread (numpy) wrote it just before            246             492; 438 with a ping between
-    16 threads wrote another buffer just before        215
+    untouched: nobody wrote it                         209             271
+    16 threads of torch wrote it just before           383             547
+    one thread (numpy) wrote it just before            236             320
 
-It is not that 16 threads are awake (the last line; and with OMP_WAIT_POLICY=passive an offload after them
-takes 528), nor the resume: of the 222 us that their writing adds to it, a bare copy pays 193 as well. So
-beside the budget of "resume alone" over an offload of untouched memory, 649 / 237 = 2.7, stands the same
-over an offload whose tensor the same call has written in front of the clock ("written before the
-clock"), 649 / 430 = 1.5; neither takes the other's place. One thread leaves the copy nearly as fast as
-untouched memory: what numpy wrote is held against that, 492 / 237 = 2.1. And the memory is not all of
-it: a resume of what nobody wrote is at 427 / 237 = 1.8, where all above the copy is the resume's own.
+It is not that 16 threads are awake (after they wrote another buffer an offload takes 215 us where one of
+untouched memory takes 237; with OMP_WAIT_POLICY=passive one after them takes 528; 1 ms later 335), nor the
+resume: of the 276 us that their writing adds to it, a bare copy pays 174 as well. So beside the budget of
+"resume alone" over an offload of untouched memory, 547 / 209 = 2.6, stands the same over an offload whose
+tensor the same call has written in front of the clock ("written before the clock"), 547 / 383 = 1.4;
+neither takes the other's place. One thread leaves the copy nearly as fast as untouched memory: what numpy
+wrote is held against that, 320 / 209 = 1.5. And the memory is not all of it: a resume of what nobody wrote
+is at 271 / 209 = 1.3, where all above the copy is the resume's own. On a machine with slower cores that is
+more: what numpy wrote is at 1.9 to 2.3 there.
 
 A row edited in the engine's own GPU memory is another matter: nothing goes over PCIe, the user's edit
 is a good part of what there is, and the budget counts it.
