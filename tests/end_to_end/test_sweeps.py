@@ -56,14 +56,14 @@ def test_a_sweep_streams_an_outcome_a_branch_and_says_what_it_skipped(model, poi
 def test_what_travelled_with_a_sweep_that_is_dropped_comes_back(served, shared):
     with served.connect(shared=shared) as server:
         model = server.model("tiny")
-        point = model.run(np.ones((23, 200), int), stop_at=2, logits="none").checkpoint
+        point = model.run(np.ones((23, 200), int), stop_at=4, logits="none").checkpoint
         large = [[Add(np.zeros(point.shape, np.float32))] for _ in range(2)]  # of more than a piece
         used = server.status().memory.used
         point.sweep(large, logits="none").finish()  # and of one that is not dropped: once
         for _ in point.sweep(large, logits="none"):
             break
         gc.collect()
-        point.resume(large[0], stop_at=2).checkpoint.release()  # whatever has values to send
+        point.resume(large[0], stop_at=4).checkpoint.release()  # whatever has values to send
         if shared:
             assert server.connection.sharing._pool.used == 0
         until(lambda: server.status().memory.used == used, "uploads are released")
