@@ -211,9 +211,8 @@ def _resumes(axes: Axes, found: schema.File) -> None:
     axes.set_xlabel("in the order resumed")
     axes.set_ylabel("milliseconds")
     times = [row["seconds"] for row in resumes]
-    if times and max(times) > APART * statistics.median(
-        times
-    ):  # else one would hide how the rest differ
+    # Else one would hide how the rest differ.
+    if times and max(times) > APART * statistics.median(times):
         axes.set_yscale("log")
         drawing.plain_numbers(axes.yaxis)
     else:

@@ -148,9 +148,8 @@ class Parts(Stream[T, R]):
             self.result = yield from self._end(message)
         except BaseException:
             self._over = True
-            if (
-                self._request is not None
-            ):  # an interrupt may have come as a part was made of what had
+            # An interrupt may have come as a part was made of what had.
+            if self._request is not None:
                 self._session.connection.abandon_later(self._request)
             self._on_arrived()
             raise
