@@ -13,13 +13,17 @@ INDEPENDENT = None  # the layer of a case in which no layer occurs
 PREALLOCATED, PER_CALL = "preallocated", "allocated in each call"
 THEN = "then layers N+1..L and head"
 HIDDEN, WITH_KV = "hidden state", "hidden state and KV"
+# Group of the cases that run a whole forward: a turn of five, 62 ms each, is as long as a GPU takes to slow
+# down by 2 % under load, and whoever has his turn then looks slower (seen on an H200).
+WHOLE = "whole forward"
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
     """One case. baseline, variant: what it is. layer: executed before; None: it has none.
 
-    before: untimed, in front of each call. clock: "host" or "device" in the results.
+    before: untimed, in front of each call. clock: "host" or "device" in the results. group: those of
+    one name take turns call by call.
     """
 
     baseline: str
@@ -29,6 +33,7 @@ class Timed:
     before: Case | None = None
     clock: Clock = host_clock
     clock_name: str = "host"
+    group: str = ""
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,7 +44,7 @@ class Timed:
 
     @property
     def task(self) -> Task:
-        return Task(self.call, self.before, self.clock)
+        return Task(self.call, self.before, self.clock, self.group)
 
     @property
     def labels(self) -> dict[str, Any]:

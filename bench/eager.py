@@ -1,6 +1,6 @@
 """Baseline: plain PyTorch that keeps everything on the device. `python -m bench.eager`."""
 
-from bench.cases import INDEPENDENT, Found, Timed
+from bench.cases import INDEPENDENT, WHOLE, Found, Timed
 from bench.config import only
 from bench.plain import Plain
 
@@ -16,8 +16,8 @@ def cases(plain: Plain, layers: list[int]) -> Found:
     found: Found = [
         Timed(NAME, REST, layer, lambda layer=layer: plain.from_layer(layer)) for layer in layers
     ]
-    found.append(Timed(NAME, FORWARD, INDEPENDENT, plain.forward))
-    found.append(Timed(NAME, KEEPING, INDEPENDENT, plain.forward_keeping_all))
+    found.append(Timed(NAME, FORWARD, INDEPENDENT, plain.forward, group=WHOLE))
+    found.append(Timed(NAME, KEEPING, INDEPENDENT, plain.forward_keeping_all, group=WHOLE))
     return found
 
 

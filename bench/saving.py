@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import INDEPENDENT, Found, Timed
+from bench.cases import INDEPENDENT, WHOLE, Found, Timed
 from bench.config import only
 from bench.djinn_resume import Client, Djinn
 
@@ -31,7 +31,7 @@ def _case(client: Client, ids: np.ndarray, variant: str, save_at: tuple[int, ...
         client.model.ping()  # what is to be released goes ahead of the next request
 
     more = {"transport": client.transport, "kept": variant}
-    return Timed(NAME, variant, INDEPENDENT, call, release, more=more)
+    return Timed(NAME, variant, INDEPENDENT, call, release, group=WHOLE, more=more)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ def told_clock(case: Case) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A case with more to say: before: untimed, in front of each call. clock: what times it."""
+    """A case with more to say: before: untimed, in front of each call. clock: what times it. group: those
+    of one name take turns call by call, where a turn would be long beside the machine's drift."""
 
     call: Case
     before: Case | None = None
     clock: Clock = host_clock
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +117,29 @@ def each_round(
         names = list(tasks)
         if plan.there_and_back and number % 2:
             names.reverse()
-        taken = {}
-        for name in names:
-            for _ in range(plan.settle):
-                _once(tasks[name], plan.gap_s)
-            seconds = [_once(tasks[name], plan.gap_s) for _ in range(plan.per_round)]
-            taken[name] = np.array(seconds, np.float64)
-            if on_turn is not None:
-                on_turn(name)
+        taken: dict[str, Turn] = {}
+        for group in _groups(names, tasks):
+            for name in group:
+                for _ in range(plan.settle):
+                    _once(tasks[name], plan.gap_s)
+            seconds = np.array(
+                [[_once(tasks[name], plan.gap_s) for name in group] for _ in range(plan.per_round)],
+                np.float64,
+            )
+            for place, name in enumerate(group):
+                taken[name] = seconds[:, place]
+                if on_turn is not None:
+                    on_turn(name)
         yield {name: taken[name] for name in tasks}
+
+
+def _groups(names: list[str], tasks: Mapping[str, Task]) -> list[list[str]]:
+    """Those that take turns call by call together, where the first of them is; any other alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = tasks[name].group
+        groups.setdefault(f"group {group}" if group else f"case {name}", []).append(name)
+    return list(groups.values())
 
 
 def _task(case: Case | Task) -> Task:

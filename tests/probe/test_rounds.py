@@ -50,6 +50,19 @@ def test_there_and_back_turns_every_second_round_around():
     assert list(taken) == list("abc") and taken["a"].labels == {"layer": 1}
 
 
+def test_cases_of_a_group_take_turns_call_by_call_where_the_first_of_them_is():
+    calls: list[str] = []
+    groups = {"a": "", "b": "together", "c": "", "d": "together"}
+    cases = {
+        name: Task(lambda name=name: calls.append(name), group=group)
+        for name, group in groups.items()
+    }
+    plan = Plan(rounds=2, per_round=2, warm_up=0, settle=1, there_and_back=True)
+    taken = interleaved(cases, plan)
+    assert "".join(calls) == "aaa" + "bd" + "bdbd" + "ccc" + "db" + "dbdb" + "ccc" + "aaa"
+    assert list(taken) == list("abcd") and taken["d"].seconds.shape == (2, 2)
+
+
 def test_what_comes_before_a_call_is_not_timed_and_a_call_may_bring_its_own_time():
     calls: list[str] = []
     task = Task(lambda: 0.25, before=lambda: calls.append("before"), clock=told_clock)
