@@ -19,6 +19,27 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
+@pytest.fixture
+def retired() -> list[int]:
+    """The arenas that `giving` has given up."""
+    return []
+
+
+@pytest.fixture
+def giving(retired: list[int]) -> Iterator[Pool]:
+    """A pool as `pool`, whose owner can give up arenas."""
+    numbers = itertools.count(1)
+    pool = Pool(
+        LIMIT,
+        4 * GRANULE,
+        lambda arena: next(numbers),
+        "test",
+        lambda arena: retired.append(arena.number),
+    )
+    yield pool
+    pool.close()
+
+
 def test_arenas_are_made_when_they_are_needed(pool: Pool) -> None:
     assert pool.mapped == 0
     first = pool.lease(3 * GRANULE, holder=1)
@@ -98,22 +119,14 @@ def test_closing_gives_all_memory_back_though_leases_were_out() -> None:
     pool.close()
 
 
-def test_arenas_that_are_being_made_count_against_the_limit() -> None:
-    numbers = itertools.count(1)
-    retired: list[int] = []
-    pool = Pool(
-        LIMIT,
-        4 * GRANULE,
-        lambda arena: next(numbers),
-        "test",
-        lambda arena: retired.append(arena.number),
-    )
-    pool.give_back(pool.lease(GRANULE, holder=1, zone="a").slot)
-    pool.coming = LIMIT - 6 * GRANULE
-    assert pool.may_grow(GRANULE, "a") == 2 * GRANULE
-    assert pool.may_grow(3 * GRANULE, "a") == 0
-    assert pool.may_grow(3 * GRANULE, "b") == 4 * GRANULE and retired == [1]
-    pool.close()
+def test_arenas_that_are_being_made_count_against_the_limit(
+    giving: Pool, retired: list[int]
+) -> None:
+    giving.give_back(giving.lease(GRANULE, holder=1, zone="a").slot)
+    giving.coming = LIMIT - 6 * GRANULE
+    assert giving.may_grow(GRANULE, "a") == 2 * GRANULE
+    assert giving.may_grow(3 * GRANULE, "a") == 0
+    assert giving.may_grow(3 * GRANULE, "b") == 4 * GRANULE and retired == [1]
 
 
 def test_who_cannot_give_up_arenas_keeps_those_of_other_zones(pool: Pool) -> None:
@@ -125,28 +138,20 @@ def test_who_cannot_give_up_arenas_keeps_those_of_other_zones(pool: Pool) -> Non
     assert pool.mapped == LIMIT
 
 
-def test_empty_arenas_that_are_too_small_give_way_where_that_is_enough() -> None:
-    numbers = itertools.count(1)
-    retired: list[int] = []
-    pool = Pool(
-        LIMIT,
-        4 * GRANULE,
-        lambda arena: next(numbers),
-        "test",
-        lambda arena: retired.append(arena.number),
-    )
-    leases = [pool.lease(4 * GRANULE, holder=1, zone="a") for _ in range(4)]
+def test_empty_arenas_that_are_too_small_give_way_where_that_is_enough(
+    giving: Pool, retired: list[int]
+) -> None:
+    leases = [giving.lease(4 * GRANULE, holder=1, zone="a") for _ in range(4)]
     for lease in leases[:2]:
-        pool.give_back(lease.slot)
+        giving.give_back(lease.slot)
     with pytest.raises(ArenaFull, match="16.0 KiB free in one piece, 32.0 KiB free in all"):
-        pool.lease(9 * GRANULE, holder=1, zone="a")
-    assert retired == [] and pool.ready(4 * GRANULE, "a")
-    assert len(pool.lease(8 * GRANULE, holder=1, zone="a").view) == 8 * GRANULE
-    assert retired == [1, 2] and pool.mapped == pool.used == LIMIT
-    pool.reclaim(1)
-    pool.lease(1, holder=1, zone="b")
+        giving.lease(9 * GRANULE, holder=1, zone="a")
+    assert retired == [] and giving.ready(4 * GRANULE, "a")
+    assert len(giving.lease(8 * GRANULE, holder=1, zone="a").view) == 8 * GRANULE
+    assert retired == [1, 2] and giving.mapped == giving.used == LIMIT
+    giving.reclaim(1)
+    giving.lease(1, holder=1, zone="b")
     assert retired == [1, 2, 3]  # one was enough
-    pool.close()
 
 
 def test_a_limit_that_ends_within_a_granule_leaves_nothing_free_not_less() -> None:
