@@ -117,14 +117,18 @@ def joined(served: Served, dealer: Dealer) -> LeaseSocket:
 
 
 def told(served: Served, lease: LeaseSocket) -> Any:
+    """The next packet; descriptors that came with it are closed."""
+    packet, fds = heard(served, lease)
+    lease_bus.close_all(fds)
+    return packet
+
+
+def heard(served: Served, lease: LeaseSocket) -> tuple[Any, list[int]]:
+    """The next packet, and the descriptors that came with it, which are the caller's to close."""
     for _ in range(200):
         served.turn()
-        try:
-            packet, fds = lease.receive()
-        except BlockingIOError:
-            continue
-        lease_bus.close_all(fds)
-        return packet
+        with contextlib.suppress(BlockingIOError):
+            return lease.receive()
     raise AssertionError("no packet")
 
 

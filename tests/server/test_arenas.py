@@ -15,7 +15,7 @@ from djinn_zmq.memory.arena import GRANULE, OwnArena, Pool, total_size
 from djinn_zmq.settings import KIB
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
-from tests.server.serving import Served, joined, keep, told
+from tests.server.serving import Served, heard, joined, keep, told
 
 
 def test_an_arena_that_an_engine_gives_up_says_so_to_all_who_map_it(served: Served) -> None:
@@ -78,16 +78,10 @@ def test_a_limit_is_filled_by_arenas_of_any_size_and_not_passed_by_the_smallest(
 def asked(served: Served, lease: Any, number: int) -> tuple[Any, int | None]:
     """What is granted of arena *number*, and how its descriptor is open."""
     lease.send(messages.Want(number))
-    for _ in range(200):
-        served.turn()
-        try:
-            packet, fds = lease.receive()
-        except BlockingIOError:
-            continue
-        how = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in fds]
-        close_all(fds)
-        return packet, how[0] if how else None
-    raise AssertionError("no packet")
+    packet, fds = heard(served, lease)
+    how = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in fds]
+    close_all(fds)
+    return packet, how[0] if how else None
 
 
 def test_an_arena_is_written_by_who_leases_it_and_read_by_whom_it_concerns(served: Served) -> None:
