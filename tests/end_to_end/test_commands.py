@@ -135,13 +135,3 @@ def test_a_command_that_does_not_exist_is_a_usage_error(run):
     status, _, complaint = run("frobnicate")
     assert status == 2 and "No such command 'frobnicate'" in complaint
     assert run("--version")[1].startswith("djinn, version ")
-
-
-def test_the_demo_does_the_main_job_and_holds_what_it_shows(run, home):
-    status, said, complaint = run("demo")
-    assert status == 0, (said, complaint)
-    assert complaint == ""
-    assert said.count("✓") >= 4 and "✗" not in said
-    assert "paris" in said and "berlin" in said
-    assert "all of it held, in " in said.splitlines()[-1]
-    assert os.listdir(home / "djinn") == []

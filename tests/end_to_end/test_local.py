@@ -4,6 +4,8 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,27 @@ def runtime(home, monkeypatch) -> Path:
     return home / "djinn"
 
 
-def test_local_serves_a_model_and_is_gone_with_the_block():
-    with djinn.local("tiny") as model:
-        pid = model.server.welcome.pid
-        assert model.run(FRANCE).top(1)[0].token == "paris"
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+def test_the_demo_does_the_main_job_on_a_local_server_that_is_gone_with_the_block(
+    run, home, monkeypatch
+):
+    @contextmanager
+    def local(*arguments: str) -> Iterator[djinn.Model]:
+        with djinn.local(*arguments) as model:
+            pids.append(model.server.welcome.pid)
+            assert model.run(FRANCE).top(1)[0].token == "paris"
+            yield model
+            pids.extend(one.pid for one in model.server.status().engines)
+
+    pids: list[int] = []
+    monkeypatch.setattr("djinn_zmq.cli.demo.local", local)
+    status, said, complaint = run("demo")
+    assert status == 0, (said, complaint)
+    assert complaint == ""
+    assert said.count("✓") >= 4 and "✗" not in said
+    assert "paris" in said and "berlin" in said
+    assert "all of it held, in " in said.splitlines()[-1]
+    assert len(pids) == 2 and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert os.listdir(home / "djinn") == []
 
 
 def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environment, home):
