@@ -1,6 +1,5 @@
 """Whoever dies, the others go on, and nothing is left behind."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 
 import djinn_zmq as djinn
-from djinn_zmq import aio, errors
-from tests.end_to_end.conftest import free_port, until
-from tests.end_to_end.test_aio import quiet
+from djinn_zmq import errors
+from tests.end_to_end.conftest import until
 
 FRANCE = "the capital of france is"
 # A run of it takes a second on one thread. Above 64 KiB pyzmq starts a thread of its own, which stays.
@@ -47,62 +45,6 @@ def test_a_client_that_is_dropped_and_not_closed_ends_and_its_process_goes_on(se
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "paris\n" * 3), done.stderr
-
-
-WAITS = """
-import sys, numpy as np, djinn_zmq as djinn
-with djinn.connect(sys.argv[1]) as server:
-    tiny = server.model("tiny")
-    for ask in (lambda: tiny.run(np.ones((48, 256), int)), server.ping):
-        try:
-            ask()
-        except djinn.errors.Lost as exc:
-            print(exc)
-"""
-
-
-def test_a_killed_server_takes_its_engine_along_and_all_who_wait_get_an_error(serve):
-    with serve("--model=tiny", port=free_port()) as running:
-        engine = os.pidfd_open(running.engine_pid())
-        endpoints = running.endpoint, running.tcp
-        program = subprocess.Popen(
-            [sys.executable, "-c", WAITS, running.endpoint], stdout=subprocess.PIPE, text=True
-        )
-
-        async def main() -> None:
-            async with aio.connect(endpoints[0]) as here, aio.connect(endpoints[1]) as there:
-                models = [await one.model("tiny") for one in (here, there)]
-                while await models[0].ping() != "running":  # the program's
-                    pass
-                runs = [asyncio.create_task(model.run(LONG)) for model in models * 3]
-                await models[0].ping()  # behind them
-                running.process.kill()
-                answers = await asyncio.gather(*runs, return_exceptions=True)
-                for answer, endpoint in zip(answers, endpoints * 3, strict=True):
-                    assert isinstance(answer, errors.Lost), answer
-                    assert f"the server at {endpoint} is gone" in str(answer)
-                for one in (here, there) * 2:  # and to whoever asks afterwards
-                    with pytest.raises(errors.Lost, match="is gone"):
-                        await one.ping()
-
-        quiet(main)
-        said, _ = program.communicate(timeout=WAIT_S)
-        assert said == f"the server at {running.endpoint} is gone\n" * 2
-        assert _ended(engine)
-        running.process.wait()
-        for leftover in running.path.parent.iterdir():
-            leftover.unlink()
-
-
-def _ended(pidfd: int) -> bool:
-    import select
-
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    try:
-        return bool(poll.poll(WAIT_S * 1000))
-    finally:
-        os.close(pidfd)
 
 
 CLIENT = """
