@@ -53,11 +53,16 @@ def trigger(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, trigger):
-    """A server with room for little, the most of it on the device."""
-    folder = tmp_path_factory.mktemp("small")
-    options = ("--gpu-memory=8", "--host-memory=2", "--disk=1", f"--state={folder / 'state'}")
-    with running(folder / "s", *TINY, *options) as one:
+def small_state(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("small_state") / "djinn"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, trigger, small_state):
+    """A server with room for little, the most of it on the device. The last test with it kills it."""
+    folder = tmp_path_factory.mktemp("small") / "s"
+    options = ("--gpu-memory=8", "--host-memory=2", "--disk=1", f"--state={small_state}")
+    with running(folder, *TINY, *options, port=free_port()) as one:
         yield one
 
 
@@ -366,30 +371,31 @@ def _copies(point) -> tuple[str, ...]:
     return point._kept.tiers
 
 
-def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(serve, tmp_path):
-    state = tmp_path / "state"
-    with serve(*TINY, f"--state={state}", port=free_port()) as running:
-        with running.connect() as server, djinn.connect(running.tcp) as stranger:
-            tiny = server.model("tiny")
-            whole = tiny.run(numbered(1)).logits.tobytes()
-            point, left = (tiny.run(numbered(1), stop_at=layer).checkpoint for layer in (2, 3))
-            inside = tiny.run(FRANCE, stop_at="layers.1.mlp").checkpoint
-            strange = stranger.model("tiny").run(FRANCE, stop_at=1).checkpoint
-            for one in (point, inside, strange):
-                one.evict("disk")
-            number = point.id
-            (state / ".half.tmp").write_bytes(b"of the one that runs")
-            command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
-            command += [f"--ipc={tmp_path}/djinn.sock", f"--state={state}"]
-            second = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=60
-            )
-            assert second.returncode == 1 and "already keeps checkpoints in" in second.stderr
-            assert (state / ".half.tmp").exists()
-            running.process.kill()
-            running.process.wait()
-        for leftover in running.path.parent.iterdir():
-            leftover.unlink()
+def test_checkpoints_in_files_come_back_with_the_server_to_their_owner(
+    small, serve, small_state, tmp_path
+):
+    state = small_state
+    until(lambda: not list(state.iterdir()), "nothing is left of the tests before")
+    with small.connect() as server, djinn.connect(small.tcp) as stranger:
+        tiny = server.model("tiny")
+        whole = tiny.run(numbered(1)).logits.tobytes()
+        point = tiny.run(numbered(1), stop_at=2).checkpoint
+        left = tiny.run(FRANCE, stop_at=3).checkpoint  # in memory, as there is room for it
+        inside = tiny.run(FRANCE, stop_at="layers.1.mlp").checkpoint
+        strange = stranger.model("tiny").run(FRANCE, stop_at=1).checkpoint
+        for one in (point, inside, strange):
+            one.evict("disk")
+        number = point.id
+        (state / ".half.tmp").write_bytes(b"of the one that runs")
+        command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
+        command += [f"--ipc={tmp_path}/djinn.sock", f"--state={state}"]
+        second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1 and "already keeps checkpoints in" in second.stderr
+        assert (state / ".half.tmp").exists()
+        small.process.kill()
+        small.process.wait()
+    for leftover in small.path.parent.iterdir():
+        leftover.unlink()
     del left
     (state / "deadbeef.safetensors").write_bytes(b"no checkpoint")
     (state / ".half.tmp").write_bytes(b"half")
