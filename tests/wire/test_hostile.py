@@ -1,5 +1,6 @@
 """Whatever comes off a socket: a message, or a ProtocolError, and no memory for what is claimed."""
 
+import functools
 import struct
 import tracemalloc
 import types
@@ -51,6 +52,7 @@ def honest_tensors(draw: st.DrawFn) -> Tensor:
     )
 
 
+@functools.cache  # made anew for each example they take longer than all else here
 def any_of(kind: Any) -> st.SearchStrategy[Any]:
     if kind is Tensor:
         return honest_tensors()
