@@ -267,6 +267,8 @@ class Tiers:
             raise RequestError("this server has no disk tier: serve with --state DIR")
         if not self._room.disk.fits(body.nbytes):
             raise self._room.disk.full(body.nbytes)
+        if not body.checkpoints:
+            return  # released meanwhile: there is no number that a file could have
         self._room.writing.begin(body)
         while body.moving:
             self._room.settle()

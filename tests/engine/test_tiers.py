@@ -329,6 +329,35 @@ def test_what_is_released_while_it_is_evicted_leaves_nothing(keeping: Keeping) -
     assert used(keeping) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("down", [True, False])
+def test_what_is_released_while_it_moves_is_named_as_gone_and_no_memory_is_blamed(
+    server: ServerSide, state: Path, down: bool
+) -> None:
+    device = Late()
+    with running(server, device, device_memory=4 * MIB, state=state) as keeping:
+        entry = kept_in(keeping)
+        device.finish()
+        keeping.tiers.fill()
+        if not down:
+            evicted(keeping, entry)
+        session, model = EngineSession(1, OWNER, "tiny"), object()
+        asked = Move((entry.id,), "disk" if down else "host", down)
+        _, turns = mover(keeping).move(asked, (), session, model, Stopwatch(), shared=True)
+        if down:
+            keeping.room.drop_host(entry.body)  # it is copied there first, which takes its time
+        with disk_held(keeping.disk):
+            next(turns)
+            keeping.drop([entry.id])
+        device.finish()
+        with pytest.raises(UnknownCheckpoint):
+            for _ in turns:
+                device.finish()
+        device.finish()
+        keeping.tiers.fill()
+        assert used(keeping) == (0, 0, 0) and not keeping.disk.trouble
+    assert not list(state.iterdir())  # when the thread that removes has ended
+
+
 def test_what_is_evicted_to_host_memory_is_there_though_it_has_a_file(keeping: Keeping) -> None:
     entry = evicted(keeping, kept_in(keeping))
     in_turns(brought(keeping, entry, "device"))
