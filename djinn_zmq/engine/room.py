@@ -209,9 +209,12 @@ class Room:
         """*session* will not be back for so long: what it has gives way first."""
         self._away[session] = time.monotonic() + expected_s
 
-    def expect(self, session: int) -> list[Body]:
-        """*session* is about to come back; its checkpoints, the least recently used first."""
+    def expect(self, session: int) -> None:
+        """*session* is about to come back: what it has does not give way first any more."""
         self._away.pop(session, None)
+
+    def of(self, session: int) -> list[Body]:
+        """Its checkpoints, the least recently used first."""
         return [one for one in self._bodies if one.session == session and not one.fixed]
 
     def is_away(self, session: int) -> bool:

@@ -306,7 +306,7 @@ class Tiers:
 
     def back(self, session: int) -> Iterator[None]:
         """*session* is about to come back: bring up what it has, the most recently used first."""
-        for body in reversed(self._room.expect(session)):
+        for body in reversed(self._room.of(session)):
             if body not in self._room:
                 continue
             body.users += 1

@@ -42,12 +42,23 @@ def test_what_was_used_last_gives_way_last_and_what_is_away_for_longest_first(
     room, tiers = keeping.room, keeping.tiers
     for session, expected_s in ((3, 100.0), (4, 200.0), (2, 300.0), (5, 400.0)):
         room.away(session, expected_s)
+    room.expect(2)
     in_turns(tiers.back(2))
     keeping.room.forget_session(5)
     keeping.hold(entries[0])
     keeping.hidden(entries[0])
     keeping.let_go(entries[0])
     assert gone_from_host(keeping, entries) == [3, 2, 1, 4, 0]
+
+
+def test_who_goes_away_again_before_anything_is_brought_up_is_away(keeping: Keeping) -> None:
+    room = keeping.room
+    kept_in(keeping, session=2)
+    room.expect(2)
+    coming = keeping.tiers.back(2)
+    room.away(2, 100.0)
+    in_turns(coming)
+    assert room.is_away(2)
 
 
 def test_what_somebody_uses_stays_and_what_a_thread_is_writing_is_not_written_twice(
