@@ -30,7 +30,8 @@ WAKE_NS = 60_000
 @dataclass(slots=True, eq=False)
 class _Stay:
     """kept: what it comes to, once *done* says that it is there; None: it is. hold: of the device slot
-    that was sent. copied_ns: when its copy was begun. rung: whoever waits for it has been woken."""
+    that was sent. copied_ns: when its copy was begun, where one is. rung: whoever waits for it has been
+    woken."""
 
     session: EngineSession
     envelope: bytes
@@ -97,7 +98,7 @@ class Stays:
             or session.attached is not None
         ):
             return False
-        run, done, hold, copied_ns = new_id(), None, None, time.perf_counter_ns()
+        run, done, hold, copied_ns = new_id(), None, None, 0
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
             sent, spare = asked.hidden, None
@@ -112,15 +113,17 @@ class Stays:
                 self._answers.soon(envelope)
                 kept = keeping.take_over(spare, entry, run)
             else:
+                copied_ns = time.perf_counter_ns()
                 kept = keeping.keep_sent(sent, buffers, entry, run)
                 done = keeping.device.computed()
         elif keeping.ready(entry):
             self._answers.soon(envelope)
             kept = keeping.share(entry, run)
-        elif keeping.promote(entry):
-            kept, done = keeping.share(entry, run), entry.body.arriving
         else:
-            return False
+            copied_ns = time.perf_counter_ns()
+            if not keeping.promote(entry):
+                return False
+            kept, done = keeping.share(entry, run), entry.body.arriving
         self._telling.kept(entry.ids, (kept,), session)  # while it comes: it is not waited for
         stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done, hold, copied_ns)
         if not self._answered(stay):

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from djinn_zmq.engine import stays
 from djinn_zmq.engine.devices import Broken
 from djinn_zmq.engine.holds import Hold
 from djinn_zmq.engine.jobs import EngineSession
@@ -90,6 +91,20 @@ def test_what_is_where_layers_read_it_is_answered_at_once_and_told_of_first(engi
     assert reply.checkpoints == kept and (reply.state, reply.layer) == ("stopped", 2)
     assert same_bits(engine.keeping.load(kept[0].tensor), engine.data)
     assert not engine.stays
+
+
+def test_what_waits_for_no_copy_looks_at_the_clock_for_its_span_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def clock() -> int:
+        looked.append(1)
+        return 7
+
+    monkeypatch.setattr(stays, "time", SimpleNamespace(perf_counter_ns=clock))
+    assert engine.ask() and len(looked) == 1
+    assert engine.said[-1][1].spans == (("restore", 7),)
 
 
 def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: Engine) -> None:
