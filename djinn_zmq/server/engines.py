@@ -271,16 +271,20 @@ class Engine:
             "started once more"
         )
 
-    def stop(self, timeout_s: float) -> None:
-        """End the process: its lease socket closes, it has *timeout_s*, then it is killed."""
+    def hang_up(self) -> None:
+        """Have the process end: its lease socket closes. `stop` waits for it."""
         if self.state is states.Engine.STARTING:
             self._end_process()  # it holds nothing yet, and would notice only with torch imported
         self._close_ends()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the process: it is hung up on, has *timeout_s*, then it is killed."""
+        self.hang_up()
         if self._process is not None:
             try:
                 self._process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                _log.warning("engine %d did not end in %.1f s: killed", self.index, timeout_s)
+                _log.warning("engine %d did not end in time: killed", self.index)
             self._end_process()
         if self.state is not states.Engine.STOPPED:
             self.advance("stop")

@@ -72,8 +72,12 @@ class Fleet:
             engine.on_wanted = self._try_again
 
     def stop(self) -> None:
+        """End them, all in the same time: each begins to end before any is waited for."""
         for engine in self.engines:
-            engine.stop(STOP_S)
+            engine.hang_up()
+        end_s = time.monotonic() + STOP_S
+        for engine in self.engines:
+            engine.stop(max(0.0, end_s - time.monotonic()))
 
     # ---- models and sessions
 

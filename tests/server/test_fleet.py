@@ -1,6 +1,7 @@
 """The engines together, with no process behind them: what is left when one cannot be started."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from djinn_zmq.bus.lane import Lane
+from djinn_zmq.bus.lease import pair
 from djinn_zmq.bus.link import Link
 from djinn_zmq.errors import ArenaFull, Busy, DjinnError, Lost, UnknownModel
 from djinn_zmq.memory import files
@@ -245,6 +247,23 @@ def test_an_engine_that_comes_up_is_told_of_more_checkpoints_than_a_queue_holds_
     assert taken == [(b"", number) for number in range(count)] + [(b"i1", 7)]
     theirs.close()
     engine.stop(0)
+
+
+def test_engines_that_are_stopped_end_beside_each_other() -> None:
+    fleet = fleet_of(Registry(1), lambda *_: None, ("cpu", "cpu"))
+    first, second = fleet.engines
+    read, write = os.pipe()
+    second.lease, theirs = pair()
+    first._process = subprocess.Popen(["cat"], stdin=read)  # ends with the second
+    second._process = subprocess.Popen(["cat"], stdin=theirs, stdout=write)
+    for end in (read, write):
+        os.close(end)
+    theirs.close()
+    for engine in fleet.engines:
+        engine.state = states.Engine.READY
+    fleet.stop()
+    assert [one._process and one._process.returncode for one in fleet.engines] == [0, 0]
+    assert {one.state for one in fleet.engines} == {states.Engine.STOPPED}
 
 
 def test_what_one_process_said_of_its_end_is_not_said_of_the_next_ones() -> None:
