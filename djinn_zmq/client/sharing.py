@@ -64,15 +64,19 @@ class Sharing:
             ended = self._ended.popleft()
             self.give_back(self._lent.pop(ended) if isinstance(ended, int) else ended)
         if self._pool is None:
-            self._pool = Pool(
-                self._settings.client_arenas, self._settings.arena, self._share, "client"
-            )
+            limit, size = self._settings.client_arenas, self._settings.arena
+            self._pool = Pool(limit, size, self._share, "client", self._retire)
         return self._pool.lease(nbytes, 0)
 
     def _share(self, arena: OwnArena) -> int:
         assert self.lease is not None
         granted, _ = self.lease.ask(messages.Share(), arena.fd)
         return granted.arena
+
+    def _retire(self, arena: OwnArena) -> None:
+        """*arena* holds nothing, and is too small for what is staged now."""
+        assert self.lease is not None
+        self.lease.send(messages.Retire(arena.number))
 
     def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """An array in a slot of its own, which `given` and `slot_of` find again; the slot comes back

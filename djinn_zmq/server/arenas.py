@@ -65,14 +65,17 @@ class Arenas:
         on_gone: Callable[[Peer], None],
         on_offer: Callable[[Peer, messages.Offer, list[int]], int],
         may_map: Callable[[str, int], bool] = lambda owner, arena: True,
+        on_retired: Callable[[list[int]], None] = lambda arenas: None,
     ) -> None:
         """path: of the lease socket. on_gone: called with a peer whose process is gone. on_offer:
         with a peer's lane and its descriptors, for the lane's number. may_map: has this owner
-        something in this arena of an engine's? Engines never mix owners in one."""
+        something in this arena of an engine's? Engines never mix owners in one. on_retired: with the
+        numbers of arenas that their owner gave up and goes on without."""
         self._settings = settings
         self._on_gone = on_gone
         self._on_offer = on_offer
         self._may_map = may_map
+        self._on_retired = on_retired
         self._shared: dict[int, Shared] = {}
         self._last = 0
         self._tokens: dict[bytes, Peer] = {}
@@ -193,8 +196,8 @@ class Arenas:
             elif isinstance(packet, messages.Offer):
                 close_all(fds)
                 raise ProtocolError("a lane is a client's to offer")
-            elif isinstance(packet, messages.Retire) and not isinstance(by, Peer):
-                self._let_go([packet.arena] if self._is_of(packet.arena, by) else [])
+            elif isinstance(packet, messages.Retire):
+                self._give_up(packet.arena, by)
             elif isinstance(packet, messages.Want):
                 self._hand_over(send, packet.arena, by)
             else:
@@ -229,6 +232,14 @@ class Arenas:
         self._shared[self._last] = arena
         return self._last
 
+    def _give_up(self, number: int, by: Peer | int | str) -> None:
+        """*by* wants its room for another; nothing happens where it is not its own."""
+        if not self._is_of(number, by):
+            return
+        self._let_go([number])
+        if not isinstance(by, int):  # clients who mapped an engine's see its mark
+            self._on_retired([number])
+
     def staging(self, owner: str) -> Pool:
         """Where *owner*'s uploads go."""
         pool = self._staging.get(owner)
@@ -238,7 +249,10 @@ class Arenas:
             def register(arena: OwnArena) -> int:
                 return self._number(Shared(os.dup(arena.fd), arena.nbytes, owner))
 
-            pool = self._staging[owner] = Pool(limit, nbytes, register, "staging")
+            def retire(arena: OwnArena) -> None:
+                self._give_up(arena.number, owner)
+
+            pool = self._staging[owner] = Pool(limit, nbytes, register, "staging", retire)
         return pool
 
     def staged(self) -> int:

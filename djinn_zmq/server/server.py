@@ -113,7 +113,14 @@ class Server:
             self._close_bus()
             raise
         lease_path = path.with_name(f"{path.name}.lease")
-        self.arenas = Arenas(lease_path, settings, self._on_gone, self._on_offer, self._may_map)
+        self.arenas = Arenas(
+            lease_path,
+            settings,
+            self._on_gone,
+            self._on_offer,
+            self._may_map,
+            lambda arenas: self.fleet.retire(arenas),
+        )
         self.fleet = Fleet(
             devices,
             dtype,

@@ -469,7 +469,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4, forbid_unknow
 
 
 class Retire(msgspec.Struct, frozen=True, array_like=True, tag=5, forbid_unknown_fields=True):
-    """Server to engine: the arena's owner is gone; unmap it when nothing reads it."""
+    """Server to engine: the arena's owner is gone, or has given it up; unmap it when nothing reads it.
+    To the server: the sender gives up an arena of its own, in which there is nothing."""
 
     arena: int
 

@@ -1,5 +1,6 @@
 """The memory that a client maps of others'."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import ArenaFull, Lost, RequestError
 from djinn_zmq.memory.arena import GRANULE, OwnArena, mark_retired
 from djinn_zmq.settings import MIB, Settings
-from djinn_zmq.wire.messages import Broken, Granted
+from djinn_zmq.wire.messages import Broken, Granted, Retire
 from djinn_zmq.wire.tensors import File, Slot, Tensor
 
 
@@ -108,6 +109,22 @@ def test_a_slot_comes_back_when_nothing_refers_to_its_array_any_more(sharing: An
     assert sharing._pool.used == 3 * MIB // 4 and not sharing._lent
     sharing.give_back(lease)
     assert sharing._pool.used == 0
+
+
+def test_what_was_staged_in_small_arenas_leaves_room_for_what_is_larger(sharing: Any) -> None:
+    numbers, given_up = itertools.count(1), []
+    sharing._settings = replace(Settings(), client_arenas=MIB, arena=MIB // 4)
+    sharing.lease.ask = lambda *_: (Granted(next(numbers)), None)
+    sharing.lease.send = given_up.append
+    staged = [sharing.stage(MIB // 4) for _ in range(4)]
+    for lease in staged[1:]:
+        sharing.give_back(lease)
+    with pytest.raises(ArenaFull):
+        sharing.stage(MIB)
+    assert not given_up  # it would not be enough
+    sharing.give_back(staged[0])
+    assert len(sharing.stage(MIB).view) == MIB
+    assert given_up == [Retire(number) for number in (1, 2, 3, 4)]
 
 
 def test_what_came_beside_news_is_closed_and_who_shares_nothing_hears_none(sharing: Any) -> None:

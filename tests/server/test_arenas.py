@@ -118,7 +118,6 @@ def test_packets_that_bring_what_they_should_not_are_refused_and_leave_no_descri
         (lease, messages.Share(), ()),
         (lease, messages.Share(), (arena.fd, arena.fd)),
         (lease, messages.Want(number), (arena.fd,)),
-        (lease, messages.Retire(number), ()),
         (served.lease, messages.Offer(1), (arena.fd,) * 3),
     ):
         before = len(os.listdir("/proc/self/fd"))
@@ -129,6 +128,37 @@ def test_packets_that_bring_what_they_should_not_are_refused_and_leave_no_descri
     assert asked(served, served.lease, number)[0].arena == number and not arena.retired
     arena.close()
     lease.close()
+
+
+def test_an_arena_that_a_client_gives_up_makes_room_for_another_and_engines_let_go_of_it(
+    served: Served,
+) -> None:
+    lease, other = (joined(served, served.connect(served.ipc)) for _ in range(2))
+    arena = OwnArena.create(4 * KIB, "test")
+    number = share(served, lease, arena.fd).arena
+    before = served.server.arenas.nbytes()
+    other.send(messages.Retire(number))  # another's: nothing happens
+    assert asked(served, served.lease, number)[0].arena == number
+    lease.send(messages.Retire(number))
+    assert told(served, served.lease) == messages.Retire(number)
+    assert served.server.arenas.nbytes() == before - arena.nbytes
+    assert asked(served, lease, number)[0].text == f"arena {number} is gone"
+    for one in (lease, other, arena):
+        one.close()
+
+
+def test_uploads_that_were_small_leave_room_for_a_large_one(served: Served) -> None:
+    limit = 8 * GRANULE
+    arenas = served.server.arenas
+    arenas._settings = replace(arenas._settings, client_arenas=limit, arena=16 * GRANULE)
+    pool = arenas.staging("me")
+    small = [pool.lease(4 * GRANULE, 1) for _ in range(2)]
+    numbers = list(pool.arenas)
+    pool.reclaim(1)
+    assert len(pool.lease(limit, 1).view) == limit
+    assert [told(served, served.lease).arena for _ in small] == numbers
+    arenas.end_staging("me")
+    assert not arenas.nbytes()
 
 
 def test_who_has_not_joined_is_hung_up_on_whatever_he_brings(served: Served) -> None:
