@@ -22,6 +22,8 @@ from djinn_zmq.settings import format_bytes
 
 _log = logging.getLogger(__name__)
 
+MARK = "mark"  # in a file's metadata: no other file has the same
+
 
 class Disk:
     def __init__(self, folder: Path | None, limit: int, wake: Callable[[], None]) -> None:
@@ -99,8 +101,9 @@ class Disk:
         self._naming = {one: its for one, its in self._naming.items() if not its.done()}
         self._naming[number] = future
 
-    def load(self, number: int, target: memoryview) -> "Future[Any]":
-        """Read the hidden state of *number* into *target*. Raises (there) BadFile."""
+    def load(self, number: int, target: memoryview, mark: str = "") -> "Future[Any]":
+        """Read the hidden state of *number* into *target*. mark: of the file that was written; "": it had none.
+        Raises (there) BadFile."""
         assert self.folder is not None
         path, named = files.path_of(self.folder, number), self._naming.get(number)
 
@@ -112,6 +115,8 @@ class Disk:
                 raise files.BadFile(
                     f"{path} holds {saved.hidden.nbytes} bytes of hidden, not {len(target)}"
                 )
+            if mark and saved.metadata.get(MARK) != mark:
+                raise files.BadFile(f"{path} is another file than was written there")
             files.read_into(saved, saved.hidden, target)
 
         return self._watched(self._reader.submit(work))

@@ -20,7 +20,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.arenas import Arenas
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
-from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.disk import MARK, Disk
 from djinn_zmq.engine.holds import Holds
 from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import Slabs, Spare
@@ -430,10 +430,15 @@ class Keeping:
             saved = self.disk.stored(number)
             if (saved.hidden.dtype, saved.hidden.shape) != (body.dtype, body.shape):
                 raise BadFile(f"{saved.path} holds {saved.hidden.dtype} {saved.hidden.shape}")
+            said = saved.metadata
+            if other := [name for name, is_ in body.facts.items() if said.get(name, is_) != is_]:
+                raise BadFile(f"{saved.path} is another checkpoint's: its {other[0]} differs")
         except BadFile:
             if body.host is None:
                 raise
             return
+        if MARK in said:
+            body.facts[MARK] = said[MARK]
         body.disk = number
         self.disk.used += body.nbytes
 

@@ -17,6 +17,7 @@ import torch
 
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
+from djinn_zmq.engine.disk import MARK
 from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Spare
 from djinn_zmq.engine.storing import Storing
@@ -176,7 +177,7 @@ class Tiers:
         try:
             while not whole:
                 number = body.disk
-                future = self._room.disk.load(number, target)
+                future = self._room.disk.load(number, target, body.facts.get(MARK, ""))
                 while not future.done():
                     yield
                 if (error := future.exception()) is not None and body.disk == number:

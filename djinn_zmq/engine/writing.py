@@ -1,6 +1,7 @@
 """Checkpoints' files, written by a thread beside the layers: begun, and taken note of when they are there."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from djinn_zmq.engine.bodies import Body
-from djinn_zmq.engine.disk import Disk
+from djinn_zmq.engine.disk import MARK, Disk
 from djinn_zmq.wire.tensors import over
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Writing:
         body.moving = True
         self._disk.used += body.nbytes
         numbers = sorted(body.checkpoints)
+        # A whole file, with checksums that are right, may still be another's that was moved there.
+        body.facts[MARK] = secrets.token_hex(8)
         future = self._disk.save(numbers, arrays, body.facts)
         self._under_way.append(_UnderWay(body, numbers, future, time.perf_counter_ns()))
 

@@ -14,7 +14,8 @@ from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.moving import Mover
 from djinn_zmq.engine.runs import Runner
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import ArenaFull, UnknownCheckpoint
+from djinn_zmq.errors import ArenaFull, BadFile, UnknownCheckpoint
+from djinn_zmq.memory.files import path_of
 from djinn_zmq.settings import KIB, MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.tiers import Hold, Move
@@ -356,6 +357,33 @@ def test_what_is_released_while_it_moves_is_named_as_gone_and_no_memory_is_blame
         keeping.tiers.fill()
         assert used(keeping) == (0, 0, 0) and not keeping.disk.trouble
     assert not list(state.iterdir())  # when the thread that removes has ended
+
+
+def test_a_whole_file_of_another_checkpoint_in_the_place_of_its_own_is_refused(
+    keeping: Keeping, state: Path
+) -> None:
+    one, two = (evicted(keeping, kept_in(keeping, value)) for value in (1, 2))
+    path_of(state, two.id).replace(path_of(state, one.id))
+    with pytest.raises(BadFile, match="another file than was written there"):
+        in_turns(brought(keeping, one, "host"))
+    keeping.settle()
+    assert one.body.host is None and keeping.pool.used == 0
+
+
+def test_a_file_of_another_layer_is_not_adopted_and_of_what_is_its_mark_is_known(
+    server: ServerSide, state: Path
+) -> None:
+    with running(server, state=state) as keeping:
+        entries = [evicted(keeping, kept_in(keeping, value, value)) for value in (1, 2, 3)]
+        kepts = [entry.kept for entry in entries]
+    server.settle()
+    path_of(state, kepts[1].id).replace(path_of(state, kepts[0].id))
+    with running(server, state=state) as keeping:
+        assert keeping.adopt([kepts[0], kepts[2]], IDS, OWNER) == [kepts[0].id]
+        last = keeping.entries[kepts[2].id]
+        path_of(state, kepts[0].id).replace(path_of(state, last.id))
+        with pytest.raises(BadFile, match="another file than was written there"):
+            in_turns(brought(keeping, last, "host"))
 
 
 def test_what_is_evicted_to_host_memory_is_there_though_it_has_a_file(keeping: Keeping) -> None:
