@@ -170,6 +170,14 @@ def test_a_bad_path_is_refused_when_it_runs_and_watching_stops_where_it_holds(de
     assert "stopped after layer 0" in does(debugger, "delete", "watch norm > 1", f"run {FRANCE}")
 
 
+def test_what_is_no_number_any_more_is_shown_as_it_is(debugger):
+    """A run that gives NaN is what one looks into."""
+    does(debugger, "break 2", "break 3", f"run {FRANCE}", "edit scale 1e38")
+    assert "nan" in does(debugger, "branch") and "nan" in does(debugger, "continue", "print top")
+    assert re.search(r"is +nan", does(debugger, "print"))
+    assert "nan" in does(debugger, "continue") and "paris" in does(debugger, "delete", "run")
+
+
 def test_every_word_completes_and_has_help(debugger):
     from prompt_toolkit.document import Document
 

@@ -33,17 +33,21 @@ def tops(found: Sequence[Top], before: Sequence[float] | None = None) -> Table:
     heads = ["token", "id", "probability", ""] + (["before"] if before is not None else [])
     rows = []
     for place, top in enumerate(found):
-        bar = Text("█" * round(BAR * top.probability), style="green")
         row: list[Any] = [
             Text(shown(top.token), style="bold"),
             top.id,
             f"{top.probability:.4f}",
-            bar,
+            bar(top.probability, "green"),
         ]
         if before is not None:
             row.append(f"{before[place]:.4f}")
         rows.append(row)
     return table(heads, rows, right=(1, 2, 4))
+
+
+def bar(share: float, style: str) -> Text:
+    """As long as *share* says, 0 to 1; none of NaN, which is what one is after mostly."""
+    return Text("█" * round(BAR * min(1.0, max(0.0, share))), style=style)
 
 
 def shown(token: str, number: Any = "") -> str:

@@ -95,10 +95,10 @@ def _print_norms(debugger: Debugger, point: Checkpoint, words: list[str]) -> Non
     if len(point.shape) != 3:
         return
     norms = point.norms()[0]
-    most = float(np.max(norms)) or 1.0
+    most = float(np.max(norms, where=np.isfinite(norms), initial=0.0)) or 1.0
     pieces = debugger.pieces(point.ids[0])
     rows = [
-        (place, piece, f"{norm:.3f}", drawing.Text("█" * max(1, round(24 * norm / most)), "blue"))
+        (place, piece, f"{norm:.3f}", drawing.bar(norm / most, "blue"))
         for place, (piece, norm) in enumerate(zip(pieces, norms.tolist(), strict=True))
     ]
     debugger.say(drawing.table(("", "token", "norm", ""), rows, right=(0, 2)))
