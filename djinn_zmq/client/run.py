@@ -108,6 +108,11 @@ class Checkpoint(Looks, Tiered):
         return self._ids
 
     @property
+    def before(self) -> np.ndarray:
+        """The tokens of its conversation before these: int64 (positions,)."""
+        return self._before
+
+    @property
     def hidden(self) -> RemoteArray:
         """The hidden state, read when indexed: (batch, positions, hidden_size)."""
         return self._remote()

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -210,6 +211,21 @@ def test_it_attaches_to_a_program_and_changes_what_that_gets(debugger, served):
         answer = program.submit(model.run, FRANCE)
         does(debugger, "continue", "edit patch #1 [0, 3]", "detach")
         assert answer.result(WAIT_S).top(1)[0].token == "berlin"
+
+
+def test_a_step_of_a_generation_looks_at_all_tokens_before_it(debugger, served):
+    with served.connect() as theirs, ThreadPoolExecutor(1) as program:
+        session = theirs.model("tiny").session()
+        does(debugger, "break 2 if step 1", f"attach {session.id:016x}")
+        answer = program.submit(session.generate(FRANCE, max_new_tokens=2).finish)
+        does(debugger, "continue")
+        words = does(debugger, "print attention")
+        weights = debugger.point.attention()[0, :, 0].astype(np.float32).mean(0)
+        does(debugger, "detach")
+        assert answer.result(WAIT_S).reason == "length"
+    heads, row, _ = words.splitlines()
+    assert heads.split() == ["the", "capital", "of", "france", "is", "paris"]
+    assert row.split() == ["paris", *(f"{weight:.2f}" for weight in weights)]
 
 
 def test_it_waits_for_the_next_stop_where_the_program_gave_up_what_is_held(debugger, served):

@@ -120,13 +120,14 @@ def _print_attention(debugger: Debugger, point: Checkpoint, words: list[str]) ->
     layer = reading.whole(words.pop(0), "layer") if words else None
     _no_more(words)
     weights = np.asarray(point.attention(layer), np.float32)[0].mean(0)  # of all heads
-    pieces = debugger.pieces(point.ids[0])
+    # A layer with a window holds only the last of the past.
+    keys = debugger.pieces([*point.before, *point.ids[0]])[-weights.shape[1] :]
     rows = [
         (piece, [f"{share:.2f}" for share in row], row.tolist(), False)
-        for piece, row in zip(pieces, weights, strict=True)
+        for piece, row in zip(keys[-len(weights) :], weights, strict=True)
     ]
     note = "attention of the next layer, mean of its heads; rows look at columns"
-    debugger.say(drawing.heat(pieces, rows, debugger.console.width, corner="", note=note))
+    debugger.say(drawing.heat(keys, rows, debugger.console.width, corner="", note=note))
 
 
 def _print_spans(debugger: Debugger) -> None:
