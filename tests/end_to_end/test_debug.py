@@ -139,7 +139,7 @@ def test_a_typing_mistake_is_answered_in_one_line(debugger, typed):
     "typed",
     [
         "edit explode", "edit scale", "edit scale x", "edit zero [0,", "edit patch #99", "print nonsense",
-        "print [0, 99]", "print top 0", "print top x", "print diff", "print attention 99", "print [a]",
+        "print [0, 99]", "print top 3 [0, 1]", "print norms [0]", "print spans x", "print top 0", "print top x", "print diff", "print attention 99", "print [a]",
         "lens 99", "lens x", "step x", "step 0", "back 99", "branch add 1,2,3", "continue now", "print #7",
     ],
 )  # fmt: skip

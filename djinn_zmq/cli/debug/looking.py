@@ -67,7 +67,10 @@ def print_(debugger: Debugger, rest: str) -> None:
         "diff": _print_diff,
         "attention": _print_attention,
     }
+    if at and what != "hidden":
+        raise Mistyped(f"print {what} takes no index, got {at}: 'print {at}' shows the numbers")
     if what == "spans":
+        _no_more(words)
         _print_spans(debugger)
         return
     if point is None:
