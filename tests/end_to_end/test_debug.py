@@ -228,6 +228,25 @@ def test_a_step_of_a_generation_looks_at_all_tokens_before_it(debugger, served):
     assert row.split() == ["paris", *(f"{weight:.2f}" for weight in weights)]
 
 
+def test_a_program_that_ends_as_it_is_stepped_leaves_the_debugger(debugger, served):
+    async def program() -> None:
+        async with aio.connect(served.endpoint) as theirs:
+            model = await theirs.model("tiny")
+            await asyncio.to_thread(does, debugger, "break 2", f"attach {model.session_id:016x}")
+            answer = asyncio.ensure_future(model.run(FRANCE))
+            await asyncio.to_thread(does, debugger, "continue")
+            answer.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await answer
+            stepping = asyncio.ensure_future(asyncio.to_thread(does, debugger, "step"))
+            while "gone" not in shown(debugger):  # then it waits for the program's next run
+                await model.ping()
+        assert "detached" in await stepping
+
+    asyncio.run(asyncio.wait_for(program(), WAIT_S))
+    assert "paris" in does(debugger, "delete", f"run {FRANCE}")
+
+
 def test_it_waits_for_the_next_stop_where_the_program_gave_up_what_is_held(debugger, served):
     async def program() -> None:
         async with aio.connect(served.endpoint) as theirs:

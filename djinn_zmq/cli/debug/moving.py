@@ -83,7 +83,8 @@ def step(debugger: Debugger, rest: str) -> None:
             _let_go(debugger)
             _await(debugger)
         finally:
-            debugger.attached.breaks(debugger.stops())
+            if debugger.attached is not None:  # the program may have ended meanwhile
+                debugger.attached.breaks(debugger.stops())
         return
     if point.layer >= last:
         raise Mistyped("there is no layer left: 'continue' runs what is behind the layers")
