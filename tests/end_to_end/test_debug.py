@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,21 @@ def test_a_step_of_a_generation_looks_at_all_tokens_before_it(debugger, served):
     heads, row, _ = words.splitlines()
     assert heads.split() == ["the", "capital", "of", "france", "is", "paris"]
     assert row.split() == ["paris", *(f"{weight:.2f}" for weight in weights)]
+
+
+def test_a_process_whose_number_is_also_how_a_session_begins_is_not_guessed(debugger, monkeypatch):
+    mine = debugger.model.session_id
+    theirs = [
+        SimpleNamespace(id=0x4711 << 48, pid=9, yours=True),
+        SimpleNamespace(id=0xAB << 56, pid=4711, yours=True),
+        SimpleNamespace(id=mine, pid=4711, yours=True),
+    ]
+    monkeypatch.setattr(debugger.server, "sessions", lambda: theirs)
+    assert not debugger.do("attach 4711")
+    assert "4711 may be 4711000000000000, ab00000000000000" in shown(debugger)
+    assert not debugger.do("attach 47110")  # not a part of a process's number either
+    assert moving._named(debugger, "47110000") is theirs[0]
+    assert moving._named(debugger, "9") is theirs[0]
 
 
 def test_a_program_that_ends_as_it_is_stepped_leaves_the_debugger(debugger, served):

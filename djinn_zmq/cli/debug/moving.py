@@ -294,9 +294,13 @@ def _named(debugger: Debugger, text: str) -> Any:
     """The session that *text* names."""
     yours = [one for one in debugger.server.sessions() if one.yours]
     mine = {debugger.model.session_id} if debugger.model is not None else set()
-    found = [one for one in yours if f"{one.id:016x}".startswith(text.removeprefix("0x"))]
-    if not found and text.isdecimal():
-        found = [one for one in yours if one.pid == int(text) and one.id not in mine]
+    # Short processes' numbers are also how some session's begins: that is to be said, not chosen.
+    found = [
+        one
+        for one in yours
+        if f"{one.id:016x}".startswith(text.removeprefix("0x"))
+        or (str(one.pid) == text and one.id not in mine)
+    ]
     if not found:
         raise Mistyped(f"no session of yours is {text}: 'info sessions' lists them")
     if len(found) > 1:
