@@ -1,5 +1,7 @@
 """What is typed to the debugger means something, or is refused in one line."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,21 @@ def test_an_edit_has_a_value_and_an_index(tmp_path):
     assert repr(reading.edit("skip layers.2", None)) == repr(reading.Skip("layers.2"))
 
 
+@pytest.mark.parametrize("harm", ["empty", "half an archive", "larger than memory"])
+def test_a_file_without_an_array_is_refused_by_name(tmp_path, harm):
+    path, held = tmp_path / "v.npy", io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (10**14,)}
+    np.lib.format.write_array_header_1_0(held, shape)
+    harms = {
+        "empty": b"",
+        "half an archive": b"PK\x03\x04xx",
+        "larger than memory": held.getvalue(),
+    }
+    path.write_bytes(harms[harm])
+    with pytest.raises(Mistyped, match="v.npy cannot be read as an array"):
+        reading.edit(f"add {path}", None)
+
+
 @pytest.mark.parametrize(
     "read, typed",
     [
@@ -60,6 +77,11 @@ def test_an_edit_has_a_value_and_an_index(tmp_path):
         (reading.index, "[0,]"),
         (reading.index, "[a]"),
         (reading.index, "[1:2:3:4]"),
+        (reading.index, f"[{'9' * 5000}]"),  # more digits than Python reads
+        (reading.index, f"[{'9' * 5000}:]"),
+        (reading.stop, "9" * 5000),
+        (reading.stop, f"if token {'9' * 5000}"),
+        (reading.value, "~nobody-of-this-name/v.npy"),
         (reading.value, "1,x"),
         (reading.value, "missing.npy"),
         (lambda text: reading.edit(text, None), "explode [0]"),

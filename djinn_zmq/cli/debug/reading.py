@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,6 +24,10 @@ POINT = re.compile(r"#(\d+)")
 EDITS = (
     "zero, scale FACTOR, add VALUE, set VALUE, lerp VALUE WEIGHT, project VECTOR, patch #N, skip N"
 )
+
+# What numpy raises of what is no file of its own, is empty, or says that it is larger than memory; and
+# pathlib of a user that there is not.
+NO_ARRAY = (OSError, ValueError, EOFError, BadZipFile, MemoryError, RuntimeError)
 
 Points = Callable[[int], Checkpoint]  # the checkpoint of a number that has been shown
 
@@ -48,7 +53,7 @@ def number(text: str, what: str) -> float:
 
 
 def place(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    return whole(text, "layer") if re.fullmatch(r"-?\d+", text) else text
 
 
 def stop(text: str) -> Any:
@@ -90,7 +95,7 @@ def _test(text: str) -> Condition:
         return Norm(compared[1], number(compared[2], "norm"))
     if head == "token" and rest.strip():
         word = rest.strip().strip("\"'")
-        return Token(int(word) if word.isdecimal() else word)
+        return Token(whole(word, "token") if word.isdecimal() else word)
     if head == "step" and rest.strip():
         return Step(whole(rest.strip(), "step"))
     raise Mistyped(f"{text!r} is no condition: nan, norm > 50, token WORD, step N")
@@ -121,8 +126,8 @@ def _part(text: str) -> Any:
     if len(bounds) == 1:
         if not text:
             raise Mistyped("an index with a place left empty: use : for all of it")
-        return int(text)
-    return slice(*(int(bound) if bound.strip() else None for bound in bounds))
+        return whole(text, "index")
+    return slice(*(whole(bound, "index") if bound.strip() else None for bound in bounds))
 
 
 def value(text: str) -> Any:
@@ -130,7 +135,7 @@ def value(text: str) -> Any:
     if text.endswith(".npy"):
         try:
             return np.load(Path(text).expanduser(), allow_pickle=False)
-        except (OSError, ValueError) as exc:
+        except NO_ARRAY as exc:
             raise Mistyped(f"{text} cannot be read as an array: {exc}") from exc
     numbers = [number(part, "value") for part in text.split(",")]
     return numbers[0] if len(numbers) == 1 else np.array(numbers, np.float32)
@@ -169,4 +174,4 @@ def point(text: str, points: Points) -> Checkpoint:
     found = POINT.fullmatch(text)
     if not found:
         raise Mistyped(f"{text!r} is no checkpoint: #N, as 'info checkpoints' numbers them")
-    return points(int(found[1]))
+    return points(whole(found[1], "checkpoint"))
