@@ -139,7 +139,8 @@ def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
     numbers: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
     if not isinstance(save_at, tuple) or save_at:
-        numbers, paths = _saves_of(save_at, layer, depth if number is None else number)
+        last = depth if number is None else min(number, depth)  # one behind it is refused by name
+        numbers, paths = _saves_of(save_at, layer, last)
     stop: int | wire.Stops | None = number
     if paths or breaks:
         if number is not None:

@@ -57,6 +57,11 @@ def test_what_is_saved_is_named_once_and_all_is_from_where_a_run_begins_to_where
     assert stop == wire.Stops((wire.Break(3, ()),), ("a",))
 
 
+def test_all_up_to_a_stop_that_no_model_has_is_not_counted_up_to_it() -> None:
+    wanted = wanted_of(10**15, "all", "last", 0, 4)  # for the engine to refuse
+    assert (wanted.stop_at, wanted.save_at) == (10**15, (0, 1, 2, 3, 4))
+
+
 def test_of_the_likeliest_logits_one_can_be_asked_for_and_none_cannot() -> None:
     assert wanted_of(None, (), 1, 0, 4).top == 1 and wanted_of(None, (), "all", 0, 4).top == 0
     for wrong in (0, -1, True, 1.0, "some", None):
