@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from djinn_zmq.client.forwards import Change, Past
-from djinn_zmq.errors import NotServed
+from djinn_zmq.errors import NotServed, RequestError
 from djinn_zmq.hf.tensors import as_tensor, to_numpy, whole
 from djinn_zmq.settings import counted
 from djinn_zmq.wire.forwards import Crop, Repeat
@@ -123,13 +123,32 @@ class RemoteCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self._length:
-            rows = to_numpy("beam_idx", beam_idx, torch.int64).reshape(-1)
-            self.changes.append(np.ascontiguousarray(rows))
-            self._rows = len(rows)
+            self._select("beam_idx", to_numpy("beam_idx", beam_idx, torch.int64))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        rows = as_tensor("indices", indices, whole=True)
-        self.reorder_cache(rows.nonzero() if rows.dtype == torch.bool else rows % (self._rows or 1))
+        given = as_tensor("indices", indices, whole=True)
+        if not self._length:
+            return
+        if given.dtype == torch.bool:
+            if given.shape != (self._rows,):
+                raise RequestError(
+                    f"indices of bool and shape {tuple(given.shape)}: one for each of {counted(self._rows, 'row')}"
+                )
+            given = given.nonzero().reshape(-1)
+        rows = to_numpy("indices", given, torch.int64)
+        self._select("indices", np.where(rows < 0, rows + self._rows, rows))
+
+    def _select(self, name: str, rows: np.ndarray) -> None:
+        """Raises RequestError for a row that is not there, which would be found out with the next forward
+        only, and with each behind that."""
+        strange = rows[(rows < 0) | (rows >= self._rows)]
+        if rows.ndim != 1 or not rows.size or strange.size:
+            what = f"shape {rows.shape}" if not strange.size else f"row {strange.flat[0]}"
+            raise RequestError(
+                f"{name} with {what}: a list of rows, 0 to {self._rows - 1}, at least one"
+            )
+        self.changes.append(np.ascontiguousarray(rows))
+        self._rows = len(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         times = whole("repeats", repeats, least=1)

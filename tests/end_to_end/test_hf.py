@@ -140,7 +140,7 @@ def test_a_cache_goes_on_branches_and_is_cropped_on_the_server(pair) -> None:
         kept.batch_repeat_interleave(3)
         kept.reorder_cache(torch.tensor([2, 0, 1, 1]))
         found.append(model(torch.tensor([[5], [6], [7], [8]]), past_key_values=kept).logits)
-        kept.batch_select_indices(torch.tensor([3, 0]))
+        kept.batch_select_indices(torch.tensor([3, -4]))
         found.append(model(torch.tensor([[5], [6]]), past_key_values=kept).logits)
         return [*found, torch.tensor([kept.get_seq_length(), other.get_seq_length()])]
 
@@ -600,6 +600,18 @@ def test_the_past_goes_with_the_last_that_names_it(pair, served) -> None:
         ),
         (lambda _, past: past.reorder_cache(None), "beam_idx=None: a tensor"),
         (lambda _, past: past.batch_select_indices([0.5]), "indices of dtype torch.float32: whole"),
+        (lambda _, past: past.reorder_cache(torch.tensor([0, 1])), "beam_idx with row 1: a list"),
+        (
+            lambda _, past: past.batch_select_indices(torch.tensor([5])),
+            "indices with row 5: a list",
+        ),
+        (
+            lambda _, past: past.batch_select_indices(torch.tensor([-2])),
+            "indices with row -1: a list",
+        ),
+        (lambda _, past: past.batch_select_indices([True, False]), "one for each of 1 row"),
+        (lambda _, past: past.batch_select_indices([[True]]), "one for each of 1 row"),
+        (lambda _, past: past.batch_select_indices([False]), r"shape \(0,\): a list of rows"),
         (lambda _, past: past.batch_repeat_interleave(0), "repeats=0: a whole number, 1 or more"),
         (lambda _, past: past.batch_repeat_interleave("2"), "repeats='2': a whole number"),
         (lambda _, past: past.crop(-1.5), "tokens_to_remove=-1.5: a whole number"),
