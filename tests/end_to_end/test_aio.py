@@ -333,6 +333,39 @@ def test_cancelling_many_of_many_leaves_the_others_their_answers(endpoint):
     quiet(main)
 
 
+def test_cancelling_a_batch_stops_the_engine_and_releases_what_had_come(endpoint, server):
+    before = server.status().memory.checkpoints
+
+    async def main() -> None:
+        async with aio.connect(endpoint) as client, aio.connect(endpoint) as other:
+            model, watcher = await client.model("tiny"), await other.model("tiny")
+            # More than are on their way at once, some done when it is cancelled and most not.
+            prompts = [[1, 2, 3]] * 3 + [LONG[0].tolist()] * 40
+            task = asyncio.create_task(model.batch(prompts, save_at=range(5), logits="none"))
+
+            async def some_are_kept() -> bool:
+                return (await other.status()).memory.checkpoints > before
+
+            async def idle() -> bool:
+                return await watcher.ping() == "idle"
+
+            await until(some_are_kept, "one of the batch is done")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(idle, "the engine gives up what is left")
+
+            async def released() -> bool:
+                await model.ping()  # takes along what nobody refers to
+                return (await other.status()).memory.checkpoints == before
+
+            await until(released, "what had come is released")
+            again = await model.batch([FRANCE, GERMANY])
+            assert [row[0].token for row in await again.top(1)] == ["paris", "berlin"]
+
+    quiet(main)
+
+
 def test_what_a_cancelled_run_had_kept_already_is_released(endpoint, server):
     before = server.status().memory.checkpoints
 
