@@ -57,6 +57,7 @@ class Model:
         self.drive = session.drive
         self._session = session
         self._on_close = on_close
+        self._open = True
 
     def run(
         self,
@@ -285,10 +286,13 @@ class Model:
         return self.drive(tiers.back_soon(self._session))
 
     def close(self) -> Any:
-        """End the session: its runs are cancelled, its checkpoints released."""
+        """End the session: its runs are cancelled, its checkpoints released. Once more does nothing."""
         return self.drive(self._close())
 
     def _close(self) -> Operation[None]:
+        if not self._open or self.connection.closed:
+            return
+        self._open = False
         self._on_close(self)
         self.connection.lanes.forget(self.session_id)
         try:

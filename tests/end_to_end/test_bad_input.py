@@ -85,14 +85,20 @@ def test_a_session_that_is_not_there_is_unknown(server):
         ask(server, Op.CLOSE, messages.Close(), session=12345)
 
 
-def test_a_closed_session_is_unknown_and_a_new_one_can_be_opened(served):
+def test_a_closed_session_is_unknown_and_a_new_one_can_be_opened_and_closing_once_more_does_nothing(
+    served,
+):
     with served.connect() as server:
         model = server.model("tiny")
         point = model.run(FRANCE, stop_at=2).checkpoint
         model.close()
         with pytest.raises(errors.UnknownSession):
             point.resume()
-        assert server.model("tiny").run(FRANCE).top(1)[0].token == "paris"
+        again = server.model("tiny")
+        assert again.run(FRANCE).top(1)[0].token == "paris"
+        model.close()
+        assert server.model("tiny") is again
+    again.close()
 
 
 def test_a_checkpoint_of_another_session_cannot_be_resumed_or_released_in_this_one(served, tiny):
