@@ -28,6 +28,13 @@ Drive = Callable[[Operation[Any]], Any]
 TRIES = 3  # to map it where it is, while it moves
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    """*array* as it is shown: what is written into it would change what is sent or said later."""
+    shown = array.view()
+    shown.flags.writeable = False
+    return shown
+
+
 class RemoteArray:
     """A kept tensor, read as numpy arrays: `array[0, -1]` moves that row, `np.asarray` all of it.
 

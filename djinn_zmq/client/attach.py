@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from djinn_zmq.client import checks
+from djinn_zmq.client.arrays import read_only
 from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.parcels import Parcel
@@ -38,8 +39,8 @@ class Stop:
     kind: "run", "resume", "generate". layer: layers executed. place: the path of the module it is
     held at; "" between two layers. step: of a generation, else None. ids: the forward's own tokens,
     int64 (batch, positions). before: the conversation's before these, int64 (positions,).
-    checkpoint: what flows there; all looks work on it, and its `resume` is a branch of its own, of
-    which the program learns nothing. held: is it still?
+    Neither is to be written into. checkpoint: what flows there; all looks work on it, and its `resume`
+    is a branch of its own, of which the program learns nothing. held: is it still?
     """
 
     def __init__(self, attached: "Attached", message: Message) -> None:
@@ -51,8 +52,8 @@ class Stop:
         self.run: int = meta.run
         self.layer: int = meta.layer
         self.step: int | None = None if meta.step < 0 else meta.step
-        self.ids = np.array(view(meta.ids, message.buffers))
-        self.before = np.array(view(meta.before, message.buffers))[0]
+        self.ids = read_only(np.array(view(meta.ids, message.buffers)))
+        self.before = read_only(np.array(view(meta.before, message.buffers))[0])
         self.held = True
         points: dict[int, Checkpoint] = {}
         for kept in meta.checkpoints:

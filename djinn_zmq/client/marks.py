@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.client.arrays import read_only
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.settings import counted
 
@@ -11,7 +12,7 @@ from djinn_zmq.settings import counted
 class Mark:
     """A place in a conversation: go on from it any number of times with `Session.back(mark)`.
 
-    ids: all tokens up to here, int64 (positions,). checkpoint: the last one on the way, or None.
+    checkpoint: the last one on the way, or None.
     """
 
     number = 0  # of one that was never made whole: it holds nothing
@@ -21,9 +22,14 @@ class Mark:
     ) -> None:
         self.session = session
         self.number = number
-        self.ids = ids
+        self._ids = ids
         self.checkpoint = checkpoint
         self._connection = connection
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All tokens up to here: int64 (positions,), not to be written into."""
+        return read_only(self._ids)
 
     def __del__(self) -> None:  # of each forward of a conversation: as a `Checkpoint`'s
         if self.number:
@@ -33,4 +39,4 @@ class Mark:
         return self
 
     def __repr__(self) -> str:
-        return f"<mark after {counted(len(self.ids), 'token')}>"
+        return f"<mark after {counted(len(self._ids), 'token')}>"

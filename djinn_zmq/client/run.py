@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from djinn_zmq.client import checks
-from djinn_zmq.client.arrays import RemoteArray
+from djinn_zmq.client.arrays import RemoteArray, read_only
 from djinn_zmq.client.calls import Call, Operation
 from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Looks, Top, row_of
@@ -104,8 +104,8 @@ class Checkpoint(Looks, Tiered):
 
     @property
     def ids(self) -> np.ndarray:
-        """The tokens that its forward works on: int64 (batch, positions)."""
-        return self._ids
+        """The tokens that its forward works on: int64 (batch, positions), not to be written into."""
+        return read_only(self._ids)
 
     @property
     def before(self) -> np.ndarray:
@@ -285,8 +285,7 @@ class Checkpoint(Looks, Tiered):
 class Run:
     """What a run came to: finished with logits, or stopped at a layer with a checkpoint.
 
-    state: "finished" or "stopped". layer: layers executed. ids: the prompt, int64
-    (batch, positions). checkpoints: by layer, or by path inside of one: those of `save_at` and the
+    state: "finished" or "stopped". layer: layers executed. checkpoints: by layer, or by path inside of one: those of `save_at` and the
     stop's own, in the order in which the run came to them.
     """
 
@@ -312,20 +311,25 @@ class Run:
         self.state: str = reply.state
         self.layer: int = reply.layer
         if reply.ids is not None:
-            self.ids = np.array(view(reply.ids, message.buffers))
+            self._ids = np.array(view(reply.ids, message.buffers))
         elif previous is not None:
-            self.ids = previous._ids
+            self._ids = previous._ids
         else:
             raise ProtocolError("a run that begins at its tokens was answered without them")
-        self.checkpoints = along(session, reply.checkpoints, self.ids, previous, before)
+        self.checkpoints = along(session, reply.checkpoints, self._ids, previous, before)
         if reply.branch:
             last = list(self.checkpoints.values())[-1] if self.checkpoints else previous
-            ids = np.concatenate([before, self.ids[0]])
+            ids = np.concatenate([before, self._ids[0]])
             self.mark = Mark(session.connection, session.id, reply.branch, ids, last)
         if reply.logits_id:
             release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
             release.atexit = False
         self._instants = begin_ns, call.sent_ns, call.arrived_ns, time.perf_counter_ns()
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The prompt: int64 (batch, positions), not to be written into."""
+        return read_only(self._ids)
 
     @property
     def spans(self) -> Spans:
@@ -356,12 +360,15 @@ class Run:
 
     @property
     def logits(self) -> Any:
-        """The logits asked for, a numpy array in the model's dtype.
+        """The logits asked for, a numpy array in the model's dtype, not to be written into.
 
         "last": (batch, vocab); "all": (batch, positions, vocab). Raises RequestError where the run
         has none: it is stopped, or only the top few were asked for.
         """
-        return self._session.drive(self._fetch_logits())
+        return self._session.drive(self._show_logits())
+
+    def _show_logits(self) -> Operation[np.ndarray]:
+        return read_only((yield from self._fetch_logits()))
 
     def _fetch_logits(self) -> Operation[np.ndarray]:
         if self._logits is None:
@@ -387,7 +394,7 @@ class Run:
 
     def _top(self, k: int, batch: int) -> Operation[list[Top]]:
         reply: RunReply = self._message.meta
-        batch = row_of(batch, len(self.ids))
+        batch = row_of(batch, len(self._ids))
         if reply.top_ids is not None:
             values, ids, log_norm = self._sent_top(batch)
             allowed = f"1 to {len(ids)}, as many as the run was asked for"

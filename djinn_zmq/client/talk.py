@@ -57,7 +57,7 @@ class Standing:
         if self.checkpoint is not None:
             own = np.concatenate([self.checkpoint._before, self.checkpoint._ids[0]])
         else:
-            own = NO_IDS if self.mark is None else self.mark.ids
+            own = NO_IDS if self.mark is None else self.mark._ids
         return np.concatenate([own, self.pending])
 
     def fixed(self) -> "Standing":
@@ -125,7 +125,7 @@ class Session(Channel):
                 raise PromptError("an empty prompt cannot be run")
             number = 0 if here.mark is None else here.mark.number
             meta = talks.Continue(number, self.static, text, ids, wanted)
-            before = NO_IDS if here.mark is None else here.mark.ids
+            before = NO_IDS if here.mark is None else here.mark._ids
             run = yield from ask(self, Op.CONTINUE, meta, parcel, timeout_s, here.previous, before)
         finally:
             parcel.settle()

@@ -65,6 +65,15 @@ def anywhere(request, served):
         yield session
 
 
+def test_what_is_sent_and_said_later_cannot_be_written_into(session):
+    run = session.run(FRANCE, save_at=[2])
+    before = run.top(1)
+    for shown in (run.ids, run.checkpoint.ids, session.mark().ids, run.logits):
+        with pytest.raises(ValueError, match="read-only"):
+            shown[...] = 0
+    assert run.top(1) == before
+
+
 def test_it_generates_what_the_model_does_by_itself(anywhere, plain):
     generation = anywhere.generate(FRANCE, max_new_tokens=12, ends=(), logits="last")
     heard = said(generation)
