@@ -27,6 +27,7 @@ ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_VERSION = b"1.0"
 DOMAIN = b"djinn"
 KEY_LENGTH = 40
+TOLD_LIMIT = 100
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 _log = logging.getLogger(__name__)
@@ -209,6 +210,7 @@ class Admission:
         self.socket.linger = 0
         self.socket.bind(ZAP_ENDPOINT)
         self._keys = keys
+        self._told: set[bytes] = set()  # whose refusal is in the log
 
     def answer(self) -> None:
         """Answer every waiting question: 200 and the key's name, or 400; 300, after which a client
@@ -222,13 +224,28 @@ class Admission:
         status, text, name = b"400", b"key not allowed", None
         try:
             if len(frames) == 7 and version == ZAP_VERSION and frames[5] == b"CURVE":
-                name = self._keys.name_of(zmq.utils.z85.encode(frames[6]))
+                public = zmq.utils.z85.encode(frames[6])
+                name = self._keys.name_of(public)
+                if name is None:
+                    self._tell(public, frames[3])
         except OSError as exc:
             _log.warning("the allowed keys cannot be read: %s", exc)
             status, text = b"300", b"try again"
         if name is not None:
             status, text = b"200", b"OK"
         self.socket.send_multipart([ZAP_VERSION, request, status, text, (name or "").encode(), b""])
+
+    def _tell(self, public: bytes, address: bytes) -> None:
+        """Have a refusal in the log: once a key, for its client tries again and again, and of so many keys
+        only, which anybody can make."""
+        if public in self._told or len(self._told) == TOLD_LIMIT:
+            return
+        self._told.add(public)
+        where = self._keys.directory / "allowed"
+        _log.warning(
+            "refused %s: its key %s is not in %s%s", address.decode(errors="replace"), public.decode(), where,
+            "; no more are named" if len(self._told) == TOLD_LIMIT else "",
+        )  # fmt: skip
 
     def close(self) -> None:
         self.socket.close(linger=0)

@@ -290,8 +290,25 @@ def test_whoever_takes_the_route_of_another_key_is_not_taken_for_it(
     assert "dropped a message of ('127.0.0.1', 'bob')" in caplog.text
 
 
-def test_a_client_that_is_not_allowed_does_not_come_in(gate: Gate) -> None:
-    assert gate.says(gate.client("eve", allowed=False), b"hello") is None
+def test_a_client_that_is_not_allowed_does_not_come_in_and_the_log_names_its_key_once(
+    gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    eve = gate.client("eve", allowed=False)
+    for _ in range(2):
+        assert gate.says(eve, b"hello") is None
+    key = eve.pair.public.decode()
+    assert caplog.messages == [
+        f"refused 127.0.0.1: its key {key} is not in {gate.directory / 'allowed'}"
+    ]
+
+
+def test_of_keys_without_number_the_log_names_few(
+    gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "TOLD_LIMIT", 2)
+    for name in ("eve", "mallory", "trudy"):
+        assert gate.says(gate.client(name, allowed=False), b"hello") is None
+    assert ["no more" in text for text in caplog.messages] == [False, True]
 
 
 def test_a_client_without_a_key_does_not_come_in(gate: Gate) -> None:
