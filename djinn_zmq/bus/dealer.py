@@ -110,8 +110,9 @@ class Dealer:
             raise ProtocolError(f"a message of {len(buffers)} buffers: at most {BUFFERS_LIMIT}")
         return first.bytes, buffers
 
-    def refused(self) -> bool:
-        """Does nobody listen there? A killed server's socket file stays, and libzmq tries on in silence.
+    def why_silent(self) -> str:
+        """That nobody listens there, or that there is no such host; "" where it cannot be told. A killed
+        server's socket file stays, and libzmq tries on in silence.
 
         Asks by another connection: not for a server that answers, which would have to see it off.
         """
@@ -125,10 +126,12 @@ class Dealer:
             else:
                 pysocket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
         except (ConnectionRefusedError, FileNotFoundError):
-            return True
+            return "nobody listens there; start one with 'djinn serve'"
+        except pysocket.gaierror as exc:
+            return f'the host name "{host}" cannot be resolved: {exc.strerror}'
         except (OSError, ValueError):  # a network's own silence, or a path of libzmq's own kind
-            return False
-        return False
+            return ""
+        return ""
 
     def lost(self) -> bool:
         """Is the other end gone, or was it since this was last asked? Though it be back: what it was asked

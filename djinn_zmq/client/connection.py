@@ -404,7 +404,9 @@ class Connection:
 
     def left_alone(self) -> bool:
         """Is the socket file to which the first question went one that a killed server left?"""
-        return not self.met and self.endpoint.startswith("ipc://") and self._dealer.refused()
+        return (
+            not self.met and self.endpoint.startswith("ipc://") and bool(self._dealer.why_silent())
+        )
 
     def hello(self, timeout_s: float) -> Operation[messages.Welcome]:
         """Meet the server, and share memory with it where it is the same user's.
@@ -418,10 +420,8 @@ class Connection:
             )
         except (Busy, Lost) as exc:  # Busy: refused before the question was sent
             what = f"no server answers at {self.endpoint}"
-            if self._dealer.refused():
-                raise Unreachable(
-                    f"{what}: nobody listens there; start one with 'djinn serve'"
-                ) from exc
+            if why := self._dealer.why_silent():
+                raise Unreachable(f"{what}: {why}") from exc
             raise Unreachable(
                 f"{what} within {timeout_s:g} s: start one with 'djinn serve', or check the endpoint "
                 "and the key"

@@ -308,7 +308,7 @@ def test_a_dealer_finds_out_whether_anybody_listens(directory: Path, listening: 
         if listening:
             server.listen()
         dealer = Dealer(f"ipc://{path}", Settings(), None)
-        assert dealer.refused() is not listening
+        assert ("nobody listens" in dealer.why_silent()) is not listening
         dealer.close()
 
 
@@ -324,7 +324,7 @@ def test_a_dealer_finds_out_whether_anybody_listens_at_a_port(host: str, listeni
         if listening:
             server.listen()
         dealer = Dealer(f"tcp://{host}:{server.getsockname()[1]}", Settings(), None)
-        assert dealer.refused() is not listening
+        assert ("nobody listens" in dealer.why_silent()) is not listening
         dealer.close()
 
 
@@ -379,6 +379,12 @@ def test_an_endpoint_of_another_kind_is_refused_by_name(endpoint: str) -> None:
 def test_an_endpoint_that_is_no_address_is_refused_by_name(endpoint: str, why: str) -> None:
     with pytest.raises(RequestError, match=f"cannot connect to {endpoint}{why}"):
         Dealer(endpoint, Settings(), None)
+
+
+def test_a_host_that_has_no_address_is_named() -> None:
+    dealer = Dealer("tcp://no-such-host.invalid:5556", Settings(), None)
+    assert '"no-such-host.invalid" cannot be resolved' in dealer.why_silent()
+    dealer.close()
 
 
 @pytest.mark.parametrize("path", ["/no/such/socket", "/" + "x" * 5000, "/etc/passwd/socket"])
