@@ -8,11 +8,11 @@ import click
 import msgspec
 
 from djinn_zmq.cli import endpoint as on_endpoint
+from djinn_zmq.cli import naming
 from djinn_zmq.client.server import connect
 from djinn_zmq.settings import counted, format_bytes
 from djinn_zmq.wire.messages import StatusReply
 
-PROGRAM = 60  # characters of a command line
 ASKED_BY = {"device": "--gpu-memory", "host": "--host-memory", "disk": "--state"}
 
 
@@ -106,7 +106,7 @@ def report(status: StatusReply, elapsed_s: float) -> str:
                     str(one.waiting),
                     _duration(one.age_s),
                     str(one.pid or "-"),
-                    one.program[:PROGRAM],
+                    naming.shown(one.program),
                 )
                 for one in status.sessions
             ],

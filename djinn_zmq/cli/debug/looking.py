@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.cli import naming
 from djinn_zmq.cli.debug import drawing, reading
 from djinn_zmq.cli.debug.breakpoints import show_breaks
 from djinn_zmq.cli.debug.debugger import WORDS, Debugger, find, word
@@ -282,7 +283,7 @@ def _sessions(debugger: Debugger) -> None:
             one.model,
             one.owner,
             one.pid or "",
-            one.program or ("" if one.yours else "not yours"),
+            naming.shown(one.program) or ("" if one.yours else "not yours"),
             one.waiting,
             one.checkpoints,
         )

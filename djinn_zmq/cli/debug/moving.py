@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_zmq.cli import naming
 from djinn_zmq.cli.debug import drawing, reading
 from djinn_zmq.cli.debug.breakpoints import ahead_of, saved_before
 from djinn_zmq.cli.debug.debugger import Debugger, word
@@ -164,7 +165,8 @@ def attach(debugger: Debugger, rest: str) -> None:
     debugger.attached = debugger.server.attach(session, stop_at=debugger.stops() or None)
     debugger.model = debugger.server.model(session.model)
     debugger.stand(None)
-    whose = f" of {session.program.split('/')[-1]} (pid {session.pid})" if session.program else ""
+    program = naming.shown(session.program)
+    whose = f" of {program} (pid {session.pid})" if program else ""
     debugger.say(drawing.Text(f"attached to {session.id:016x} on {session.model}{whose}"))
 
 
