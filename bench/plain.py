@@ -65,7 +65,7 @@ class Plain:
         self.wait()
 
     def up_to(self, layer: int, *, wait: bool = True) -> None:
-        """Embedding and layers 1..N: what has to be run again to have the activation."""
+        """Layers 0..N, 0 the embedding: what has to be run again to have the activation."""
         self._run(self.layers[:layer], self.decoder, wait, input_ids=self.ids)
 
     def from_layer(

@@ -29,7 +29,7 @@ APART = 20  # times the median: a resume that took so long has all drawn on a lo
 
 # What is drawn in figure 7: (baseline, beginning of the variant) → (label, shade, marker, dash)
 READY = {
-    ("recompute", "to layer N"): ("recompute layers 1..N", "#1b3a57", "o", "-"),
+    ("recompute", "to layer N"): ("recompute layers 0..N", "#1b3a57", "o", "-"),
     ("manual_offload", "hidden state, preallocated"): (
         "manual offload, hidden state", "#8a8a8a", "v", "--",
     ),

@@ -8,7 +8,7 @@ NAME = "recompute"
 
 
 def cases(plain: Plain, layers: list[int]) -> Found:
-    """Embedding and layers 1..N, until the activation is there: O(N)."""
+    """Layers 0..N, 0 the embedding, until the activation is there: O(N)."""
     found: Found = []
     for layer in layers:
 
