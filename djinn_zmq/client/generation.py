@@ -127,6 +127,14 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
                 return next(reversed(checkpoints.values()))
         raise LayerError("the generation kept no checkpoint: use stop_at= or save_at=")
 
+    def finish(self) -> Any:
+        """Take all that is left and return this generation, with all that it came to."""
+        return self._session.drive(self._finished())
+
+    def _finished(self) -> Operation["Generation"]:
+        yield from self._finish()
+        return self
+
     def __repr__(self) -> str:
         said = counted(len(self.tokens), "token")
         if self.stopped:

@@ -74,6 +74,12 @@ def test_what_is_sent_and_said_later_cannot_be_written_into(session):
     assert run.top(1) == before
 
 
+def test_a_finished_generation_is_what_it_came_to_itself(session):
+    generation = session.generate(FRANCE, 2, ends=())
+    assert generation.finish() is generation
+    assert repr(generation) == "<generation of 2 tokens, over: length>"
+
+
 def test_it_generates_what_the_model_does_by_itself(anywhere, plain):
     generation = anywhere.generate(FRANCE, max_new_tokens=12, ends=(), logits="last")
     heard = said(generation)
