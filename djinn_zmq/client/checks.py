@@ -3,6 +3,7 @@ was given under which name, and what is allowed there.
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from djinn_zmq.errors import RequestError
+from djinn_zmq.wire.tensors import DTYPES
 
 Kind = type[RequestError]
 
@@ -135,13 +137,26 @@ def several(
 
 
 def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
-    """*value* as numpy takes it."""
+    """*value* as numpy takes it; a torch tensor of bfloat16 in host memory, too."""
     try:
         return np.asarray(value)
     except (ValueError, OverflowError) as exc:
         raise kind(f"{what}={shown(value)}: an array, or lists of one length") from exc
-    except (
-        TypeError,
-        RuntimeError,
-    ) as exc:  # a torch tensor of bfloat16, on a GPU, with a gradient
-        raise kind(f"{what}: numpy makes no array of this {type(value).__name__}: {exc}") from exc
+    except (TypeError, RuntimeError) as exc:  # a torch tensor on a GPU, or with a gradient
+        found = _of_bfloat16(value)
+        if found is None:
+            name = type(value).__name__
+            raise kind(f"{what}: numpy makes no array of this {name}: {exc}") from exc
+        return found
+
+
+def _of_bfloat16(value: Any) -> np.ndarray | None:
+    """A torch tensor of bfloat16 as an array over its memory; None for anything else. torch makes none,
+    because numpy has the type from ml_dtypes alone. Whoever has a tensor has imported torch."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+        return None
+    if value.requires_grad or value.device.type != "cpu":
+        return None
+    found: np.ndarray = value.contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return found

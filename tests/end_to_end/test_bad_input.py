@@ -306,6 +306,19 @@ def test_what_no_argument_can_be_is_refused_where_it_is_given_and_names_the_argu
     assert not list(tmp_path.iterdir())
 
 
+def test_torchs_bfloat16_is_numpys(tiny, point):
+    hidden = torch.tensor(np.asarray(point.hidden, np.float32)).bfloat16().mT.contiguous().mT * 3
+    row = hidden[0, -1] + hidden[0, 0]
+    for given, same in [
+        ({"hidden": hidden}, {"hidden": hidden.float().numpy().astype(point.dtype)}),
+        (
+            {"edits": djinn.Add(row, at=(0, 1))},
+            {"edits": djinn.Add(row.float().numpy(), at=(0, 1))},
+        ),
+    ]:
+        assert point.resume(**given).logits.tobytes() == point.resume(**same).logits.tobytes()
+
+
 def test_numpys_own_numbers_are_numbers(tiny, point):
     assert tiny.run(FRANCE, stop_at=np.int64(2), timeout_s=np.float32(20)).layer == 2
     assert tiny.run(FRANCE, logits=np.int32(2)).top(np.int64(2))
@@ -356,7 +369,8 @@ def test_what_is_much_like_what_is_wanted_is_refused_by_what_it_is(tiny, point):
         (lambda: djinn.Patch(run), errors.EditError, "the source is Run: give a checkpoint"),
         (lambda: point.diff(run), errors.RequestError, "diff with Run: give a checkpoint"),
         (lambda: djinn.Add(grown), errors.EditError, "array of this Tensor: .*requires grad"),
-        (lambda: point.resume(hidden=half), errors.EditError, "array of this Tensor: .*BFloat16"),
+        (lambda: djinn.Add(grown.bfloat16()), errors.EditError, "this Tensor: .*requires grad"),
+        (lambda: point.resume(hidden=half), errors.EditError, r"hidden has shape \(64,\)"),
         (lambda: tiny.run(half), errors.PromptError, "no array of: .*BFloat16"),
     ]:
         with pytest.raises(error, match=text):
