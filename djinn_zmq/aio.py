@@ -33,7 +33,7 @@ from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import check, private_server
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, keys_of, reporter
-from djinn_zmq.errors import Closed, DjinnError, Lost
+from djinn_zmq.errors import Closed, DjinnError
 from djinn_zmq.settings import Settings, default_endpoint, runtime_dir
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.messages import Progress
@@ -122,7 +122,7 @@ class AsyncConnection(Connection):
                 left_s = None if limit_s is None else self._left_s(call, limit_s)
                 await asyncio.wait({reply}, timeout=left_s)
                 if not reply.done() and self.left_alone():
-                    raise Lost(f"the server at {self.endpoint} is gone")
+                    raise self.gone()
                 if not reply.done() and call.late(limit_s):
                     self._forget(request)  # what comes while the server is asked is given back
                     raise await self.run(self.why_late(call))
@@ -187,7 +187,7 @@ class AsyncConnection(Connection):
         finally:
             self._loop.remove_reader(fd)
         if not self.closed and not self._watched:
-            raise Lost(f"the server at {self.endpoint} is gone")
+            raise self.gone()
 
     def _forget(self, request: int) -> None:
         future = self._futures.pop(request, None)
@@ -208,7 +208,7 @@ class AsyncConnection(Connection):
             pass
         if not self._watched or not self.alive():  # once gone it stays gone
             self._stop_watching()
-            self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
+            self.fail_all(self.gone())
         self._tell_waiting()
 
     def _take_one(self) -> bool:

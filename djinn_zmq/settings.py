@@ -82,9 +82,10 @@ def private_dir(path: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode):
         raise AccessDenied(f"{path} is no directory itself: name the one it leads to")
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        mend = f": run 'chmod 700 {path}'" if found.st_uid == os.getuid() else ""
         raise AccessDenied(
             f"{path} must be a directory of uid {os.getuid()} with mode 0700: it belongs to uid "
-            f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}"
+            f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}{mend}"
         )
     return path
 

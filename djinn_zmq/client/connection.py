@@ -359,10 +359,15 @@ class Connection:
             return False
         return True
 
+    def gone(self) -> Lost:
+        """For what was asked of a server that is gone. One that is started in its place knows nothing of this
+        client: its lease has ended, and its sessions with it."""
+        return Lost(f"the server at {self.endpoint} is gone: once it is back, connect again")
+
     def check_alive(self) -> None:
         """Raises Lost where the server is gone; then all that was asked of it is, though it be back already."""
         if not self.alive():
-            lost = Lost(f"the server at {self.endpoint} is gone")
+            lost = self.gone()
             self.fail_all(lost)
             raise lost
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client.calls import LOOK_S, Call, Heard, Next, Operation, T
 from djinn_zmq.client.connection import WINDOW, Connection, Frames
-from djinn_zmq.errors import Closed, DjinnError, Lost, ProtocolError
+from djinn_zmq.errors import Closed, DjinnError, ProtocolError
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.codec import Message
 
@@ -107,7 +107,7 @@ class WaitingConnection(Connection):
     def _look(self, request: int, call: Call, limit_s: float | None) -> None:
         """Nothing has come for a while, or news have: is there still somebody who will answer?"""
         if not self.alive() or self.left_alone():
-            self.fail_all(Lost(f"the server at {self.endpoint} is gone"))
+            self.fail_all(self.gone())
         elif call.late(limit_s):
             self.give_up(request)
             raise self.drive(self.why_late(call))

@@ -103,7 +103,8 @@ def test_a_killed_server_takes_its_engine_along_and_all_who_wait_get_an_error(se
 
     quiet(main)
     said, _ = program.communicate(timeout=WAIT_S)
-    assert said == f"the server at {served.endpoint} is gone\n" * 2
+    gone = f"the server at {served.endpoint} is gone: once it is back, connect again\n"
+    assert said == gone * 2
     assert _ended(engine)
     served.process.wait()
     for leftover in served.path.parent.iterdir():

@@ -447,7 +447,7 @@ def test_the_state_directory_must_be_the_users_alone(tmp_path):
     command = [sys.executable, "-m", "djinn_zmq.server", "--device=cpu", "--port=0"]
     command += [f"--ipc={tmp_path}/djinn.sock", f"--state={tmp_path}/open"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and "mode 0700" in ended.stderr
+    assert ended.returncode == 1 and "run 'chmod 700" in ended.stderr
 
 
 def test_a_client_maps_no_arena_in_which_nothing_is_its_own(served, tiny):
