@@ -330,7 +330,7 @@ def connect(
         connection = AsyncConnection(where, keys, Settings(), shared=shared, lane=lane)
         try:
             server = AsyncServer(connection, reporter(progress))
-            await server.drive(server.hello(timeout_s))
+            await server.drive(server._hello(timeout_s))
         except BaseException:
             connection.close()
             raise

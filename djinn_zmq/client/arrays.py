@@ -90,7 +90,7 @@ class RemoteArray:
         copy = yield from self._copied(lambda whole: np.array(whole[chosen]))
         return (yield from self._pull(index)) if copy is None else copy
 
-    def read_into(self, target: np.ndarray) -> Operation[None]:
+    def _read_into(self, target: np.ndarray) -> Operation[None]:
         """All of it, into an array of its shape and dtype."""
 
         def take(whole: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ class Stop:
         parcel = Parcel(session.connection, session.id)
         try:
             several = edits if isinstance(edits, (list, tuple)) else [edits]
-            placed, on_wire = yield from self.checkpoint.carry(several, hidden, parcel)
+            placed, on_wire = yield from self.checkpoint._carry(several, hidden, parcel)
             meta = wire.GoOn(self.number, placed, on_wire)
             yield Call(Op.GO_ON, meta, session=session.id, buffers=parcel.buffers)
         finally:
@@ -142,7 +142,7 @@ class Attached(Parts[Stop, wire.Detached]):
 
     # ---- the operation
 
-    def begin(self) -> Operation[None]:
+    def _begin(self) -> Operation[None]:
         """Attach. Raises what the engine refuses with."""
         try:
             yield from self._next(None, begins=True)

@@ -129,7 +129,7 @@ def together(session: Session, operations: Sequence[Operation[T]]) -> Operation[
 
 def edits_of_each(edits: Edit | Sequence[Edits] | None, count: int) -> list[Sequence[Edit]]:
     """The edits of each of *count* prompts. Raises RequestError where they are not as many."""
-    if edits is None or hasattr(edits, "on_wire"):
+    if edits is None or hasattr(edits, "_on_wire"):
         return [() if edits is None else [edits]] * count
     each = checks.several("edits", edits, "for each prompt its own, a list or None; or one for all")
     if len(each) != count:

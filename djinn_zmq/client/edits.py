@@ -29,7 +29,7 @@ class Edit(Protocol):
     def array(self) -> np.ndarray | None:
         """The values that must travel, if any."""
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         """The edit as data, with *tensor* saying where `array` went."""
 
 
@@ -55,7 +55,7 @@ class _Valued:
 class Add(_Valued):
     """hidden[at] += value. Where the value is 0, no bit changes."""
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
         return wire.Add(tensor, self.at)
 
@@ -63,7 +63,7 @@ class Add(_Valued):
 class Set(_Valued):
     """hidden[at] = value, rounded to the checkpoint's dtype."""
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
         return wire.Set(tensor, self.at)
 
@@ -80,7 +80,7 @@ class Lerp(_Valued):
     def __repr__(self) -> str:
         return f"Lerp({self.array.dtype} {self.array.shape}, {self.weight}{_at(self.at)})"
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
         return wire.Lerp(tensor, self.weight, self.at)
 
@@ -94,7 +94,7 @@ class Project(_Valued):
     def __init__(self, direction: Any, at: Any = ...) -> None:
         super().__init__(direction, at)
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
         return wire.Project(tensor, self.at)
 
@@ -109,7 +109,7 @@ class Scale:
         self.factor = checks.number("Scale: factor", factor, kind=EditError)
         self.at = index_of(at)
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Scale(self.factor, self.at)
 
     def __repr__(self) -> str:
@@ -125,7 +125,7 @@ class Zero:
     def __init__(self, at: Any = ...) -> None:
         self.at = index_of(at)
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Zero(self.at)
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class Patch:
         self.at = index_of(at)
         self.source_at = self.at if source_at is None else index_of(source_at)
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Patch(self.source.id, self.at, self.source_at)
 
     def __repr__(self) -> str:
@@ -171,7 +171,7 @@ class Skip:
             layer = checks.whole("Skip: layer", layer, allowed="a number or a path", kind=EditError)
         self.layer = str(layer) if isinstance(layer, str) else layer
 
-    def on_wire(self, tensor: Tensor | None) -> wire.Edit:
+    def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Skip(self.layer)
 
     def __repr__(self) -> str:
@@ -182,12 +182,12 @@ def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tupl
     """*edits* as data, their values on the way with *parcel*. Raises RequestError for what is none."""
     on_wire = []
     for edit in edits if isinstance(edits, (list, tuple)) else [edits]:
-        if isinstance(edit, type) or not hasattr(edit, "on_wire") or not hasattr(edit, "array"):
+        if isinstance(edit, type) or not hasattr(edit, "_on_wire") or not hasattr(edit, "array"):
             raise RequestError(f"{checks.shown(edit)} is no edit: use djinn_zmq.Add, Set, Patch …")
         tensor = None
         if edit.array is not None:
             tensor = yield from parcel.place(edit.array)
-        on_wire.append(edit.on_wire(tensor))
+        on_wire.append(edit._on_wire(tensor))
     return tuple(on_wire)
 
 

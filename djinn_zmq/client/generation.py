@@ -177,7 +177,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         text, ids = yield from session.placed(prompt, begin.pending, parcel)
         hidden, edits = None, ()
         if point is not None:
-            hidden, edits = yield from point.carry(begin.edits, begin.hidden, parcel)
+            hidden, edits = yield from point._carry(begin.edits, begin.hidden, parcel)
             self._said.begin = begin.fixed()
         meta = talks.Generate(
             branch=0 if mark is None else mark.number,

@@ -158,7 +158,7 @@ class Checkpoint(Looks, Tiered):
             none = isinstance(edits, (tuple, list)) and not edits
             if hidden is not None or not none:
                 stays = wanted.stop_at == self.layer and none and not wanted.save_at
-                placed, on_wire = yield from self.carry(edits, hidden, parcel, to_keep=stays)
+                placed, on_wire = yield from self._carry(edits, hidden, parcel, to_keep=stays)
             released = session.connection.released_beside(session.id)
             meta = messages.Resume(self.id, placed, on_wire, wanted, released)
             run = yield from ask(session, RESUME, meta, parcel, timeout_s, self, self._before)
@@ -254,7 +254,7 @@ class Checkpoint(Looks, Tiered):
         where = f"at {self.place}" if self.place else f"after layer {self.layer}"
         return f"<checkpoint {where}: {self.dtype} {self.shape}, {tier}>"
 
-    def carry(
+    def _carry(
         self, edits: Sequence[Edit] | Edit, hidden: Any, parcel: Parcel, *, to_keep: bool = False
     ) -> Operation[tuple[Tensor | None, tuple[WireEdit, ...]]]:
         """Edits and a hidden state in its place, as they travel with *parcel*. to_keep: the hidden

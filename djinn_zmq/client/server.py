@@ -47,7 +47,7 @@ class Server:
         self.conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._models: dict[str, Model] = {}
 
-    def hello(self, timeout_s: float) -> Operation[Self]:
+    def _hello(self, timeout_s: float) -> Operation[Self]:
         self.welcome = yield from self.connection.hello(timeout_s)
         return self
 
@@ -143,7 +143,7 @@ class Server:
         session = Conversation(self.connection, self.drive, self.progress, reply.meta, 0)
         self.conversations.add(session)
         attached = Attached(session, target, stop_at)
-        yield from attached.begin()
+        yield from attached._begin()
         return attached
 
     def stop(self) -> Any:
@@ -230,7 +230,7 @@ def connect(
     )
     try:
         server = Server(connection, connection.drive, reporter(progress))
-        return server.drive(server.hello(timeout_s))
+        return server.drive(server._hello(timeout_s))
     except BaseException:
         connection.close()
         raise

@@ -26,7 +26,7 @@ PLACE = "a layer is a whole number, a place in one a module's path"
 class Condition:
     """What must hold for a `Break` to stop. Combine with `|` and `&`."""
 
-    on_wire: wire.Condition
+    _on_wire: wire.Condition
 
     def __or__(self, other: "Condition") -> "Condition":
         return _Joined("|", self, other)
@@ -45,10 +45,10 @@ class _Joined(Condition):
         if not isinstance(other, Condition):
             raise StopError(f"{other!r} is no condition: use HasNaN, Norm, Token, Step")
         if sign == "|":
-            self.on_wire = one.on_wire + other.on_wire
+            self._on_wire = one._on_wire + other._on_wire
         else:
-            self.on_wire = tuple(here + there for here in one.on_wire for there in other.on_wire)
-        count = sum(map(len, self.on_wire))
+            self._on_wire = tuple(here + there for here in one._on_wire for there in other._on_wire)
+        count = sum(map(len, self._on_wire))
         if count > wire.TESTS_LIMIT:
             raise StopError(f"a condition of {counted(count, 'test')}: at most {wire.TESTS_LIMIT}")
         self._shown = f"({one!r} {sign} {other!r})"
@@ -60,7 +60,7 @@ class _Joined(Condition):
 class HasNaN(Condition):
     """Some number at the stop is NaN."""
 
-    on_wire = ((wire.HasNaN(),),)
+    _on_wire = ((wire.HasNaN(),),)
 
     def __repr__(self) -> str:
         return "HasNaN()"
@@ -75,7 +75,7 @@ class Norm(Condition):
         except (TypeError, ValueError, OverflowError) as exc:
             given = f"{checks.shown(op)}, {checks.shown(value)}"
             raise StopError(f"Norm({given}): the second is a number") from exc
-        self.on_wire = ((self._test,),)
+        self._on_wire = ((self._test,),)
 
     def __repr__(self) -> str:
         return f'Norm("{self._test.op}", {self._test.value:g})'
@@ -91,7 +91,7 @@ class Token(Condition):
         if not isinstance(token, (str, int)) or isinstance(token, bool):
             raise StopError(f"Token({checks.shown(token)}): text, or an id")
         self._token = str(token) if isinstance(token, str) else token
-        self.on_wire = ((wire.Token(self._token),),)
+        self._on_wire = ((wire.Token(self._token),),)
 
     def __repr__(self) -> str:
         return f"Token({self._token!r})"
@@ -102,7 +102,7 @@ class Step(Condition):
 
     def __init__(self, number: int) -> None:
         self._number = checks.whole("Step", number, kind=StopError)
-        self.on_wire = ((wire.Step(self._number),),)
+        self._on_wire = ((wire.Step(self._number),),)
 
     def __repr__(self) -> str:
         return f"Step({self._number})"
@@ -121,8 +121,8 @@ class Break:
         self.when = when
 
     @property
-    def on_wire(self) -> wire.Break:
-        return wire.Break(self.at, () if self.when is None else self.when.on_wire)
+    def _on_wire(self) -> wire.Break:
+        return wire.Break(self.at, () if self.when is None else self.when._on_wire)
 
     def __repr__(self) -> str:
         parts = [repr(self.at)] if self.at != "" else []
@@ -179,11 +179,11 @@ def _stop_of(stop_at: Any) -> tuple[int | None, tuple[wire.Break, ...]]:
     if stop_at is None or type(stop_at) is int:
         return stop_at, ()
     if isinstance(stop_at, Break):
-        return None, (stop_at.on_wire,)
+        return None, (stop_at._on_wire,)
     if isinstance(stop_at, (list, tuple)):
         if not stop_at:
             raise LayerError("stop_at=[]: at least one place; None: run to the end")
-        return None, tuple(_break_of(one).on_wire for one in stop_at)
+        return None, tuple(_break_of(one)._on_wire for one in stop_at)
     place = _place("stop_at", stop_at)
     return (place, ()) if isinstance(place, int) else (None, (wire.Break(place, ()),))
 

@@ -113,7 +113,7 @@ class Tiered:
         if sharing.lease is None:
             return (yield from self._remote()._read(()))
         array = sharing.array(DTYPES[tensor.dtype], tensor.shape)
-        yield from self._remote().read_into(array)
+        yield from self._remote()._read_into(array)
         return array
 
     def hidden_cuda(self) -> Any:

@@ -90,7 +90,7 @@ def test_what_moves_while_it_is_copied_is_copied_again_from_where_it_is(times: i
     np.testing.assert_array_equal(reading.array()[0, -1], WHOLE[0, -1])
     assert reading.asked == times * [Op.WHERE]
     reading, target = Reading(times), np.zeros_like(WHOLE)
-    reading.drive(reading.array().read_into(target))
+    reading.drive(reading.array()._read_into(target))
     np.testing.assert_array_equal(target, WHOLE)
 
 

@@ -29,15 +29,15 @@ def test_a_condition_is_neither_true_nor_false_here() -> None:
 
 
 def test_conditions_are_joined_as_all_ways_in_which_they_can_hold() -> None:
-    one, two, three = (Step(number).on_wire[0][0] for number in (1, 2, 3))
-    assert (Step(1) | Step(2) & Step(3)).on_wire == ((one,), (two, three))
-    assert ((Step(1) | Step(2)) & Step(3)).on_wire == ((one, three), (two, three))
+    one, two, three = (Step(number)._on_wire[0][0] for number in (1, 2, 3))
+    assert (Step(1) | Step(2) & Step(3))._on_wire == ((one,), (two, three))
+    assert ((Step(1) | Step(2)) & Step(3))._on_wire == ((one, three), (two, three))
 
 
 @pytest.mark.parametrize(("join", "one"), [(or_, HasNaN()), (and_, HasNaN())])
 def test_a_condition_holds_as_many_tests_as_travel_and_not_one_more(join: Any, one: HasNaN) -> None:
     whole = reduce(join, [one] * wire.TESTS_LIMIT)
-    assert sum(map(len, whole.on_wire)) == wire.TESTS_LIMIT
+    assert sum(map(len, whole._on_wire)) == wire.TESTS_LIMIT
     with pytest.raises(StopError, match=f"{wire.TESTS_LIMIT + 1} tests: at most"):
         join(whole, one)
 
