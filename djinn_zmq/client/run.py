@@ -109,8 +109,8 @@ class Checkpoint(Looks, Tiered):
 
     @property
     def before(self) -> np.ndarray:
-        """The tokens of its conversation before these: int64 (positions,)."""
-        return self._before
+        """The tokens of its conversation before these: int64 (positions,), not to be written into."""
+        return read_only(self._before)
 
     @property
     def hidden(self) -> RemoteArray:
