@@ -143,14 +143,14 @@ def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
     except (ValueError, OverflowError) as exc:
         raise kind(f"{what}={shown(value)}: an array, or lists of one length") from exc
     except (TypeError, RuntimeError) as exc:  # a torch tensor on a GPU, or with a gradient
-        found = _of_bfloat16(value)
+        found = of_bfloat16(value)
         if found is None:
             name = type(value).__name__
             raise kind(f"{what}: numpy makes no array of this {name}: {exc}") from exc
         return found
 
 
-def _of_bfloat16(value: Any) -> np.ndarray | None:
+def of_bfloat16(value: Any) -> np.ndarray | None:
     """A torch tensor of bfloat16 as an array over its memory; None for anything else. torch makes none,
     because numpy has the type from ml_dtypes alone. Whoever has a tensor has imported torch."""
     torch: Any = sys.modules.get("torch")

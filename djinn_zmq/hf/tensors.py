@@ -38,8 +38,8 @@ def to_numpy(name: str, data: Any, dtype: torch.dtype | None = None) -> np.ndarr
     tensor = as_tensor(name, data, whole=dtype is torch.int64).detach().cpu()
     if dtype is not None:
         tensor = tensor.to(dtype)
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
+    if (found := checks.of_bfloat16(tensor)) is not None:
+        return found
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         raise NotServed(f"{name} of dtype {tensor.dtype}: one of {', '.join(DTYPES)}")
     return tensor.numpy()
