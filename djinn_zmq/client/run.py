@@ -285,8 +285,8 @@ class Checkpoint(Looks, Tiered):
 class Run:
     """What a run came to: finished with logits, or stopped at a layer with a checkpoint.
 
-    state: "finished" or "stopped". layer: layers executed. checkpoints: by layer, or by path inside of one: those of `save_at` and the
-    stop's own, in the order in which the run came to them.
+    state: "finished" or "stopped". layer: layers executed. checkpoints: by layer, or by path inside of
+    one: those of `save_at` and the stop's own, in the order in which the run came to them.
     """
 
     mark: Mark | None = None

@@ -102,7 +102,7 @@ def _print_norms(debugger: Debugger, point: Checkpoint, words: list[str]) -> Non
     most = float(np.max(norms, where=np.isfinite(norms), initial=0.0)) or 1.0
     pieces = debugger.pieces(point.ids[0])
     rows = [
-        (place, piece, f"{norm:.3f}", drawing.bar(norm / most, "blue"))
+        (place, piece, f"{norm:.3f}", drawing.bar(max(norm / most, 1 / drawing.BAR), "blue"))
         for place, (piece, norm) in enumerate(zip(pieces, norms.tolist(), strict=True))
     ]
     debugger.say(drawing.table(("", "token", "norm", ""), rows, right=(0, 2)))
