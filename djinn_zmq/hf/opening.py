@@ -3,7 +3,6 @@
 They are made by transformers itself, of the files that the server sends.
 """
 
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,21 +16,29 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import Server, connect
-from djinn_zmq.errors import NoTokenizer, ProtocolError, RequestError
+from djinn_zmq.errors import Closed, Lost, NoTokenizer, ProtocolError, RequestError
 
 GENERATION = "generation_config.json"
+# By endpoint, key, and process: a forked one's is its own.
+_connected: dict[tuple[str | None, str | None, int], Server] = {}
 
 
 def server_of(endpoint: str | None, key: str | None) -> Server:
-    """This process's connection to a server; it ends with the process."""
+    """This process's connection to a server, which ends with the process; a new one where that was closed,
+    or its server is gone."""
     if endpoint is not None:
         checks.text("endpoint", endpoint)
-    return _connected(endpoint, None if key is None else str(checks.path("key", key)))
-
-
-@functools.cache
-def _connected(endpoint: str | None, key: str | None) -> Server:
-    return connect(endpoint, key=key)
+    asked = endpoint, None if key is None else str(checks.path("key", key)), os.getpid()
+    server = _connected.get(asked)
+    if server is not None:
+        try:
+            server.ping()
+        except (Closed, Lost):
+            del _connected[asked]  # whoever still has a model of it hears the same
+        else:
+            return server
+    server = _connected[asked] = connect(endpoint, key=asked[1])
+    return server
 
 
 def served_of(what: str, model: Any) -> Model:

@@ -3,6 +3,7 @@ served model cannot do is refused by name."""
 
 import copy
 import gc
+import os
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from djinn_zmq.client.forwards import Asked
 from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
 from djinn_zmq.hf.loading import loaded
+from djinn_zmq.hf.opening import server_of
 from djinn_zmq.wire.forwards import Crop, Repeat
 from tests.engine.architectures import tiny_model
 
@@ -567,6 +569,21 @@ def test_the_past_goes_with_the_last_that_names_it(pair, served) -> None:
     del out
     remote(torch.tensor([[1]]), use_cache=False)  # carries what was forgotten
     assert held() == before
+
+
+def test_a_process_keeps_its_connection_until_that_is_of_no_use_and_a_forked_one_has_its_own(
+    served, monkeypatch
+) -> None:
+    first = server_of(served.endpoint, None)
+    assert server_of(served.endpoint, None) is first
+    first.close()
+    second = server_of(served.endpoint, None)
+    assert tokenizer_of("tiny", endpoint=served.endpoint)("paris")["input_ids"]
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    child = server_of(served.endpoint, None)
+    assert child is not second and second.ping() == child.ping() == "serving"
+    for one in (second, child):
+        one.close()
 
 
 @pytest.mark.parametrize(
