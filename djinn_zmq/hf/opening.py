@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import Server, connect
-from djinn_zmq.errors import Closed, Lost, NoTokenizer, ProtocolError, RequestError
+from djinn_zmq.errors import NoTokenizer, ProtocolError, RequestError
 
 GENERATION = "generation_config.json"
 # By endpoint, key, and process: a forked one's is its own.
@@ -30,14 +30,9 @@ def server_of(endpoint: str | None, key: str | None) -> Server:
         checks.text("endpoint", endpoint)
     asked = endpoint, None if key is None else str(checks.path("key", key)), os.getpid()
     server = _connected.get(asked)
-    if server is not None:
-        try:
-            server.ping()
-        except (Closed, Lost):
-            del _connected[asked]  # whoever still has a model of it hears the same
-        else:
-            return server
-    server = _connected[asked] = connect(endpoint, key=asked[1])
+    # Not by asking it: one that was started in its place would answer, and knows nothing of what was opened.
+    if server is None or server.connection.closed or not server.connection.alive():
+        server = _connected[asked] = connect(endpoint, key=asked[1])
     return server
 
 

@@ -577,12 +577,15 @@ def test_a_process_keeps_its_connection_until_that_is_of_no_use_and_a_forked_one
     first = server_of(served.endpoint, None)
     assert server_of(served.endpoint, None) is first
     first.close()
+    lost = server_of(served.endpoint, None)
+    monkeypatch.setattr(lost.connection._dealer, "lost", lambda: True)  # though it be back
     second = server_of(served.endpoint, None)
+    assert second is not lost
     assert tokenizer_of("tiny", endpoint=served.endpoint)("paris")["input_ids"]
     monkeypatch.setattr(os, "getpid", lambda: -1)
     child = server_of(served.endpoint, None)
     assert child is not second and second.ping() == child.ping() == "serving"
-    for one in (second, child):
+    for one in (lost, second, child):
         one.close()
 
 
