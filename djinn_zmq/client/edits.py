@@ -3,8 +3,9 @@
 `at` is numpy's own index notation over (batch, position, channel), e.g. `at=(0, -1)` for the last
 position of the first prompt; by default all of hidden. Values are checked here, before anything
 travels: float16, bfloat16, float32, float64 or whole numbers, finite, and of a shape that numpy
-would broadcast to the part chosen. Edits are made in the order given, on the engine, in float32 and
-rounded once; only their own values travel.
+would broadcast to the part chosen. What the activations' dtype cannot hold is found when the edit is
+about to be made. Edits are made in the order given, on the engine, in float32 and rounded once; only
+their own values travel.
 """
 
 import copy
@@ -21,6 +22,9 @@ from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.tensors import Tensor, dtype_name
 
+# The largest finite number of each dtype that has one below Python's own.
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
+
 
 class Edit(Protocol):
     """What every edit offers to the client's own code."""
@@ -28,6 +32,9 @@ class Edit(Protocol):
     @property
     def array(self) -> np.ndarray | None:
         """The values that must travel, if any."""
+
+    def _check(self, dtype: str) -> None:
+        """Raises EditError for a number that would be infinite where *dtype* flows."""
 
     def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         """The edit as data, with *tensor* saying where `array` went."""
@@ -42,11 +49,16 @@ class Kept(Protocol):
 class _Valued:
     """An edit with an array of values."""
 
-    __slots__ = ("array", "at")
+    __slots__ = ("array", "at", "largest")
 
     def __init__(self, value: Any, at: Any = ...) -> None:
         self.array = _values(type(self).__name__, value)
         self.at = index_of(at)
+        # Looked for here, once: the same edit is made again and again.
+        self.largest = _largest(self.array)
+
+    def _check(self, dtype: str) -> None:
+        _held("a value", self.largest, dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.array.dtype} {self.array.shape}{_at(self.at)})"
@@ -77,6 +89,10 @@ class Lerp(_Valued):
         super().__init__(value, at)
         self.weight = checks.number("Lerp: weight", weight, kind=EditError)
 
+    def _check(self, dtype: str) -> None:
+        super()._check(dtype)
+        _held("a weight", self.weight, _wide(dtype))
+
     def __repr__(self) -> str:
         return f"Lerp({self.array.dtype} {self.array.shape}, {self.weight}{_at(self.at)})"
 
@@ -94,20 +110,35 @@ class Project(_Valued):
     def __init__(self, direction: Any, at: Any = ...) -> None:
         super().__init__(direction, at)
 
+    def _check(self, dtype: str) -> None:
+        """Only where it points matters, and that is found in float64."""
+
     def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         assert tensor is not None
         return wire.Project(tensor, self.at)
 
 
-class Scale:
+class _Plain:
+    """An edit of which nothing travels beside it."""
+
+    __slots__ = ()
+    array = None
+
+    def _check(self, dtype: str) -> None:
+        """It brings no number."""
+
+
+class Scale(_Plain):
     """hidden[at] *= factor"""
 
     __slots__ = ("at", "factor")
-    array = None
 
     def __init__(self, factor: float, at: Any = ...) -> None:
         self.factor = checks.number("Scale: factor", factor, kind=EditError)
         self.at = index_of(at)
+
+    def _check(self, dtype: str) -> None:
+        _held("a factor", self.factor, _wide(dtype))
 
     def _on_wire(self, tensor: Tensor | None) -> wire.Edit:
         return wire.Scale(self.factor, self.at)
@@ -116,11 +147,10 @@ class Scale:
         return f"Scale({self.factor}{_at(self.at)})"
 
 
-class Zero:
+class Zero(_Plain):
     """hidden[at] = 0"""
 
     __slots__ = ("at",)
-    array = None
 
     def __init__(self, at: Any = ...) -> None:
         self.at = index_of(at)
@@ -132,14 +162,13 @@ class Zero:
         return f"Zero({_at(self.at).removeprefix(', ')})"
 
 
-class Patch:
+class Patch(_Plain):
     """hidden[at] = source.hidden[source_at], from another checkpoint; nothing travels.
 
     source_at: by default the same as *at*. Both parts must have the same shape.
     """
 
     __slots__ = ("at", "source", "source_at")
-    array = None
 
     def __init__(self, source: Kept, at: Any = ..., source_at: Any = None) -> None:
         if not hasattr(type(source), "hidden"):
@@ -156,7 +185,7 @@ class Patch:
         return f"Patch({self.source!r}{_at(self.at)}{whence})"
 
 
-class Skip:
+class Skip(_Plain):
     """Leave a layer out: what would flow into it flows out of it, for this run alone.
 
     layer: as stops count, so `Skip(3)` is the layer between stop 2 and stop 3; or its path,
@@ -164,7 +193,6 @@ class Skip:
     """
 
     __slots__ = ("layer",)
-    array = None
 
     def __init__(self, layer: int | str) -> None:
         if not isinstance(layer, str):
@@ -178,12 +206,21 @@ class Skip:
         return f"Skip({self.layer!r})"
 
 
-def placed_edits(edits: Sequence[Edit] | Edit, parcel: Parcel) -> Operation[tuple[wire.Edit, ...]]:
-    """*edits* as data, their values on the way with *parcel*. Raises RequestError for what is none."""
+def placed_edits(
+    edits: Sequence[Edit] | Edit, parcel: Parcel, dtype: str
+) -> Operation[tuple[wire.Edit, ...]]:
+    """*edits* as data, their values on the way with *parcel*. dtype: of what they change.
+
+    Raises RequestError for what is no edit, EditError for numbers that are too large for *dtype*.
+    """
     on_wire = []
-    for edit in edits if isinstance(edits, (list, tuple)) else [edits]:
+    for place, edit in enumerate(edits if isinstance(edits, (list, tuple)) else [edits]):
         if isinstance(edit, type) or not hasattr(edit, "_on_wire") or not hasattr(edit, "array"):
             raise RequestError(f"{checks.shown(edit)} is no edit: use djinn_zmq.Add, Set, Patch …")
+        try:
+            edit._check(dtype)
+        except EditError as exc:
+            raise EditError(f"edit {place} ({type(edit).__name__}): {exc}") from exc
         tensor = None
         if edit.array is not None:
             tensor = yield from parcel.place(edit.array)
@@ -203,6 +240,23 @@ def own(edit: Edit) -> Edit:
     twin: Any = copy.copy(edit)
     twin.array = edit.array.copy()
     return twin  # type: ignore[no-any-return]
+
+
+def _wide(dtype: str) -> str:
+    """In which the engine calculates."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _held(what: str, number: float, dtype: str) -> None:
+    most = LARGEST.get(dtype)
+    if most is not None and abs(number) > most:
+        raise EditError(f"{what} of {number:g}: {dtype} holds {-most:g} to {most:g}")
+
+
+def _largest(array: np.ndarray) -> float:
+    """Its number that is farthest from 0."""
+    ends = (float(array.max(initial=0)), float(array.min(initial=0)))
+    return max(ends, key=abs)
 
 
 def _values(name: str, value: Any) -> np.ndarray:

@@ -98,7 +98,7 @@ class Model:
             ids = None
             if not texts:
                 ids = yield from parcel.place(ids_of(prompt))
-            on_wire = yield from placed_edits(edits, parcel)
+            on_wire = yield from placed_edits(edits, parcel, self.dtype)
             meta = messages.Run(texts, ids, wanted, on_wire)
             return (yield from ask(self._session, RUN, meta, parcel, timeout_s))
         finally:

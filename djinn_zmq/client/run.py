@@ -261,7 +261,7 @@ class Checkpoint(Looks, Tiered):
         state becomes a checkpoint as it is."""
         on_wire: tuple[WireEdit, ...] = ()
         if not isinstance(edits, tuple) or edits:
-            on_wire = yield from placed_edits(edits, parcel)
+            on_wire = yield from placed_edits(edits, parcel, self._kept.tensor.dtype)
         if hidden is None:
             return None, on_wire
         placed = self._session.connection.sharing.given(hidden) or self._on_device(hidden, to_keep)

@@ -17,7 +17,7 @@ from djinn_zmq.client.edits import Edit, placed_edits
 from djinn_zmq.client.looks import Top, row_of
 from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
-from djinn_zmq.errors import RequestError
+from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.settings import KIB, counted
 from djinn_zmq.wire import messages
 from djinn_zmq.wire import sweeps as wire
@@ -183,8 +183,12 @@ class Sweep(Bundles[Outcome, Cost]):
         parcel = self._pack()
         self._asked = branches  # held: an array of `Checkpoint.writable` is read where it stands
         on_wire = []
-        for edits in branches:
-            on_wire.append((yield from placed_edits(edits, parcel)))
+        dtype = self._checkpoint._kept.tensor.dtype
+        for number, edits in enumerate(branches, self._finished):
+            try:
+                on_wire.append((yield from placed_edits(edits, parcel, dtype)))
+            except EditError as exc:
+                raise EditError(f"branch {number}: {exc}") from exc
         meta = wire.Sweep(self._checkpoint.id, tuple(on_wire), self._results, self._memory)
         return Call(
             Op.SWEEP,

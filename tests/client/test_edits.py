@@ -1,10 +1,11 @@
 """Edits as they are made by hand: what they say of themselves, and what is none."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import djinn_zmq as djinn
-from djinn_zmq.client.edits import placed_edits
+from djinn_zmq.client.edits import LARGEST, placed_edits
 from djinn_zmq.errors import EditError, RequestError
 
 
@@ -48,7 +49,36 @@ def test_a_checkpoint_in_the_place_of_values_is_refused_with_what_to_give():
 @pytest.mark.parametrize("given", [djinn.Zero, [djinn.Scale], None, [3]])
 def test_what_is_no_edit_is_refused_before_anything_travels(given):
     with pytest.raises(RequestError, match="is no edit"):
-        list(placed_edits(given, None))
+        list(placed_edits(given, None, "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "dtype", "said"),
+    [
+        (djinn.Add(1e39), "bfloat16", r"edit 0 \(Add\): a value of 1e\+39: bfloat16 holds -3.38953e"),
+        (djinn.Set([1.0, -7e4], at=(0, 0, [1, 2])), "float16", "a value of -70000: float16 holds -65504"),
+        (djinn.Set(np.float32(3.4e38)), "bfloat16", "a value of 3.4e.38"),  # else rounded to infinity
+        (djinn.Lerp(-1e39, 0.5), "float32", "a value of -1e.39: float32 holds"),
+        (djinn.Lerp(1.0, 1e39), "bfloat16", "a weight of 1e.39: float32 holds"),
+        (djinn.Scale(-1e39), "bfloat16", r"edit 0 \(Scale\): a factor of -1e.39: float32 holds"),
+    ],
+)  # fmt: skip
+def test_a_number_that_would_be_infinite_where_it_is_put_is_refused_before_anything_travels(
+    edit, dtype, said
+):
+    with pytest.raises(EditError, match=said):
+        list(placed_edits(edit, None, dtype))
+
+
+def test_a_number_is_as_large_as_the_dtype_holds_and_what_does_not_get_there_may_be_larger():
+    for dtype, most in LARGEST.items():
+        assert most == float(ml_dtypes.finfo(dtype).max)
+        for edit in (djinn.Set(-most), djinn.Lerp(most, 0.5), djinn.Scale(LARGEST["float32"])):
+            edit._check(dtype)
+    djinn.Scale(7e4)._check("float16")  # of small numbers, in float32
+    djinn.Project([1e200, 0.0])._check("bfloat16")
+    djinn.Add(1e200)._check("float64")
+    djinn.Scale(1e200)._check("float64")
 
 
 def test_a_candidate_is_shown_with_as_many_digits_as_one_reads():

@@ -152,7 +152,7 @@ def test_wrong_prompts_are_refused(tiny):
             tiny.run(prompt)
 
 
-def test_wrong_edits_are_refused_and_say_which(point):
+def test_wrong_edits_are_refused_and_say_which(tiny, point):
     cases = [
         (djinn.Add(np.ones(63)), r"edit 0 \(Add\): a value of shape \(63,\)"),
         (djinn.Set(np.ones((5, 64)), at=(0, -1)), r"edit 0 \(Set\)"),
@@ -160,6 +160,7 @@ def test_wrong_edits_are_refused_and_say_which(point):
         (djinn.Zero(at=(0, 0, 0, 0)), "4 axes indexed, hidden has 3"),
         (djinn.Zero(at=(0, slice(3, 3))), "selects nothing"),
         (djinn.Project(np.zeros(64)), "a direction of length zero"),
+        (djinn.Scale(1e39), r"edit 0 \(Scale\): a factor of 1e.39: float32 holds"),
         (djinn.Project(np.ones(3)), r"needs \(64,\)"),
         (djinn.Patch(point, at=(0, 1), source_at=(0, slice(1, 3))), "the source's part has shape"),
     ]
@@ -168,6 +169,10 @@ def test_wrong_edits_are_refused_and_say_which(point):
             point.resume([edit])
     with pytest.raises(errors.EditError, match=r"edit 1 \(Add\)"):
         point.resume([djinn.Scale(2.0), djinn.Add(np.ones(3))])
+    with pytest.raises(errors.EditError, match=r"branch 1: edit 0 \(Add\): a value of 1e.39"):
+        point.sweep([[], [djinn.Add(1e39)]]).finish()
+    with pytest.raises(errors.EditError, match=r"edit 0 \(Add\): a value of 1e.39: bfloat16 holds"):
+        tiny.run(FRANCE, edits=djinn.Add(1e39))
     for none in (["zero"], np.zeros(3)):
         with pytest.raises(errors.RequestError, match="is no edit"):
             point.resume(none, stop_at=point.layer)
