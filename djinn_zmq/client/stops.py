@@ -71,10 +71,12 @@ class Norm(Condition):
 
     def __init__(self, op: str, value: float) -> None:
         try:
+            if not isinstance(op, str) or isinstance(value, (str, bytes, bool, np.bool_)):
+                raise TypeError
             self._test = wire.Norm(str(op), float(value))
         except (TypeError, ValueError, OverflowError) as exc:
             given = f"{checks.shown(op)}, {checks.shown(value)}"
-            raise StopError(f"Norm({given}): the second is a number") from exc
+            raise StopError(f'Norm({given}): text, such as ">", and a number') from exc
         self._on_wire = ((self._test,),)
 
     def __repr__(self) -> str:

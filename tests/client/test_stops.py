@@ -77,9 +77,22 @@ def test_no_breakpoints_are_none_and_a_run_needs_a_place() -> None:
         wanted_of([], (), "last", 0, 4)
 
 
+def test_a_bound_may_be_any_number_that_numpy_has() -> None:
+    for bound in (2, 2.0, np.float32(2), np.int64(2), np.array(2.0)):
+        assert Norm(">", bound)._on_wire == ((wire.Norm(">", 2.0),),)  # type: ignore[arg-type]
+
+
 def test_what_is_no_condition_is_refused_by_what_it_is() -> None:
     for wrong, text in (
-        (lambda: Norm(">", "much"), "the second is a number"),  # type: ignore[arg-type]
+        (lambda: Norm(">", "much"), "and a number"),  # type: ignore[arg-type]
+        (lambda: Norm(">", "50"), r"Norm\('>', '50'\): text, such as"),  # type: ignore[arg-type]
+        (lambda: Norm(">", b"50"), "and a number"),  # type: ignore[arg-type]
+        (lambda: Norm(">", True), "and a number"),
+        (lambda: Norm(">", np.True_), "and a number"),  # type: ignore[arg-type]
+        (lambda: Norm(">", None), "and a number"),  # type: ignore[arg-type]
+        (lambda: Norm(50, 1.0), r"Norm\(50, 1.0\): text"),  # type: ignore[arg-type]
+        (lambda: Token(b"is"), "text, or an id"),  # type: ignore[arg-type]
+        (lambda: Step("1"), "a whole number"),  # type: ignore[arg-type]
         (lambda: Token(True), "text, or an id"),
         (lambda: Token(1.5), "text, or an id"),  # type: ignore[arg-type]
         (lambda: Step(True), "a whole number"),

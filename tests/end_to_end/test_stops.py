@@ -164,7 +164,7 @@ def test_what_can_never_be_is_refused_and_the_session_goes_on(model, plain):
         (lambda: Break(2, when="nan"), StopError, "use HasNaN"),
         (lambda: HasNaN() or Norm(">", 1), StopError, r"combine with \| and &"),
         (lambda: HasNaN() | 3, StopError, "3 is no condition"),
-        (lambda: Norm(">", "x"), StopError, "is a number"),
+        (lambda: Norm(">", "x"), StopError, "and a number"),
         (lambda: Skip(1.5), EditError, "a number or a path"),
         (lambda: model.run(FRANCE, stop_at=[]), LayerError, "at least one place"),
         (lambda: model.run(FRANCE, stop_at=2.5), LayerError, "a layer is a whole number"),
