@@ -21,14 +21,13 @@ from djinn_zmq.engine.devices import Device
 from djinn_zmq.engine.stepping import Stepper
 from djinn_zmq.errors import ModelRefused, NoTokenizer, PromptError, UnknownModel
 from djinn_zmq.memory.files import facts_of
-from djinn_zmq.settings import MIB, format_bytes
-from djinn_zmq.wire.messages import Load, ModelInfo
+from djinn_zmq.settings import format_bytes
+from djinn_zmq.wire.messages import IDS_LIMIT, Load, ModelInfo
 
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 STAGES = 3
-IDS_LIMIT = MIB // 8  # int64 tokens of one batch: they travel in one frame
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

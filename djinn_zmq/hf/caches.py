@@ -17,6 +17,7 @@ from djinn_zmq.errors import NotServed, RequestError
 from djinn_zmq.hf.tensors import as_tensor, to_numpy, whole
 from djinn_zmq.settings import counted
 from djinn_zmq.wire.forwards import Crop, Repeat
+from djinn_zmq.wire.messages import IDS_LIMIT
 
 
 class RemoteCache(DynamicCache):
@@ -147,14 +148,22 @@ class RemoteCache(DynamicCache):
             raise RequestError(
                 f"{name} with {what}: a list of rows, 0 to {self._rows - 1}, at least one"
             )
+        self._become_rows(name, len(rows))
         self.changes.append(np.ascontiguousarray(rows))
-        self._rows = len(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         times = whole("repeats", repeats, least=1)
         if self._length and times != 1:
+            self._become_rows("repeats", self._rows * times)
             self.changes.append(Repeat(times))
-            self._rows *= times
+
+    def _become_rows(self, name: str, count: int) -> None:
+        """Raises RequestError where no forward's ids have so many rows, as `_select` does and for its reason."""
+        if count > IDS_LIMIT:
+            raise RequestError(
+                f"{name} with {counted(count, 'row')} to come of it: at most {IDS_LIMIT}"
+            )
+        self._rows = count
 
     def crop(self, tokens_to_remove: int) -> None:
         count = -whole("tokens_to_remove", tokens_to_remove)

@@ -19,6 +19,7 @@ from djinn_zmq.wire.tensors import Device, Tensor
 from djinn_zmq.wire.tiers import Kept, TierInfo
 
 VERSION = 1
+IDS_LIMIT = 1 << 17  # tokens of one forward's batch: int64, they travel in one frame of 1 MiB
 
 
 class Flag(IntEnum):

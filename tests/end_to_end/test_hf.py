@@ -634,6 +634,14 @@ def test_a_process_keeps_its_connection_until_that_is_of_no_use_and_a_forked_one
         (lambda _, past: past.batch_select_indices([False]), r"shape \(0,\): a list of rows"),
         (lambda _, past: past.batch_repeat_interleave(0), "repeats=0: a whole number, 1 or more"),
         (lambda _, past: past.batch_repeat_interleave("2"), "repeats='2': a whole number"),
+        (
+            lambda _, past: past.batch_repeat_interleave(1 << 40),
+            "rows to come of it: at most 131072",
+        ),
+        (
+            lambda _, past: past.reorder_cache(torch.zeros(131073).long()),
+            "131073 rows to come of it",
+        ),
         (lambda _, past: past.crop(-1.5), "tokens_to_remove=-1.5: a whole number"),
     ],
 )
@@ -644,4 +652,4 @@ def test_what_is_no_argument_at_all_is_refused_by_its_name_and_with_what_is_allo
     past = remote(torch.tensor(PROMPT)).past_key_values
     with pytest.raises(RequestError, match=said):
         ask(remote, past)
-    assert not past.changes
+    assert not past.changes and past.batch_size == 1
