@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -163,6 +164,19 @@ def test_it_stops_at_modules_one_after_another_and_steps_back_through_them(debug
         "layers.3.self_attn", "norm",
     ]  # fmt: skip
     assert "layers.3.self_attn" in does(debugger, "back") and "paris" in does(debugger, "c", "c")
+
+
+def test_what_one_model_came_to_is_said_in_its_own_tokens_also_when_another_is_chosen(
+    debugger, tmp_path
+):
+    for name in ("config.json", "model.safetensors"):  # tiny without its tokenizer
+        shutil.copy(f"djinn_zmq/models/tiny/{name}", tmp_path)
+    words = does(debugger, f"run {FRANCE}", "break 2", "run", "print")
+    assert "france" in words and debugger.outcome is not None
+    does(debugger, f"model {tmp_path}")
+    assert does(debugger, "print #1") in words
+    assert debugger.outcome is None  # nothing that the next model does is measured by it
+    debugger.model.close()
 
 
 def test_a_bad_path_is_refused_when_it_runs_and_watching_stops_where_it_holds(debugger):

@@ -87,6 +87,7 @@ class Debugger:
         self.branches: list[tuple[str, list[Top]]] = []
         self.over = False
         self._count = 0
+        self._models: dict[int, Model] = {}  # by the numbers of `points`: whose each is
 
     # ---- a line
 
@@ -133,6 +134,7 @@ class Debugger:
                 return number
         self._count += 1
         self.points[self._count] = point
+        self._models[self._count] = self.the_model()
         return self._count
 
     def numbered(self, number: int) -> Checkpoint:
@@ -147,8 +149,15 @@ class Debugger:
     def stand(self, point: Checkpoint | None, stop: Stop | None = None) -> None:
         self.point, self.stop, self.edits = point, stop, []
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Tokens' texts, their ids where there is no tokenizer."""
+    def choose(self, model: Model) -> None:
+        """Work on *model* from now on. What another has come to is no measure of what this one does."""
+        if model is not self.model:
+            self.outcome = None
+        self.model = model
+        self.stand(None)
+
+    def pieces(self, point: Checkpoint, ids: Iterable[int]) -> list[str]:
+        """Tokens' texts as *point*'s model has them, their ids where that has no tokenizer."""
         numbers = [int(one) for one in ids]
-        texts = self.the_model().pieces(numbers)
+        texts = self._models[self.number(point)].pieces(numbers)
         return [text.strip() or str(one) for text, one in zip(texts, numbers, strict=True)]

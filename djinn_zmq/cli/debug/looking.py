@@ -32,7 +32,7 @@ def where(debugger: Debugger, rest: str) -> None:
     )
     tokens = drawing.Text()
     before = () if debugger.stop is None else debugger.stop.before
-    for place, piece in enumerate(debugger.pieces([*before, *point.ids[0]])):
+    for place, piece in enumerate(debugger.pieces(point, [*before, *point.ids[0]])):
         own = place >= len(before)
         tokens.append(f"{place - len(before)}:" if own else "", style="dim")
         tokens.append(f"{piece} ", style="bold" if own else "dim")
@@ -100,7 +100,7 @@ def _print_norms(debugger: Debugger, point: Checkpoint, words: list[str]) -> Non
         return
     norms = point.norms()[0]
     most = float(np.max(norms, where=np.isfinite(norms), initial=0.0)) or 1.0
-    pieces = debugger.pieces(point.ids[0])
+    pieces = debugger.pieces(point, point.ids[0])
     rows = [
         (place, piece, f"{norm:.3f}", drawing.bar(max(norm / most, 1 / drawing.BAR), "blue"))
         for place, (piece, norm) in enumerate(zip(pieces, norms.tolist(), strict=True))
@@ -125,7 +125,7 @@ def _print_attention(debugger: Debugger, point: Checkpoint, words: list[str]) ->
     _no_more(words)
     weights = np.asarray(point.attention(layer), np.float32)[0].mean(0)  # of all heads
     # A layer with a window holds only the last of the past.
-    keys = debugger.pieces([*point.before, *point.ids[0]])[-weights.shape[1] :]
+    keys = debugger.pieces(point, [*point.before, *point.ids[0]])[-weights.shape[1] :]
     rows = [
         (piece, [f"{share:.2f}" for share in row], row.tolist(), False)
         for piece, row in zip(keys[-len(weights) :], weights, strict=True)
@@ -162,7 +162,7 @@ def lens(debugger: Debugger, rest: str) -> None:
     if not rows:
         raise Mistyped("no layer is left, and none before is kept: nothing to look through")
     any_lens = next(iter(rows.values()))[0]
-    heads = debugger.pieces(point.ids[0, list(any_lens.positions)])
+    heads = debugger.pieces(point, point.ids[0, list(any_lens.positions)])
     lines = []
     for layer in sorted(rows):
         found, _ = rows[layer]

@@ -42,9 +42,9 @@ def model(debugger: Debugger, rest: str) -> None:
         debugger.say(str(debugger.the_model()).replace("[", r"\["))
         return
     _only_alone(debugger, "model")
-    debugger.model = debugger.server.model(rest)
-    debugger.stand(None)
-    debugger.say(f"[green]{debugger.model.name}[/]: {counted(debugger.model.num_layers, 'layer')}")
+    chosen = debugger.server.model(rest)
+    debugger.choose(chosen)
+    debugger.say(f"[green]{chosen.name}[/]: {counted(chosen.num_layers, 'layer')}")
 
 
 @word("continue", "c", usage="")
@@ -162,9 +162,9 @@ def attach(debugger: Debugger, rest: str) -> None:
         raise Mistyped("a session or a process is missing: 'info sessions' lists them")
     _only_alone(debugger, "attach")
     session = _named(debugger, rest)
+    chosen = debugger.server.model(session.model)
     debugger.attached = debugger.server.attach(session, stop_at=debugger.stops() or None)
-    debugger.model = debugger.server.model(session.model)
-    debugger.stand(None)
+    debugger.choose(chosen)
     program = naming.shown(session.program)
     whose = f" of {program} (pid {session.pid})" if program else ""
     debugger.say(drawing.Text(f"attached to {session.id:016x} on {session.model}{whose}"))
