@@ -5,6 +5,7 @@ then look at what each got, and go on from what is left.
 """
 
 import asyncio
+import io
 import os
 import re
 import signal
@@ -16,9 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import djinn_zmq as djinn
 from djinn_zmq import aio, errors
+from djinn_zmq.cli.debug import breakpoints, moving
+from djinn_zmq.cli.debug.debugger import Debugger
 from djinn_zmq.client.forwards import Asked
 from tests.end_to_end.conftest import Running, running, until
 
@@ -27,6 +31,7 @@ LONG = np.ones((100, 256), int)  # a run of it takes seconds on one thread
 PAST = np.array([[5, 9, 31]])
 INSIDE = "layers.2.mlp"
 WAIT_S = 30.0
+assert breakpoints and moving  # their words register themselves
 LATE = r"no answer from .* in 0\.05 s: engine 0 is starting: python .*; give it more time"
 
 
@@ -45,6 +50,7 @@ class World:
     gathered: list[Any] = field(default_factory=list)  # the same of three tasks of one loop
     late: list[str] = field(default_factory=list)  # said of what the next engine is too late for
     pinged: str = ""  # the server's answer meanwhile
+    debuggers: dict[str, Debugger] = field(default_factory=dict)  # of `djinn debug`, each attached
 
 
 def bits(array: Any) -> bytes:
@@ -105,7 +111,7 @@ def idle(before) -> Iterator[djinn.Model]:
 def died(before, saved, inside, talk, forward, idle) -> Iterator[World]:
     """The same world after the death."""
     with ExitStack() as stack:
-        threads = stack.enter_context(ThreadPoolExecutor(4))
+        threads = stack.enter_context(ThreadPoolExecutor(5))
 
         def client(**options) -> djinn.Model:
             return stack.enter_context(before.running.connect(**options)).model("tiny")
@@ -116,6 +122,14 @@ def died(before, saved, inside, talk, forward, idle) -> Iterator[World]:
         before.waited["a run that is held"] = threads.submit(program.run, FRANCE)
         attached.wait(WAIT_S)
         before.waited["its debugger"] = threads.submit(attached.wait, WAIT_S)
+        for doing in ("holds a run", "waits"):
+            one = stack.enter_context(before.running.connect())
+            typed = before.debuggers[doing] = Debugger(one, Console(file=io.StringIO(), width=200))
+            program = client()
+            assert typed.do("break 2") and typed.do(f"attach {program.session_id:016x}")
+            if doing == "holds a run":
+                before.waited[f"a run that one {doing}"] = threads.submit(program.run, FRANCE)
+                assert typed.do("continue") and typed.point is not None
         before.waited["a run over the lane"] = threads.submit(client().run, LONG)
         until(lambda: before.tiny.ping() == "running", "it is on its way")
         queued = client(lane=False)
@@ -177,6 +191,16 @@ def test_who_waits_for_an_engine_that_is_killed_is_told_so_and_that_checkpoints_
         died.waited[who].result(WAIT_S)
     if who != "its debugger":
         assert re.search(rf"pid {died.pid}\) was killed by signal 9.*are kept", str(said.value))
+
+
+@pytest.mark.parametrize("doing", ["holds a run", "waits"])
+def test_a_debugger_whose_engine_is_killed_says_so_once_and_is_attached_no_more(died, doing):
+    debugger = died.debuggers[doing]
+    assert not debugger.do("continue")
+    said = debugger.console.file.getvalue()
+    assert re.search(rf"error: .*pid {died.pid}\) was killed by signal 9", said), said
+    assert debugger.attached is debugger.point is debugger.stop is None
+    assert debugger.do(f"run {FRANCE}") and debugger.point.layer == 2
 
 
 def test_in_asyncio_code_too_each_that_waits_is_told(died):

@@ -156,6 +156,11 @@ class Debugger:
         self.model = model
         self.stand(None)
 
+    def end(self) -> None:
+        """It is attached no more, whatever way that came."""
+        self.attached = None
+        self.stand(None)
+
     def pieces(self, point: Checkpoint, ids: Iterable[int]) -> list[str]:
         """Tokens' texts as *point*'s model has them, their ids where that has no tokenizer."""
         numbers = [int(one) for one in ids]

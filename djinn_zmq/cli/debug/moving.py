@@ -15,7 +15,7 @@ from djinn_zmq.cli.debug.debugger import Debugger, word
 from djinn_zmq.cli.debug.reading import Mistyped
 from djinn_zmq.client.looks import Top
 from djinn_zmq.client.run import Checkpoint, Run
-from djinn_zmq.errors import EditError, LayerError, UnknownStop
+from djinn_zmq.errors import DjinnError, EditError, LayerError, Lost, UnknownStop
 from djinn_zmq.settings import counted
 
 WAIT_S = 0.2  # an attached program's next stop is looked for this often, Ctrl-C heard between
@@ -178,9 +178,10 @@ def detach(debugger: Debugger, rest: str) -> None:
         raise Mistyped("attached to nothing")
     if debugger.edits:
         _let_go(debugger)
-    debugger.attached.detach()
-    debugger.attached = None
-    debugger.stand(None)
+    try:
+        debugger.attached.detach()
+    finally:  # an engine that is gone cannot be told, and holds nothing
+        debugger.end()
     debugger.say("detached")
 
 
@@ -251,7 +252,7 @@ def _let_go(debugger: Debugger) -> None:
         try:
             with _pending(debugger) as edits:
                 stop.continue_(edits)
-        except UnknownStop as exc:  # what it does next is to be seen, or that it is dead
+        except (UnknownStop, Lost) as exc:  # what it does next is to be seen, or that it is dead
             debugger.say(f"[yellow]gone[/]: {exc}")
     debugger.stand(None)
 
@@ -261,18 +262,22 @@ def _await(debugger: Debugger) -> None:
     attached = debugger.attached
     assert attached is not None
     passed = len(attached.passed)
-    with _interrupted() as interrupted:
-        stop = None
-        while stop is None and not attached.over and not interrupted():
-            stop = attached.wait(WAIT_S)
+    try:
+        with _interrupted() as interrupted:
+            stop = None
+            while stop is None and not attached.over and not interrupted():
+                stop = attached.wait(WAIT_S)
+    except DjinnError:
+        if attached.over:  # its engine died, say
+            debugger.end()
+        raise
     for kind in attached.passed[passed:]:
         debugger.say(f"a {kind} passed: it does not stop at breakpoints")
     if stop is not None:
         debugger.stand(stop.checkpoint, stop)
         show_place(debugger)
     elif attached.over:
-        debugger.attached = None
-        debugger.stand(None)
+        debugger.end()
         debugger.say(f"[yellow]detached[/]: {attached.reason}")
     else:
         debugger.say("[yellow]not waiting any more[/]; still attached: 'continue' waits again")
