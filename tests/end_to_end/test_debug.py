@@ -246,7 +246,7 @@ def test_a_step_of_a_generation_looks_at_all_tokens_before_it(debugger, served):
 def test_a_process_whose_number_is_also_how_a_session_begins_is_not_guessed(debugger, monkeypatch):
     mine = debugger.model.session_id
     theirs = [
-        SimpleNamespace(id=0x4711 << 48, pid=9, yours=True),
+        SimpleNamespace(id=0x4711 << 48, pid=9, yours=True, model="tiny"),
         SimpleNamespace(id=0xAB << 56, pid=4711, yours=True),
         SimpleNamespace(id=mine, pid=4711, yours=True),
     ]
@@ -256,6 +256,10 @@ def test_a_process_whose_number_is_also_how_a_session_begins_is_not_guessed(debu
     assert not debugger.do("attach 47110")  # not a part of a process's number either
     assert moving._named(debugger, "47110000") is theirs[0]
     assert moving._named(debugger, "9") is theirs[0]
+    assert moving._named(debugger, "0x4711") is theirs[0]
+    theirs[1:] = []
+    assert not debugger.do("attach 0x")  # not the only one there is
+    assert "no session of yours is 0x" in shown(debugger)
 
 
 def test_a_program_that_ends_as_it_is_stepped_leaves_the_debugger(debugger, served):

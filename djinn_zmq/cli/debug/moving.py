@@ -301,12 +301,12 @@ def _named(debugger: Debugger, text: str) -> Any:
     """The session that *text* names."""
     yours = [one for one in debugger.server.sessions() if one.yours]
     mine = {debugger.model.session_id} if debugger.model is not None else set()
+    begin = text.removeprefix("0x") or text  # "0x" alone is how none begins
     # Short processes' numbers are also how some session's begins: that is to be said, not chosen.
     found = [
         one
         for one in yours
-        if f"{one.id:016x}".startswith(text.removeprefix("0x"))
-        or (str(one.pid) == text and one.id not in mine)
+        if f"{one.id:016x}".startswith(begin) or (str(one.pid) == text and one.id not in mine)
     ]
     if not found:
         raise Mistyped(f"no session of yours is {text}: 'info sessions' lists them")
