@@ -328,7 +328,7 @@ class Run:
 
     @property
     def ids(self) -> np.ndarray:
-        """The prompt: int64 (batch, positions), not to be written into."""
+        """The prompt: int64 (batch, positions), not to be written into: `torch.tensor` copies it."""
         return read_only(self._ids)
 
     @property
@@ -361,6 +361,7 @@ class Run:
     @property
     def logits(self) -> Any:
         """The logits asked for, a numpy array in the model's dtype, not to be written into.
+        `torch.tensor(run.logits.astype("float32"))` copies them, also those of bfloat16.
 
         "last": (batch, vocab); "all": (batch, positions, vocab). Raises RequestError where the run
         has none: it is stopped, or only the top few were asked for.
