@@ -129,15 +129,14 @@ class RemoteArray:
             array.flags.writeable = False
             return array
         reply = yield Call(Op.HOLD, Hold(kept.id, "host", False), session=kept.session)
-        held = reply.meta
-        slot = held.tensor.where
         try:
+            slot = reply.meta.tensor.where
             root = np.frombuffer(sharing.arena(slot.arena).view(slot, self.nbytes), np.uint8)
-        except BaseException:
-            self._connection.forget(kept.session, held.hold)
+            end = weakref.finalize(root, self._connection.forget, kept.session, reply.meta.hold)
+            end.atexit = False
+        except BaseException:  # it moved, or a KeyboardInterrupt
+            self._connection.give_back(reply)
             raise
-        end = weakref.finalize(root, self._connection.forget, kept.session, held.hold)
-        end.atexit = False
         return root.view(self.dtype).reshape(self.shape)
 
     def _whole(self) -> Operation[np.ndarray | None]:

@@ -212,6 +212,18 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             self._parcel = None
 
     def _take(self, message: Message) -> Operation[GeneratedToken]:
+        try:
+            token = yield from self._made_of(message)
+        except BaseException:  # a KeyboardInterrupt: nobody will refer to what its forward saved
+            self.session.connection.give_back(message)
+            raise
+        self._said.ids.append(token.id)
+        self._said.passed = False
+        self.tokens.append(token)
+        self.step = token.step + 1
+        return token
+
+    def _made_of(self, message: Message) -> Operation[GeneratedToken]:
         self._on_arrived()
         part: talks.Token = message.meta
         said = self._said
@@ -222,9 +234,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         top = []
         if part.top_ids is not None and part.top_values is not None:
             top = yield from self._tops(part, message)
-        said.ids.append(part.id)
-        said.passed = False
-        token = GeneratedToken(
+        return GeneratedToken(
             id=part.id,
             text=part.text,
             step=part.step,
@@ -233,9 +243,6 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             top=top,
             checkpoints=checkpoints,
         )
-        self.tokens.append(token)
-        self.step = part.step + 1
-        return token
 
     def _saved(self, kepts: Sequence[messages.Kept], said: int) -> dict[int | str, Checkpoint]:
         """The checkpoints of a forward that came behind *said* tokens of this generation."""
@@ -273,16 +280,20 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         reply: talks.Generated = message.meta
         self.reason, self.step, self.layer = reply.reason, reply.step, reply.layer
         self.spans = Spans(reply.spans)
-        ids = np.array(view(reply.ids, message.buffers))[0]
-        if self._said.before is None:
-            self._said.before = ids
-        self.checkpoints = self._saved(reply.checkpoints, len(self.tokens))
         session, stand = self.session, type(self._said.begin)
-        if reply.branch:
-            mark = Mark(session.connection, session.id, reply.branch, ids, self._previous)
-            session.has_said(self._said, stand(mark))
-        else:
-            session.has_said(self._said, stand(None, self.checkpoint))
+        try:
+            ids = np.array(view(reply.ids, message.buffers))[0]
+            if self._said.before is None:
+                self._said.before = ids
+            checkpoints = self._saved(reply.checkpoints, len(self.tokens))
+            mark = None
+            if reply.branch:
+                mark = Mark(session.connection, session.id, reply.branch, ids, self._previous)
+        except BaseException:  # as in `_take`
+            session.connection.give_back(message)
+            raise
+        self.checkpoints = checkpoints
+        session.has_said(self._said, stand(mark, None if mark is not None else self.checkpoint))
         return reply
         yield
 

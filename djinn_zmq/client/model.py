@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.prompts import Prompt, as_int64, ids_of, texts_of
 from djinn_zmq.client.run import Checkpoint, Run, ask
 from djinn_zmq.client.session import Session as Channel
+from djinn_zmq.client.session import opened
 from djinn_zmq.client.stops import Logits, wanted_of
 from djinn_zmq.client.tiers import Returned
 from djinn_zmq.errors import NoSessions, PromptError
@@ -153,9 +155,9 @@ class Model:
 
         if self.info.no_sessions:
             raise NoSessions(f'"{self.name}" serves no sessions: {self.info.no_sessions}')
-        reply = yield Call(Op.OPEN, messages.Open(self.name), progress=self._session.progress)
-        channel = self._session
-        session = Session(channel.connection, channel.drive, channel.progress, reply.meta, static)
+        connection, drive, progress = self.connection, self.drive, self._session.progress
+        make = partial(Session, connection, drive, progress, static=static)
+        session = yield from opened(connection, self.name, progress, make)
         self.server.conversations.add(session)
         return session
 
@@ -293,9 +295,9 @@ class Model:
         if not self._open or self.connection.closed:
             return
         self._open = False
-        self._on_close(self)
-        self.connection.lanes.forget(self.session_id)
         try:
+            self._on_close(self)
+            self.connection.lanes.forget(self.session_id)
             yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
         except BaseException:  # Busy, or a KeyboardInterrupt: said with the next request
             self.connection.forget(self.session_id, 0)

@@ -200,15 +200,18 @@ class Bundles(Stream[T, R]):
                 if part is OVER:
                     assert self._parts.result is not None
                     yield from self._end(self._parts.result)
-            except BaseException:
+                else:
+                    self._ready.extend(self._items(part))
+            except (
+                BaseException
+            ):  # also of one while items were made: those behind it would be taken for them
                 self._over = True
+                self._parts = None
                 self._settle()
                 raise
             if part is OVER:
                 self._parts = None
                 self._settle()
-            else:
-                self._ready.extend(self._items(part))
         return self._ready.popleft()
 
     def _close(self) -> Operation[None]:

@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +12,7 @@ from djinn_zmq.client import checks
 from djinn_zmq.client.calls import CLOSE_S, Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
-from djinn_zmq.client.session import Session
+from djinn_zmq.client.session import Session, opened
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
@@ -62,8 +63,9 @@ class Server:
     def _model(self, name: str) -> Operation[Model]:
         model = self._models.get(name)
         if model is None:
-            reply = yield Call(Op.OPEN, messages.Open(name), progress=self.progress)
-            session = Session(self.connection, self.drive, self.progress, reply.meta)
+            connection, drive, progress = self.connection, self.drive, self.progress
+            make = partial(Session, connection, drive, progress)
+            session = yield from opened(connection, name, progress, make)
             model = self._models[name] = Model(self, session, self._forget)
         return model
 
@@ -139,8 +141,9 @@ class Server:
         target = next((one for one in (yield from self._sessions()) if one.id == number), None)
         if target is None or not target.yours:
             raise UnknownSession(f"session {number:016x} does not exist or is not yours")
-        reply = yield Call(Op.OPEN, messages.Open(target.model), progress=self.progress)
-        session = Conversation(self.connection, self.drive, self.progress, reply.meta, 0)
+        connection, drive, progress = self.connection, self.drive, self.progress
+        make = partial(Conversation, connection, drive, progress, static=0)
+        session = yield from opened(connection, target.model, progress, make)
         self.conversations.add(session)
         attached = Attached(session, target, stop_at)
         yield from attached._begin()

@@ -1,7 +1,7 @@
 """One session on one model, and how its requests are asked. What runs and models share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,24 @@ from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import inline
 
 PIECES_AT_ONCE = 256  # int64 ids of one request: as many fit inside a meta
+
+
+S = TypeVar("S", bound="Session")
+
+
+def opened(
+    connection: Connection,
+    model: str,
+    progress: Progress | None,
+    make: Callable[[messages.Opened], S],
+) -> Operation[S]:
+    """Open a session on *model*: what *make* makes of it. Raises UnknownModel, ModelRefused, Lost."""
+    reply = yield Call(Op.OPEN, messages.Open(model), progress=progress)
+    try:
+        return make(reply.meta)
+    except BaseException:  # a KeyboardInterrupt: nobody will refer to it
+        connection.give_back(reply)
+        raise
 
 
 class Session:

@@ -13,7 +13,7 @@ from djinn_zmq.errors import Lost, ProtocolError, StaleSlot, UnknownCheckpoint
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Slot, Tensor
-from djinn_zmq.wire.tiers import MoveReply
+from djinn_zmq.wire.tiers import HoldReply, MoveReply
 
 WHOLE = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
 
@@ -119,3 +119,19 @@ def test_what_does_not_come_whole_is_no_array(missing: int) -> None:
 def test_what_is_released_while_it_is_copied_is_lost() -> None:
     with pytest.raises(Lost, match="it was released"):
         Reading(1, released=True).array().fetch()
+
+
+def test_a_hold_of_which_no_view_is_made_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    given_back: list[object] = []
+    connection = SimpleNamespace(sharing=Moving(0), give_back=given_back.append, forget=None)
+    slot = Slot(1, 0, 0)
+    held = SimpleNamespace(meta=HoldReply(5, kept(slot).tensor, b"", ()))
+    operation = RemoteArray(cast(Connection, connection), interrupt, kept(slot), None)._view()
+    assert next(operation).op == Op.HOLD
+    monkeypatch.setattr("djinn_zmq.client.arrays.weakref.finalize", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        operation.send(held)
+    assert given_back == [held]

@@ -198,6 +198,23 @@ def test_what_is_interrupted_as_a_part_is_made_is_cancelled(
         assert list(parts) == [] and len(script.cancelled) == 1
 
 
+def test_a_bundle_that_is_interrupted_as_its_items_are_made_is_over_and_skips_none(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with djinn.connect(script.endpoint) as server:
+        bundles = Ones(Session(server.connection, server.drive, None, OPENED))
+        assert next(bundles) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Ones, "_items", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(bundles)
+        server.ping()  # behind what is said of it
+        assert list(bundles) == [] and len(script.cancelled) == 1
+
+
 def test_a_connection_that_is_closed_ends_its_parts_with_an_error(script: Script) -> None:
     with djinn.connect(script.endpoint) as server:
         parts = parts_on(server)

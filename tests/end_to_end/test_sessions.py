@@ -483,6 +483,59 @@ def test_a_session_whose_end_could_not_be_said_ends_with_the_next_request(
         assert not numbers & {one.id for one in server.sessions()}
 
 
+@pytest.mark.parametrize("way", ["model", "session", "attach"])
+def test_a_session_that_nobody_gets_since_he_was_interrupted_is_closed(
+    served, server, tiny, monkeypatch, way
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with served.connect() as client:
+        model = client.model("tiny") if way == "session" else None
+        before = {one.id for one in server.sessions()}
+        opening = {
+            "model": lambda: client.model("tiny"),
+            "session": lambda: model.session(),
+            "attach": lambda: client.attach(tiny.session_id),
+        }[way]
+        with monkeypatch.context() as patch:
+            patch.setattr(client.connection.lanes, "know", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                opening()
+        client.ping()  # behind what is said of it
+        assert {one.id for one in server.sessions()} == before
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_generation_saved_where_it_was_interrupted_is_released(
+    server, tiny, monkeypatch, late
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def kept():
+        mine = next(one for one in server.sessions() if one.id == session.id)
+        return mine.checkpoints, mine.kv
+
+    with tiny.session() as session:
+        start = session.run("the").mark
+        before = kept()
+        generation = session.generate(FRANCE, 2, ends=(), save_at=[1, 2])
+        with monkeypatch.context() as patch:
+            if late:  # when it is over: as the mark is made, with the last forward's checkpoints
+                patch.setattr("djinn_zmq.client.generation.Mark", interrupt)
+            else:
+                patch.setattr("djinn_zmq.client.generation.along", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                generation.finish()
+        assert list(generation) == []
+        del generation
+        session.back(start)
+        gc.collect()
+        tiny.ping()  # what nobody refers to any more is said with the next request
+        until(lambda: kept() == before, "all of it is released")
+
+
 def test_the_same_in_asyncio_code(served):
     async def main():
         async with aio.connect(served.endpoint) as server:
