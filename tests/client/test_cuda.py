@@ -2,11 +2,13 @@
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from djinn_zmq.client import cuda
 from djinn_zmq.client.connection import Connection
@@ -28,19 +30,21 @@ def slot(index: int, generation: int = 1) -> Device:
 
 
 class Gpu:
-    """A client's memory with one writable tensor in slot 0; *written*: the slots copied into."""
+    """A client's memory with one writable tensor in slot 0; *written*: the slots copied into; *done*: what
+    of CUDA was called, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, spare: Device | None) -> None:
         self.written: list[int] = []
+        self.done: list[str] = []
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1,
             getDeviceProperties=lambda number: {"uuid": b"\0"},
             getDevice=lambda: 0,
             ipcOpenMemHandle=lambda handle: BASE,
-            ipcCloseMemHandle=lambda pointer: None,
-            deviceSynchronize=lambda: None,
-            streamSynchronize=lambda stream: None,
-            memcpyAsync=lambda to, *_: self.written.append((to - BASE) // GRANULE),
+            ipcCloseMemHandle=lambda pointer: self.done.append("closed"),
+            deviceSynchronize=lambda: self.done.append("waited for the device"),
+            streamSynchronize=lambda stream: self.done.append("waited for the copy"),
+            memcpyAsync=self.copy,
         )
         cupy = SimpleNamespace(
             cuda=SimpleNamespace(runtime=runtime, Device=lambda number: nullcontext())
@@ -50,9 +54,18 @@ class Gpu:
         self.tensor: Any = SimpleNamespace(
             shape=SHAPE, data_ptr=lambda: BASE, is_contiguous=lambda: True
         )
-        self.memory.tensor = lambda *_: self.tensor  # type: ignore[method-assign]
+        self.memory.tensor = self.make  # type: ignore[method-assign]
         where = Tensor("float32", SHAPE, slot(0))
-        self.memory.writable(where, HANDLE, spare, lambda: None)
+        self.memory.writable(where, HANDLE, spare, lambda: self.done.append("given up"))
+
+    def copy(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+        assert source == BASE
+        self.written.append((to - BASE) // GRANULE)
+        self.done.append("copied")
+
+    def make(self, tensor: Tensor, handle: Handle, end: Callable[[], None]) -> Any:
+        self.end = end  # when nothing refers to the tensor any more
+        return self.tensor
 
     def send(self) -> Tensor:
         sent = self.memory.sent(self.tensor, to_keep=True)
@@ -68,6 +81,33 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 def test_a_spare_is_filled_once_and_without_one_the_tensor_itself_is_named(gpu: Gpu) -> None:
     assert gpu.send().where == slot(1) and gpu.written == [1]
     assert gpu.send().where == slot(0) and gpu.written == [1]
+
+
+def test_edits_are_complete_before_it_is_named_and_the_copy_of_it_too(gpu: Gpu) -> None:
+    assert gpu.memory.sent(gpu.tensor, to_keep=False) is not None
+    assert gpu.done == ["waited for the device"]
+    gpu.send()
+    assert gpu.done[1:] == ["waited for the device", "copied", "waited for the copy"]
+
+
+def test_a_part_of_it_and_one_that_has_gone_are_not_taken_for_the_tensor(gpu: Gpu) -> None:
+    gpu.tensor.shape = (1, 4, 4)  # the first of its channels begin where it does
+    assert gpu.memory.sent(gpu.tensor, to_keep=False) is None
+    gpu.tensor.shape = SHAPE
+    gpu.end()
+    assert gpu.done == ["given up"]
+    assert gpu.memory.sent(gpu.tensor, to_keep=False) is None  # another is there by now
+
+
+def test_the_slabs_of_an_engine_that_is_gone_are_closed_when_the_next_ones_are_opened(
+    gpu: Gpu,
+) -> None:
+    gpu.memory._open(HANDLE)
+    assert not gpu.done and list(gpu.memory._opened) == [HANDLE.data]
+    gpu.memory._open(replace(HANDLE, data=b"another"))  # of the same engine
+    assert not gpu.done and len(gpu.memory._opened) == 2
+    gpu.memory._open(replace(HANDLE, data=b"next", epoch=HANDLE.epoch + 1))
+    assert gpu.done == ["closed", "closed"] and list(gpu.memory._opened) == [b"next"]
 
 
 def test_a_view_with_its_elements_in_another_order_is_not_taken_for_the_tensor(gpu: Gpu) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq.client.calls import Operation
-from djinn_zmq.client.generation import Generation
+from djinn_zmq.client.generation import GeneratedToken, Generation
 from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.talk import Standing, wish_of
-from djinn_zmq.errors import Busy, PromptError
+from djinn_zmq.errors import Busy, LayerError, PromptError
 from djinn_zmq.wire import codec
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Tensor
@@ -84,6 +84,17 @@ def test_what_travelled_with_a_generation_that_gave_nothing_comes_back(
         assert len(settled) == 1
         generation.close()
         assert list(generation) == [] and len(settled) == 1
+
+
+def test_its_checkpoint_is_the_last_that_any_of_its_forwards_kept() -> None:
+    generation = Generation(SimpleNamespace(), "prompt", wish_of(IT, 4))
+    with pytest.raises(LayerError, match="kept no checkpoint"):
+        _ = generation.checkpoint
+    kept: list[dict[int | str, Any]] = [{1: "a", 2: "b"}, {1: "c", "layers.1": "d"}, {}]
+    generation.tokens = [GeneratedToken(7, "", 0, 0.0, None, [], one) for one in kept]
+    assert generation.checkpoint == "d"  # type: ignore[comparison-overlap]
+    generation.checkpoints = {3: "e"}  # type: ignore[dict-item]
+    assert generation.checkpoint == "e"  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("script", [(0, "silence")], indirect=True)

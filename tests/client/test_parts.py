@@ -4,6 +4,7 @@ The server is a script: it says what a test tells it to, over a real socket.
 """
 
 import asyncio
+import gc
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import djinn_zmq as djinn
 from djinn_zmq import aio
 from djinn_zmq.bus.router import Router
 from djinn_zmq.client.calls import Call
+from djinn_zmq.client.parcels import Parcel
 from djinn_zmq.client.parts import Bundles, Parts, Stream
 from djinn_zmq.client.session import Session
 from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, PromptError
@@ -196,6 +198,49 @@ def test_what_is_interrupted_as_a_part_is_made_is_cancelled(
             next(parts)
         server.ping()  # behind what is said of it
         assert list(parts) == [] and len(script.cancelled) == 1
+
+
+class Packed(Ones):
+    """Bundles of two, whose request travels with something."""
+
+    def _more(self):
+        ask = super()._more()
+        if ask is not None:
+            self._pack()
+        return ask
+
+    def _items(self, message):
+        return super()._items(message) * 2
+
+
+@pytest.mark.parametrize("how", ["finished", "closed", "dropped", "interrupted"])
+def test_what_travels_with_a_bundle_comes_back_once_and_what_is_left_of_it_is_cancelled(
+    script: Script, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    back: list[str] = []
+    monkeypatch.setattr(Parcel, "settle", lambda _: back.append("settled"))
+    monkeypatch.setattr(Parcel, "drop", lambda _: back.append("dropped"))
+    with djinn.connect(script.endpoint) as server:
+        bundles = Packed(Session(server.connection, server.drive, None, OPENED))
+        assert next(bundles) == 0 and not back
+        if how == "finished":
+            assert len(list(bundles)) == 199
+        elif how == "closed":
+            bundles.close()
+            server.ping()  # behind it
+            assert len(script.cancelled) == 1  # also while something still refers to it
+        elif how == "interrupted":
+            assert next(bundles) == 0
+            monkeypatch.setattr(bundles, "_items", None)  # any error
+            with pytest.raises(TypeError):
+                next(bundles)
+        if how != "dropped":
+            assert back == ["settled"] and list(bundles) == []
+        del bundles
+        gc.collect()
+        assert back == ["dropped" if how == "dropped" else "settled"]
+        server.ping()  # behind what is said of it
+        assert len(set(script.cancelled)) == (how != "finished")
 
 
 def test_a_bundle_that_is_interrupted_as_its_items_are_made_is_over_and_skips_none(
