@@ -49,16 +49,16 @@ class Kept(Protocol):
 class _Valued:
     """An edit with an array of values."""
 
-    __slots__ = ("array", "at", "largest")
+    __slots__ = ("_most", "array", "at")
 
     def __init__(self, value: Any, at: Any = ...) -> None:
         self.array = _values(type(self).__name__, value)
         self.at = index_of(at)
         # Looked for here, once: the same edit is made again and again.
-        self.largest = _largest(self.array)
+        self._most = _largest(self.array)
 
     def _check(self, dtype: str) -> None:
-        _held("a value", self.largest, dtype)
+        _held("a value", self._most, dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.array.dtype} {self.array.shape}{_at(self.at)})"
