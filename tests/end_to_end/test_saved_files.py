@@ -8,7 +8,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq.client import model as model_room
-from djinn_zmq.errors import BadFile
+from djinn_zmq.errors import BadFile, RequestError
 from djinn_zmq.memory import files
 from tests.end_to_end.conftest import until
 
@@ -41,6 +41,18 @@ def test_what_a_file_was_made_a_checkpoint_of_is_released_if_nobody_gets_it(
         tiny.load_checkpoint(path)
     tiny.ping()
     until(lambda: server.status().memory.checkpoints == before, "it is released")
+
+
+def test_what_needs_more_than_a_file_holds_is_not_written_and_the_file_there_stays(tiny, tmp_path):
+    path = tmp_path / "point.safetensors"
+    path.write_bytes(b"precious")
+    with pytest.raises(RequestError, match=r"inside a layer, at layers\.1\.mlp: save one between"):
+        tiny.run(FRANCE, stop_at="layers.1.mlp").checkpoint.save(path)
+    with tiny.session() as session:
+        session.run(FRANCE)
+        with pytest.raises(RequestError, match="the keys and values of 6 tokens, which are not"):
+            session.run("paris", stop_at=2).checkpoint.save(path)
+    assert path.read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(

@@ -572,3 +572,17 @@ def test_the_same_in_asyncio_code(served):
             with server.model("tiny").session() as session:
                 alone.append(said(session.generate(prompt, 5, ends=(), logits="last")))
     assert together == alone
+
+
+def test_a_checkpoint_of_each_step_knows_the_tokens_of_its_forward_and_those_before(tiny):
+    prompt = tiny.encode(FRANCE).tolist()
+    with tiny.session() as session:
+        stopped = session.generate(FRANCE, 3, ends=(), stop_at=2).finish()  # before any token
+        for step in range(3):
+            point = stopped.checkpoint
+            said = session.ids.tolist()
+            assert said == [*point.before, *point.ids[0]] and len(said) == point.position
+            assert len(point.ids[0]) == (len(prompt) if step == 0 else 1)
+            assert said[: len(prompt)] == prompt
+            stopped = stopped.resume().finish()
+        assert stopped.reason == "length"
