@@ -15,10 +15,13 @@ from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.cuda import CudaMemory
 from djinn_zmq.client.lanes import Lanes
 from djinn_zmq.client.sharing import Sharing
+from djinn_zmq.client.tiers import Tiered
+from djinn_zmq.errors import RequestError
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.settings import Settings
+from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Device, Tensor
-from djinn_zmq.wire.tiers import Handle
+from djinn_zmq.wire.tiers import Handle, HoldReply
 
 BASE = 1 << 40  # where the slab is opened
 SHAPE = (1, 4, 8)
@@ -142,6 +145,30 @@ def test_a_spare_whose_request_was_refused_may_be_offered_again(gpu: Gpu) -> Non
     assert gpu.send().where == slot(0)
     gpu.memory.restock(gpu.tensor, gpu.send(), slot(1))
     assert gpu.send().where == slot(1) and gpu.written == [1, 1]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_hold_of_which_no_tensor_is_made_is_given_back(copy: bool) -> None:
+    def refuses(*_: object) -> None:
+        raise RequestError("this process does not see the engine's GPU")
+
+    given_back: list[tuple[int, int]] = []
+    memory = SimpleNamespace(tensor=refuses, writable=refuses)
+    point: Any = Tiered()
+    point._kept = SimpleNamespace(id=11, session=7)
+    point._session = SimpleNamespace(
+        connection=SimpleNamespace(
+            sharing=SimpleNamespace(cuda=lambda: memory),
+            forget=lambda *one: given_back.append(one),
+        )
+    )
+    operation = point._cuda(copy=copy)
+    assert next(operation).op == Op.HOLD
+    with pytest.raises(RequestError, match="does not see"):
+        operation.send(
+            SimpleNamespace(meta=HoldReply(5, Tensor("float32", SHAPE, slot(0)), HANDLE))
+        )
+    assert given_back == [(7, 5)]
 
 
 class Array:
