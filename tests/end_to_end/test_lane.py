@@ -175,9 +175,9 @@ with djinn.connect(sys.argv[1]) as server:
 """
 
 
-def test_twenty_thousand_requests_of_four_clients_at_once_are_neither_lost_nor_mixed(served):
+def test_forty_thousand_requests_of_four_clients_at_once_are_neither_lost_nor_mixed(served):
     with subprocess_group(
-        [[sys.executable, "-c", ASKER, served.endpoint, "5000", str(n)] for n in range(4)]
+        [[sys.executable, "-c", ASKER, served.endpoint, "10000", str(n)] for n in range(4)]
     ) as clients:
         for client in clients:
             assert client.stdout.readline() == b"ready\n"
