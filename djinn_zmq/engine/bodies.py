@@ -12,6 +12,7 @@ import numpy as np
 
 from djinn_zmq.engine.slabs import DeviceSlot
 from djinn_zmq.memory.arena import Lease
+from djinn_zmq.memory.files import MARK
 from djinn_zmq.wire.tensors import File, Tensor, Where
 from djinn_zmq.wire.tiers import TIERS
 
@@ -59,7 +60,7 @@ class Body:
         if self.host is not None:
             where = self.host.slot
         elif self.disk:
-            where = File(self.disk)
+            where = File(self.disk, self.facts.get(MARK, ""))
         else:
             assert self.device is not None
             where = self.device.where

@@ -22,8 +22,6 @@ from djinn_zmq.settings import format_bytes
 
 _log = logging.getLogger(__name__)
 
-MARK = "mark"  # in a file's metadata: no other file has the same
-
 
 class Disk:
     def __init__(self, folder: Path | None, limit: int, wake: Callable[[], None]) -> None:
@@ -110,21 +108,19 @@ class Disk:
         def work() -> None:
             if named is not None:
                 named.exception()
-            saved = files.read(path)
+            saved = files.read(path, mark)
             if saved.hidden.nbytes != len(target):
                 raise files.BadFile(
                     f"{path} holds {saved.hidden.nbytes} bytes of hidden, not {len(target)}"
                 )
-            if mark and saved.metadata.get(MARK) != mark:
-                raise files.BadFile(f"{path} is another file than was written there")
             files.read_into(saved, saved.hidden, target)
 
         return self._watched(self._reader.submit(work))
 
-    def stored(self, number: int) -> Saved:
-        """What the file of *number* says of itself. Raises BadFile where there is none."""
+    def stored(self, number: int, mark: str = "") -> Saved:
+        """What the file of *number* says of itself. mark: as in `load`. Raises BadFile where there is none."""
         assert self.folder is not None
-        return files.read(files.path_of(self.folder, number))
+        return files.read(files.path_of(self.folder, number), mark)
 
     def remove(self, number: int, heir: int = 0) -> None:
         """Checkpoint *number* has no file any more. heir: one that shared it, and has it now, whether it

@@ -20,7 +20,7 @@ from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.engine.arenas import Arenas
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Cpu, Device
-from djinn_zmq.engine.disk import MARK, Disk
+from djinn_zmq.engine.disk import Disk
 from djinn_zmq.engine.holds import Holds
 from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import Slabs, Spare
@@ -33,10 +33,10 @@ from djinn_zmq.errors import (
     ProtocolError,
     UnknownCheckpoint,
 )
-from djinn_zmq.memory.files import FORMAT
+from djinn_zmq.memory.files import FORMAT, MARK
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.messages import Kept
-from djinn_zmq.wire.tensors import DTYPES, Slot, Tensor, Where, view
+from djinn_zmq.wire.tensors import DTYPES, File, Slot, Tensor, Where, view
 from djinn_zmq.wire.tensors import Device as DeviceWhere
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
@@ -417,17 +417,17 @@ class Keeping:
                 if "disk" not in kept.tiers:
                     raise
         if "disk" in kept.tiers and self.disk.folder is not None:
-            self._adopt_file(body, kept.id)
+            self._adopt_file(body, kept.id, where.mark if isinstance(where, File) else "")
         if body.host is None and not body.disk:
             raise Lost("it was on a device")
         self.room.add(body)
         self._adopted_bodies[where] = body
         return body
 
-    def _adopt_file(self, body: Body, number: int) -> None:
+    def _adopt_file(self, body: Body, number: int, mark: str) -> None:
         """Its file, where that holds what it should. Raises BadFile where nothing else does."""
         try:
-            saved = self.disk.stored(number)
+            saved = self.disk.stored(number, mark)
             if (saved.hidden.dtype, saved.hidden.shape) != (body.dtype, body.shape):
                 raise BadFile(f"{saved.path} holds {saved.hidden.dtype} {saved.hidden.shape}")
             said = saved.metadata

@@ -17,13 +17,13 @@ import torch
 
 from djinn_zmq.engine.bodies import Body
 from djinn_zmq.engine.devices import Device
-from djinn_zmq.engine.disk import MARK
 from djinn_zmq.engine.room import Room
 from djinn_zmq.engine.slabs import COPIES, DeviceSlot, Spare
 from djinn_zmq.engine.storing import Storing
 from djinn_zmq.engine.writing import Moved
 from djinn_zmq.errors import ArenaFull, BadFile, RequestError
 from djinn_zmq.memory.arena import Lease
+from djinn_zmq.memory.files import MARK
 
 
 class Tiers:

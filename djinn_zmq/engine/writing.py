@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from djinn_zmq.engine.bodies import Body
-from djinn_zmq.engine.disk import MARK, Disk
+from djinn_zmq.engine.disk import Disk
+from djinn_zmq.memory.files import MARK
 from djinn_zmq.wire.tensors import over
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ class Writing:
         body.moving = True
         self._disk.used += body.nbytes
         numbers = sorted(body.checkpoints)
-        # A whole file, with checksums that are right, may still be another's that was moved there.
         body.facts[MARK] = secrets.token_hex(8)
         future = self._disk.save(numbers, arrays, body.facts)
         self._under_way.append(_UnderWay(body, numbers, future, time.perf_counter_ns()))

@@ -61,6 +61,7 @@ KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+MARK = "mark"  # in the metadata of a state directory's file: no other has the same
 _DTYPES = {stored: name for name, stored in NAMES.items()}
 
 
@@ -235,8 +236,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def read(path: Path) -> Saved:
-    """What the file *path* holds, every word of it checked. Raises BadFile, naming the fault."""
+def read(path: Path, mark: str = "") -> Saved:
+    """What the file *path* holds, every word of it checked. Raises BadFile, naming the fault.
+
+    mark: of the file that was written there, "" where that is not known: a whole file, with checksums that are
+    right, may still be another's that was moved there.
+    """
     with _opened(path) as fd:
         size = os.fstat(fd).st_size
         start = os.pread(fd, LENGTH.size, 0)
@@ -276,6 +281,8 @@ def read(path: Path) -> Saved:
         raise BadFile(f"{path} is no checkpoint of Djinn's: it says no layer")
     if ids.dtype != "int64" or len(hidden.shape) != 3 or hidden.shape[:2] != ids.shape:
         raise BadFile(f"{path}: ids {ids.dtype} {ids.shape} do not fit hidden {hidden.shape}")
+    if mark and metadata.get(MARK) != mark:
+        raise BadFile(f"{path} is another file than was written there")
     whole = data + hidden.nbytes + ids.nbytes
     if size < whole:
         raise BadFile(f"{path} is cut short: {whole} bytes are needed, it has {size}")

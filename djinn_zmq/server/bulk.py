@@ -39,7 +39,8 @@ def read(
     elif isinstance(where, File) and state is not None:
         own = files.path_of(Path(state), record.kept.id)
         # Whose file it was made to share may have been released since; its own link may be still to come.
-        saved = files.read(own if own.exists() else files.path_of(Path(state), where.number))
+        other = files.path_of(Path(state), where.number)
+        saved = files.read(own if own.exists() else other, where.mark)
         whole = files.mapped(saved, saved.hidden)
         if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")

@@ -85,7 +85,8 @@ class Returned:
             _log.warning("checkpoint %x after layer %d is removed: %s", number, saved.layer, reason)
             path.unlink(missing_ok=True)
             return
-        hidden = Tensor(saved.hidden.dtype, saved.hidden.shape, File(number))
+        where = File(number, saved.metadata.get(files.MARK, ""))
+        hidden = Tensor(saved.hidden.dtype, saved.hidden.shape, where)
         kept = Kept(number, 0, number, saved.layer, hidden, tiers=("disk",))
         self._found[number] = Found(saved, kept, owner, path.stat().st_ino)
 

@@ -58,6 +58,7 @@ class Device(msgspec.Struct, frozen=True, array_like=True, tag=3, forbid_unknown
 
 class File(msgspec.Struct, frozen=True, array_like=True, tag=4, forbid_unknown_fields=True):
     number: int  # of the checkpoint whose file it is
+    mark: str = ""  # that stands in it, and in no other; "": not known
 
 
 Where = Inline | Frame | Slot | Device | File

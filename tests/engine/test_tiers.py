@@ -386,6 +386,17 @@ def test_a_file_of_another_layer_is_not_adopted_and_of_what_is_its_mark_is_known
             in_turns(brought(keeping, last, "host"))
 
 
+def test_a_file_of_another_checkpoint_that_was_moved_while_no_engine_was_up_is_not_adopted(
+    server: ServerSide, state: Path
+) -> None:
+    with running(server, state=state) as keeping:
+        kepts = [evicted(keeping, kept_in(keeping, value)).kept for value in (1, 2, 3)]
+    server.settle()
+    path_of(state, kepts[1].id).replace(path_of(state, kepts[0].id))
+    with running(server, state=state) as keeping:
+        assert keeping.adopt([kepts[0], kepts[2]], IDS, OWNER) == [kepts[0].id]
+
+
 def test_what_is_evicted_to_host_memory_is_there_though_it_has_a_file(keeping: Keeping) -> None:
     entry = evicted(keeping, kept_in(keeping))
     in_turns(brought(keeping, entry, "device"))

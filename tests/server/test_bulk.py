@@ -3,6 +3,7 @@
 import os
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -111,6 +112,21 @@ def test_a_file_that_holds_another_tensor_is_not_read(tmp_path: Path) -> None:
         record = KeptRecord(kept, Tensor("int64", (1, 2), Frame(0)))
         with pytest.raises(BadFile, match=r"holds float32 \(1, 2, 4\)"):
             read(record, Read(8, (), 0, PIECE_LIMIT), cast(Arenas, None), str(tmp_path))
+
+
+def test_a_whole_file_of_another_checkpoint_that_was_moved_there_is_not_read(tmp_path: Path) -> None:
+    whole = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    arrays = {"hidden": whole, "ids": np.zeros((1, 2), np.int64)}
+    facts = {"format": files.FORMAT, "layer": "2", files.MARK: "of another"}
+    files.write(files.path_of(tmp_path, 8), arrays, facts)
+    for mark, read_as in (("of another", whole.tobytes()), ("its own", None)):
+        kept = Kept(8, 1, 1, 2, Tensor("float32", whole.shape, File(8, mark)))
+        record = KeptRecord(kept, Tensor("int64", (1, 2), Frame(0)))
+        with nullcontext() if read_as else pytest.raises(BadFile, match="another file than was"):
+            _, (data,) = read(
+                record, Read(8, (), 0, PIECE_LIMIT), cast(Arenas, None), str(tmp_path)
+            )
+            assert data == read_as
 
 
 def test_a_piece_is_of_the_selection_and_no_larger_than_a_frame() -> None:
