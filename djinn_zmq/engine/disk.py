@@ -131,8 +131,9 @@ class Disk:
 
         def work() -> None:
             with contextlib.suppress(FileNotFoundError):
-                if heir:
-                    path.replace(inherited)  # of two links to one file both stay
+                # A link of its own stays as it is: under *number* may stand another file by now.
+                if heir and not inherited.exists():
+                    path.replace(inherited)
                 path.unlink()
 
         future = self._writer.submit(work)

@@ -108,6 +108,22 @@ def test_a_file_that_has_lost_its_number_is_the_others_whether_they_could_be_lin
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_of_its_own_stays_though_another_file_was_moved_to_the_number_that_ends(
+    tmp_path: Path,
+) -> None:
+    disk = Disk(tmp_path, 1024 * KIB, lambda: None)
+    arrays = {"hidden": np.zeros((1, 2, 4), np.float32), "ids": IDS}
+    disk.save([7, 8], arrays, {"format": FORMAT, "layer": "2"}).result(10)
+    data = path_of(tmp_path, 8).read_bytes()
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"another's")
+    foreign.replace(path_of(tmp_path, 7))
+    disk.remove(7, 8)
+    wait_for(disk)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
+    disk.close()
+
+
 @pytest.mark.parametrize("inherits", [False, True])
 def test_a_file_is_read_when_it_has_the_number_that_it_is_read_under(
     tmp_path: Path, inherits: bool
