@@ -98,7 +98,8 @@ class Mover:
         tier = asked.tier or ("device" if self._keeping.room.slabs.limit else "host")
         for entry in job.entries:
             begin_ns = time.perf_counter_ns()
-            self._check_there(entry)
+            if entry.id not in self._keeping.entries:
+                continue
             if asked.down:
                 yield from tiers.evict(entry.body, tier)
             else:
@@ -107,14 +108,11 @@ class Mover:
                     yield from tiers.bring(entry.body, tier)
                 finally:
                     self._keeping.let_go(entry)
-            self._check_there(entry)
             job.watch.add("evict" if asked.down else "prefetch", time.perf_counter_ns() - begin_ns)
+        for entry in job.entries:  # whenever it was released: before its turn, in it or behind it
+            if entry.id not in self._keeping.entries:
+                raise UnknownCheckpoint.numbered(entry.id)
         job.advance("finish")
-
-    def _check_there(self, entry: Entry) -> None:
-        """Raises UnknownCheckpoint where *entry* was released since it was asked for, or while it waited."""
-        if entry.id not in self._keeping.entries:
-            raise UnknownCheckpoint.numbered(entry.id)
 
     def _find(self, number: int, session: EngineSession) -> Entry:
         entry = self._keeping.find(number, session.owner)

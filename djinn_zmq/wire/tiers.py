@@ -100,7 +100,8 @@ class Published(msgspec.Struct, **message(Op.EVENTS)):
 
 
 class Move(msgspec.Struct, **message(Op.MOVE)):
-    """Checkpoints down to *tier* (evict), or up to it (prefetch). Answered when they are there."""
+    """Checkpoints down to *tier* (evict), or up to it (prefetch). Answered when they are there; with an error
+    that names it where one was released meanwhile, and the others are there."""
 
     ids: tuple[int, ...]
     tier: str  # "device", "host", "disk"; "": up to the fastest that there is

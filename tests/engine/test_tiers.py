@@ -131,6 +131,27 @@ def test_what_is_released_before_its_turn_to_be_moved_comes_takes_no_room(
     assert not keeping.disk.trouble
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("tier", "down"), [("host", False), ("disk", True)])
+def test_what_is_released_behind_its_turn_in_it_or_before_is_named_and_the_others_are_moved(
+    keeping: Keeping, tier: str, down: bool, place: int
+) -> None:
+    entries = [kept_in(keeping) for _ in range(3)]
+    if not down:
+        for entry in entries:
+            evicted(keeping, entry)
+    asked = Move(tuple(entry.id for entry in entries), tier, down)
+    session, model = EngineSession(1, OWNER, "tiny"), object()
+    _, turns = mover(keeping).move(asked, (), session, model, Stopwatch(), shared=True)
+    while not entries[1].body.moving:
+        next(turns)
+    released = entries.pop(place)
+    keeping.drop([released.id])
+    with pytest.raises(UnknownCheckpoint, match=f"checkpoint {released.id:#x} does not exist"):
+        in_turns(turns)
+    assert all(tier in entry.body.tiers for entry in entries)
+
+
 def test_what_is_released_while_it_waits_to_be_moved_takes_no_room(keeping: Keeping) -> None:
     entry = kept_in(keeping)
     keeping.hold(entry)  # a run uses it
