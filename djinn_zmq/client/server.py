@@ -15,7 +15,7 @@ from djinn_zmq.client.model import Model
 from djinn_zmq.client.session import Session, opened
 from djinn_zmq.client.stops import breaks_of
 from djinn_zmq.client.waiting import WaitingConnection
-from djinn_zmq.errors import DjinnError, RequestError, UnknownSession
+from djinn_zmq.errors import Busy, Closed, DjinnError, Lost, RequestError, UnknownSession
 from djinn_zmq.settings import LONGEST, Settings, default_endpoint
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import RunInfo, Runs
@@ -159,23 +159,30 @@ class Server:
         return reply.meta.within_s
 
     def close(self) -> Any:
-        """End this client's sessions and close the connection."""
+        """End this client's sessions and close the connection. What keeps a session from being ended is raised
+        when all the others, and the connection, have been."""
         return self.drive(self._close())
 
     def _close(self) -> Generator[Any, Any, None]:
+        failure: DjinnError | None = None
         try:
             if self.connection.sharing.lease is None:  # else its end of file says it
-                for model in list(self._models.values()):
-                    yield Call(
-                        Op.CLOSE, messages.Close(), session=model.session_id, timeout_s=CLOSE_S
-                    )
-                for conversation in list(self.conversations):
-                    yield from conversation.end()
-        except DjinnError:
-            pass  # the server is gone or busy; it finds out by itself
+                endings = [_end(model.session_id) for model in self._models.values()]
+                endings += [conversation.end() for conversation in self.conversations]
+                for ending in endings:
+                    try:
+                        yield from ending
+                    except UnknownSession:
+                        pass  # it has ended already
+                    except (Busy, Closed, Lost):
+                        break  # the server is gone or busy; it finds out by itself
+                    except DjinnError as exc:
+                        failure = failure or exc
         finally:
             self._models.clear()
             self.connection.close()
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> Self:
         return self
@@ -190,6 +197,10 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<server at {self.connection.endpoint}>"
+
+
+def _end(session: int) -> Operation[Any]:
+    return (yield Call(Op.CLOSE, messages.Close(), session=session, timeout_s=CLOSE_S))
 
 
 def _number_of(session: Any) -> int:
