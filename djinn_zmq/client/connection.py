@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
@@ -206,8 +206,11 @@ class Connection:
         except (OverflowError, TypeError, UnicodeEncodeError) as exc:
             # A layer of 2**70, say, or half a character.
             raise RequestError(f"what was asked for can't be sent: {exc}") from exc
-        if session and self.lanes.wanted and call.op in ON_LANES:
-            call.lane = self._lane_of(session)
+        if session:
+            if self.lanes.wanted and call.op in ON_LANES:
+                call.lane = self._lane_of(session)
+        elif not self._lease_holds():  # what stands in that server's place would answer
+            self._lose_all()
         call.sent_ns = perf_counter_ns()  # now: the answer may be there before send is back
         if call.lane is None:
             self._dealer.send(frame, buffers)
@@ -349,8 +352,10 @@ class Connection:
 
     def alive(self) -> bool:
         """Is the other end still there, as far as this machine can tell?"""
-        if self._dealer.lost():
-            return False
+        return not self._dealer.lost() and self._lease_holds()
+
+    def _lease_holds(self) -> bool:
+        """The same by the lease socket alone, where there is one: at its end it ends for good."""
         try:
             for news in self.sharing.news():
                 if isinstance(news, messages.Broken):
@@ -367,9 +372,12 @@ class Connection:
     def check_alive(self) -> None:
         """Raises Lost where the server is gone; then all that was asked of it is, though it be back already."""
         if not self.alive():
-            lost = self.gone()
-            self.fail_all(lost)
-            raise lost
+            self._lose_all()
+
+    def _lose_all(self) -> NoReturn:
+        lost = self.gone()
+        self.fail_all(lost)
+        raise lost
 
     def look(self) -> None:
         """Raises Lost where the server is gone, as far as this machine can tell. Does not wait for

@@ -73,7 +73,8 @@ class Server:
         self._models = {name: one for name, one in self._models.items() if one is not model}
 
     def ping(self) -> Any:
-        """To the server and back: "serving"."""
+        """To the server and back: "serving". Raises Lost where it is gone, also from a connection that shares memory
+        with it when another serves in its place: nothing of this client is there."""
         return self.drive(self._ping())
 
     def _ping(self) -> Operation[str]:

@@ -1,6 +1,7 @@
 """What is left of a request whose client stops waiting for it."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 
 import djinn_zmq as djinn
 from djinn_zmq import aio
+from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client import run as run_room
 from djinn_zmq.client.calls import LOOK_S, PIECE, Call, Operation, T
 from djinn_zmq.client.connection import RELEASED_AT_ONCE, WINDOW, Connection
@@ -86,6 +88,19 @@ def test_who_stops_waiting_cancels_and_takes_back_what_travelled_with_it_at_once
         assert not server.connection._calls
         assert server.ping() == "scripted"
         assert len(slow.cancelled) == 1
+
+
+def test_who_shared_memory_with_a_server_that_is_gone_asks_nothing_of_who_serves_in_its_place(
+    script: Script,
+) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with djinn.connect(script.endpoint) as server:
+        server.connection.sharing.lease = LeaseSocket(ours)
+        assert server.ping() == "scripted"
+        theirs.close()
+        for ask in (server.ping, server.status, server.ping, server.stop):
+            with pytest.raises(Lost, match="is gone: once it is back, connect again"):
+                ask()
 
 
 def test_a_session_that_is_opened_when_nobody_waits_for_it_any_more_is_closed(slow: Slow) -> None:
