@@ -61,6 +61,7 @@ class Engine:
         # FAILED, and asked for: starts it once more, or raises Lost.
         self.on_wanted: Callable[[Engine], None] = lambda engine: None
         self._death = ""  # how the last process ended
+        self._started_s = 0.0  # monotonic: when it began
         self._settings = settings
         self._held: deque[Outgoing] = deque()
         self._held_asked = self._held_bytes = 0  # of these are clients'
@@ -108,6 +109,7 @@ class Engine:
         finally:
             theirs.close()
             link_ends.close()
+        self._started_s = time.monotonic()
         self.detail = "starting: python and torch are being loaded"
         _log.info("engine %d starts on %s, pid %d", self.index, self.device, self.pid)
 
@@ -249,7 +251,7 @@ class Engine:
             self.advance("die")
             self._death = reason
         self.detail = self._death
-        _log.warning("%s", self.detail)
+        _log.warning("%s; it had run for %.1f s", self.detail, now - self._started_s)
         return owed, reason
 
     def give_up(self, reason: str) -> None:
@@ -284,7 +286,12 @@ class Engine:
             try:
                 self._process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                _log.warning("engine %d did not end in time: killed", self.index)
+                ran_s = time.monotonic() - self._started_s
+                _log.warning(
+                    "engine %d did not end in time: killed; it had run for %.1f s",
+                    self.index,
+                    ran_s,
+                )
             self._end_process()
         if self.state is not states.Engine.STOPPED:
             self.advance("stop")

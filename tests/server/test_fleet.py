@@ -1,6 +1,7 @@
 """The engines together, with no process behind them: what is left when one cannot be started."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ def test_who_waits_for_as_many_sessions_as_he_may_have_waits_for_no_more() -> No
 
 
 def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[bytes] = []
     fleet = fleet_of(Registry(1), lambda _, frame, __: answers.append(frame))
@@ -129,6 +130,8 @@ def test_an_engine_that_cannot_be_started_again_stays_down_and_says_why(
     assert str(error) == str(told)
     assert "being started again" not in str(told)
     assert "was killed by signal 9; it cannot be started again: 8.0 MiB" in str(told)
+    logged = r"engine 0 \(pid \d+\) was killed by signal 9; it had run for \d+\.\d s"
+    assert re.search(logged, caplog.text)
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(Lost, match=r"engine 0 is down: .*cannot be started again: 8.0 MiB"):
         fleet.load("tiny", "tiny")
