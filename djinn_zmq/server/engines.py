@@ -55,6 +55,7 @@ class Engine:
         self.models: dict[str, ModelInfo] = {}
         self.sources: dict[str, str] = {}  # of every model it was told to load, for its successor
         self.loading: str | None = None
+        self.tells = False  # was it told to tell of runs?
         # (session, request) → who asked last, which is who is answered, and what.
         self.owed: dict[tuple[int, int], tuple[bytes, Header]] = {}
         self.retry_s = 0.0  # FAILED: from then on it may be started once more (monotonic)
@@ -236,6 +237,7 @@ class Engine:
         self.owed.clear()
         self.models.clear()
         self.loading = None
+        self.tells = False
         self._hold_nothing()
         self._close_ends()
         now = time.monotonic()

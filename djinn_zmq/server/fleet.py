@@ -65,7 +65,7 @@ class Fleet:
         self._reply = reply
         self._opening: dict[tuple[int, str], list[Opening]] = {}
         self.shelving = Shelving(self.engines, registry, settings)
-        self._tells = False  # are engines to tell of runs?
+        self._tells = False  # does anybody listen to what engines tell of runs?
         self.on_start: Callable[[Engine], None] = lambda engine: None  # a process runs
         registry.on_move = self._enter
         for engine in self.engines:
@@ -206,8 +206,7 @@ class Fleet:
             engine.on_ready(meta)
             text = f"engine {engine.index} is ready on {meta.device}, pid {meta.pid}"
             self._journal.tell("engine", text)
-            if self._tells:
-                engine.tell(Op.TELL, Tell(True))
+            self._tell_of_runs(engine)
             self._tell_unclaimed(engine)
         elif message.header.op == Op.LOAD:
             self._on_load(engine, message)
@@ -224,7 +223,7 @@ class Fleet:
         elif isinstance(meta, Moved):
             self._on_moved(meta)
         elif isinstance(meta, Happened):
-            self._on_happened(message.header.session, meta)
+            self._on_happened(engine, message.header.session, meta)
         elif isinstance(meta, Drop):
             session = self._registry.sessions.get(message.header.session)
             for number in meta.ids if session is not None else ():
@@ -253,13 +252,21 @@ class Fleet:
         )
 
     def tell_of_runs(self, wanted: bool) -> None:
-        """Somebody listens to what runs begin and stop, or nobody does any more."""
+        """Somebody listens to what runs begin and stop, or nobody does any more. Engines hear of the latter when
+        they tell of something in vain: else who listens now and then, again and again, would fill the queue of
+        one that does not read."""
         self._tells = wanted
         for engine in self.engines:
-            if engine.state in UP:
-                engine.tell(Op.TELL, Tell(wanted))
+            if wanted and engine.state in UP:
+                self._tell_of_runs(engine)
 
-    def _on_happened(self, session_id: int, meta: Happened) -> None:
+    def _tell_of_runs(self, engine: Engine) -> None:
+        if engine.tells != self._tells:
+            engine.tells = self._tells
+            engine.tell(Op.TELL, Tell(engine.tells))
+
+    def _on_happened(self, engine: Engine, session_id: int, meta: Happened) -> None:
+        self._tell_of_runs(engine)
         session = self._registry.sessions.get(session_id)
         if session is not None:
             self._journal.tell(

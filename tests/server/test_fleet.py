@@ -319,7 +319,9 @@ def test_who_waits_for_a_model_is_told_of_its_progress_as_often_as_he_said() -> 
     assert not said[b"i2"]
 
 
-def test_an_engine_that_comes_up_is_told_whether_runs_are_listened_for() -> None:
+def test_an_engine_is_told_whether_runs_are_listened_for_when_it_comes_up_and_tells_of_one_in_vain() -> (
+    None
+):
     registry, nothing = Registry(9), Any
     journal = Journal()
     fleet = fleet_of(registry, lambda *_: None, ("cpu", "cpu"))
@@ -343,13 +345,22 @@ def test_an_engine_that_comes_up_is_told_whether_runs_are_listened_for() -> None
     fleet.on_message(coming, ready, ())
     assert (coming.state, coming.device_memory) == (states.Engine.READY, 99)
     assert heard(ends[1]) == [Tell(True)]
-    fleet.tell_of_runs(False)
-    assert (heard(ends[0]), heard(ends[1])) == ([Tell(False)], [Tell(False)])
     peer = Peer(b"i1", nothing, b"1", "a user", True, 0)
     session = registry.open(peer, "tiny", 0)
-    for number in (session.id, session.id ^ 2):  # and of one that is closed by now
-        meta = Happened("stop", "stopped after layer 2", 5)
-        fleet.on_message(up, codec.encode(Op.HAPPENED, meta, session=number), ())
+    meta = Happened("stop", "stopped after layer 2", 5)
+    stopped = codec.encode(Op.HAPPENED, meta, session=session.id)
+    of_another = codec.encode(Op.HAPPENED, meta, session=session.id ^ 2)  # that is closed by now
+    fleet.on_message(up, stopped, ())
+    for _ in range(9):  # however often, while it says nothing
+        fleet.tell_of_runs(False)
+        fleet.tell_of_runs(True)
+    fleet.tell_of_runs(False)
+    assert (heard(ends[0]), heard(ends[1])) == ([], [])
+    fleet.on_message(up, of_another, ())
+    fleet.on_message(up, of_another, ())
+    assert (heard(ends[0]), heard(ends[1])) == ([Tell(False)], [])
+    fleet.tell_of_runs(True)
+    assert (heard(ends[0]), heard(ends[1])) == ([Tell(True)], [])
     events = journal.after(0, "a user", 9)
     assert [(one.kind, one.session) for one in events if one.kind == "stop"] == [
         ("stop", session.id)
