@@ -167,6 +167,7 @@ class Debugging:
                 check_hidden(asked.hidden, halt.kept[-1].tensor)
             sources = self._runner.sources(session, asked.edits)
         job = DoneJob(session, model, halt.job.ids, halt.job.layer, NO_RUN, shared, watch)
+        self._loans.read(job, asked.hidden, asked.edits)
         self._loans.hold(job, sources.values())
 
         def work() -> Iterator[None]:
@@ -174,6 +175,7 @@ class Debugging:
             value = halt.value
             if asked.hidden is not None:
                 value = self._keeping.see_sent(asked.hidden, buffers, session.owner).clone()
+                self._keeping.check_sent(asked.hidden)  # a CPU has copied it by now
             elif changed:
                 value = value.clone()
             for source in sources.values():

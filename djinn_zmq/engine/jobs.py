@@ -16,6 +16,7 @@ from djinn_zmq.engine.plans import Plan, Start
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import states
 from djinn_zmq.wire.messages import Done, Kept, Wanted
+from djinn_zmq.wire.tensors import Tensor
 
 
 class Part(NamedTuple):
@@ -106,6 +107,7 @@ class Job:
     edit: Change | None = None  # of what flows into the first layer
     fresh: bool = False  # it starts at the token ids
     ids_known: bool = False  # its client has them, with the checkpoint it goes on from
+    sent: tuple[Tensor, ...] = ()  # in slots of its client's, which it reads
     stopped: bool = False
     id: int = field(default_factory=new_id)
     kept: list[Kept] = field(default_factory=list)

@@ -31,6 +31,7 @@ from djinn_zmq.errors import (
     Lost,
     OnDevice,
     ProtocolError,
+    StaleSlot,
     UnknownCheckpoint,
 )
 from djinn_zmq.memory.files import FORMAT, MARK
@@ -328,6 +329,17 @@ class Keeping:
         self.arenas.check_owner(tensor, owner)
         data = self._bytes(tensor, buffers)
         return self.device.see(data, tensor.shape, TORCH_DTYPES[tensor.dtype])
+
+    def check_sent(self, tensor: Tensor) -> None:
+        """Raises StaleSlot where what a client sent in a slot is not there any more, and has been read since: what has
+        come of that is of no use."""
+        if isinstance(tensor.where, Slot):
+            try:
+                self.arenas.find(tensor.where.arena).check(tensor.where)
+            except StaleSlot as exc:
+                raise StaleSlot(
+                    f"what was sent was released before it was answered: {exc}"
+                ) from exc
 
     def ids_sent(
         self, tensor: Tensor, buffers: Sequence[bytes | memoryview], owner: str

@@ -11,7 +11,8 @@ from djinn_zmq.engine.caches import Past, Segment
 from djinn_zmq.engine.jobs import EngineSession, Job, Turns
 from djinn_zmq.engine.keeping import Entry, Keeping
 from djinn_zmq.settings import MIB
-from djinn_zmq.wire.tensors import SLOT_FROM
+from djinn_zmq.wire.edits import Edit, tensors_in
+from djinn_zmq.wire.tensors import SLOT_FROM, Slot, Tensor
 from djinn_zmq.wire.tiers import Kept
 
 FRAME_LIMIT = 1 * MIB  # logits larger than this are read piece by piece, from a slot
@@ -54,6 +55,11 @@ class Loans:
             yield from vault.ready(pins)
             what = "evict" if here else "prefetch"
             job.watch.add(what, time.perf_counter_ns() - begin_ns)
+
+    def read(self, job: Job, hidden: Tensor | None, edits: tuple[Edit, ...]) -> None:
+        """*job* reads what its client sent: what is in a slot must stay there until it is done (`until_done`)."""
+        sent = tensors_in(edits) if hidden is None else (hidden, *tensors_in(edits))
+        job.sent = tuple(one for one in sent if isinstance(one.where, Slot))
 
     # ---- what it makes
 
@@ -125,7 +131,7 @@ class Loans:
         """A GPU works behind our back: give others their turns until it is through.
 
         Copies to the host are under way still: a checkpoint's slot says so to whoever reads it. What
-        the client reads at once is waited for.
+        the client reads at once is waited for. Raises StaleSlot where what the client sent has not stayed until now.
         """
         done = self._keeping.device.computed()
         begin_ns = time.perf_counter_ns()
@@ -134,6 +140,8 @@ class Loans:
         for entry in tuple(job.loans):
             if entry.body.fixed:
                 yield from self._keeping.tiers.stored(entry.body)
+        for tensor in job.sent:
+            self._keeping.check_sent(tensor)
         job.watch.add("compute", time.perf_counter_ns() - begin_ns)
 
     def settling(self, job: Job, turns: Turns) -> Turns:

@@ -202,6 +202,7 @@ class Mover:
                 f'layer {asked.layer}: "{model.info.name}" has layers 0 to {model.info.num_layers}'
             )
         job = RestoreJob(session, model, ids, asked.layer, NO_RUN, shared, watch)
+        self._loans.read(job, asked.hidden, ())
         return job, self._loans.settling(job, self._restore(job, asked, buffers))
 
     def _restore(self, job: RestoreJob, asked: Restore, buffers: Buffers) -> Iterator[None]:

@@ -67,6 +67,7 @@ class Runner:
         if asked.edits:
             sources = self.sources(session, asked.edits)
             self.loans.hold(job, sources.values())
+            self.loans.read(job, None, asked.edits)
             job.edit = self._edit(session, asked.edits, buffers, sources)
         return job, self.loans.settling(job, self._work(job, None))
 
@@ -120,6 +121,8 @@ class Runner:
         """
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
+        if asked.edits or asked.hidden is not None:
+            self.loans.read(job, asked.hidden, asked.edits)
         session = job.session
         sources = self.sources(session, asked.edits)
         rests = self.rests(entry, session)

@@ -19,7 +19,7 @@ from djinn_zmq.wire import states
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.messages import Drop, Kept, Resume, RunReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import Device
+from djinn_zmq.wire.tensors import Device, Tensor
 
 LOGITS = ("last", "all", "none")  # it has none in any case; "top" says how many, to be checked
 STOPPED = str(states.Run.STOPPED)
@@ -43,6 +43,7 @@ class _Stay:
     done: Callable[[], bool] | None
     hold: Hold | None
     copied_ns: int
+    sent: Tensor | None  # what was copied; None: nothing was sent, or it was taken over
     rung: bool = False
 
 
@@ -98,7 +99,7 @@ class Stays:
             or session.attached is not None
         ):
             return False
-        run, done, hold, copied_ns = new_id(), None, None, 0
+        run, done, hold, copied_ns, copied = new_id(), None, None, 0, None
         if asked.hidden is not None:
             check_hidden(asked.hidden, entry.body.tensor)
             sent, spare = asked.hidden, None
@@ -114,7 +115,7 @@ class Stays:
                 kept = keeping.take_over(spare, entry, run)
             else:
                 copied_ns = time.perf_counter_ns()
-                kept = keeping.keep_sent(sent, buffers, entry, run)
+                kept, copied = keeping.keep_sent(sent, buffers, entry, run), sent
                 done = keeping.device.computed()
         elif keeping.ready(entry):
             self._answers.soon(envelope)
@@ -125,7 +126,9 @@ class Stays:
                 return False
             kept, done = keeping.share(entry, run), entry.body.arriving
         self._telling.kept(entry.ids, (kept,), session)  # while it comes: it is not waited for
-        stay = _Stay(session, envelope, header, begin_ns, entry, kept, run, done, hold, copied_ns)
+        stay = _Stay(
+            session, envelope, header, begin_ns, entry, kept, run, done, hold, copied_ns, copied
+        )
         if not self._answered(stay):
             self._waiting.append(stay)
         return True
@@ -140,6 +143,11 @@ class Stays:
         try:
             if stay.done is not None and not self._is_there(stay, stay.done):
                 return False
+            if stay.sent is not None:
+                self._keeping.check_sent(stay.sent)
+        except DjinnError as exc:
+            self._refuse(stay, exc)
+            return True
         except Exception as exc:  # noqa: BLE001  the device's
             self._failed(exc)
             self._refuse(stay, RunError(f"{type(exc).__name__}: {exc}"))

@@ -61,6 +61,7 @@ class Sweeper(Batching):
                 total=len(asked.branches),
             )
             edits = tuple(edit for branch in asked.branches for edit in branch)
+            self._runner.loans.read(job, None, edits)
             sources = self._runner.sources(session, edits)
             rests = self._runner.rests(entry, session)
             self._runner.loans.hold(job, [entry, *sources.values(), *rests])
@@ -89,6 +90,9 @@ class Sweeper(Batching):
                     found.append(self._runner.ready(edits, value, buffers, job.session, sources))
                 except EditError as exc:
                     raise EditError(f"branch {number}: {exc}") from exc
+        if job.sent:  # before the first part of the answer
+            yield from self._runner.loans.until_done(job)
+            job.sent = ()
         return found
 
     def _sweep(

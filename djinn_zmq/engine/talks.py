@@ -274,8 +274,9 @@ class Talker:
         while not job.reason:
             assert logits is not None and job.step is not None
             token = job.sampler.draw(logits)
-            if job.kept:
+            if job.kept or job.sent:
                 yield from self._loans.until_done(job)
+                job.sent = ()
             yield Part(*replies.of_token(job, token, logits))
             job.begun = True
             self._loans.settle(job)

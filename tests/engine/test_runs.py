@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 torch = pytest.importorskip("torch")
 
@@ -21,6 +22,7 @@ from djinn_zmq.errors import (
     LayerError,
     ProtocolError,
     RequestError,
+    StaleSlot,
     UnknownCheckpoint,
 )
 from djinn_zmq.spans import Stopwatch
@@ -28,6 +30,7 @@ from djinn_zmq.wire import edits as wire
 from djinn_zmq.wire.messages import Load, Resume, Run, Wanted
 from djinn_zmq.wire.tensors import Inline, Tensor, inline, over, view
 from tests.engine.architectures import VOCAB_SIZE, prompts, tiny_model
+from tests.engine.keepers import OWNER, Late, ServerSide, running
 
 CPU = torch.device("cpu")
 MINE, YOURS = EngineSession(1, "me", "it"), EngineSession(2, "you", "it")
@@ -101,6 +104,40 @@ def test_a_run_gives_others_their_turn_after_every_layer(
     job, turns = runner.begin(asked, (), MINE, model, Stopwatch(), shared=False)
     assert str(job.state) == "queued"
     assert [job.layer for _ in turns] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("how", ["hidden", "an edit"])
+@pytest.mark.parametrize("stop_at", [None, 3, 2])
+def test_what_was_sent_and_is_released_before_the_answer_comes_to_an_error_and_keeps_nothing(
+    server: ServerSide, model: ServedModel, how: str, stop_at: int | None
+) -> None:
+    """Its owner may have put something else there by then."""
+    device, staging = Late(), server.arenas.staging(OWNER)
+    with running(server, device) as keeping:
+        runner = Runner(keeping)
+        (point,) = run(runner, model, prompts(2), wanted(2, logits="none")).kept
+        device.finish()
+        keeping.tiers.fill()
+        for released in (False, True):
+            slot = server.foreign(bytes(point.tensor.nbytes))
+            sent = Tensor("bfloat16", point.tensor.shape, slot)
+            hidden, edits = (sent, ()) if how == "hidden" else (None, (wire.Set(sent, ()),))
+            asked = Resume(point.id, hidden, edits, wanted(stop_at, (2,)))
+            device.busy = True
+            job, turns = runner.resume(asked, (), MINE, model, Stopwatch(), shared=False)
+            next(turns)
+            device.busy = False
+            if not released:
+                assert list(turns) is not None and job.state in ("stopped", "finished")
+                keeping.drop([kept.id for kept in job.kept])
+                continue
+            staging.give_back(slot)
+            assert server.foreign(b"another's") == replace(slot, generation=slot.generation + 2)
+            with pytest.raises(StaleSlot, match="what was sent was released before it was answere"):
+                list(turns)
+            runner.loans.discard(job)
+        device.finish()
+        assert list(keeping.entries) == [point.id]
 
 
 @pytest.mark.parametrize("layer", range(5))

@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +17,13 @@ from djinn_zmq.engine.keeping import Keeping
 from djinn_zmq.engine.slabs import COPIES
 from djinn_zmq.engine.stays import WAKE_NS, Stays
 from djinn_zmq.engine.stepping import same_bits
-from djinn_zmq.errors import AccessDenied, ArenaFull, Cancelled, EditError, OnDevice
+from djinn_zmq.errors import AccessDenied, ArenaFull, Cancelled, EditError, OnDevice, StaleSlot
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire.codec import Header
 from djinn_zmq.wire.edits import Zero
 from djinn_zmq.wire.messages import Resume, Wanted
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import Device, Inline, Tensor
+from djinn_zmq.wire.tensors import Device, Inline, Slot, Tensor
 from tests.engine.keepers import IDS, OWNER, Late, ServerSide, running
 
 LONG = 1e9  # nanoseconds that a copy took for each byte
@@ -60,7 +58,7 @@ class Engine:
         self, *, hidden: Any = None, wanted: Wanted = STAY, envelope: bytes = b"a", **more: Any
     ):
         placed = None
-        if isinstance(hidden, Device):
+        if isinstance(hidden, (Device, Slot)):
             placed = Tensor("float32", (2, 5, 8), hidden)
         elif hidden is not None:
             raw = hidden.numpy().tobytes()
@@ -71,12 +69,9 @@ class Engine:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def engine(server: ServerSide) -> Iterator[Engine]:
     device = Late()
-    with (
-        closing(ServerSide(tmp_path)) as server,
-        running(server, device, device_memory=4 * MIB) as keeping,
-    ):
+    with running(server, device, device_memory=4 * MIB) as keeping:
         engine = Engine(keeping, device)
         device.finish()
         keeping.tiers.fill()
@@ -122,6 +117,22 @@ def test_what_is_sent_in_its_place_is_answered_when_the_device_has_it(engine: En
     engine.device.finish()
     engine.keeping.tiers.fill()
     assert same_bits(engine.keeping.load(engine.said[-1][1].checkpoints[0].tensor), sent)
+
+
+def test_what_was_sent_and_is_released_while_it_is_copied_comes_to_nothing(
+    engine: Engine, server: ServerSide
+) -> None:
+    slot = server.foreign(torch.ones(2, 5, 8).numpy().tobytes())
+    engine.device.busy = True
+    assert engine.ask(hidden=slot)
+    server.arenas.staging(OWNER).give_back(slot)
+    engine.device.busy = False
+    engine.stays.answer()
+    (_, (kept,)), (op, drop), (_, error) = engine.said
+    assert (op, drop.ids, kept.id in engine.keeping.entries) == (Op.DROP, (kept.id,), False)
+    assert isinstance(error, StaleSlot) and "released before it was answered" in str(error)
+    assert engine.ask(hidden=server.foreign(torch.ones(2, 5, 8).numpy().tobytes()))
+    assert engine.said[-1][1].state == "stopped"
 
 
 @pytest.mark.parametrize("where", ["sent", "host"])

@@ -114,7 +114,9 @@ def test_a_file_that_holds_another_tensor_is_not_read(tmp_path: Path) -> None:
             read(record, Read(8, (), 0, PIECE_LIMIT), cast(Arenas, None), str(tmp_path))
 
 
-def test_a_whole_file_of_another_checkpoint_that_was_moved_there_is_not_read(tmp_path: Path) -> None:
+def test_a_whole_file_of_another_checkpoint_that_was_moved_there_is_not_read(
+    tmp_path: Path,
+) -> None:
     whole = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
     arrays = {"hidden": whole, "ids": np.zeros((1, 2), np.int64)}
     facts = {"format": files.FORMAT, "layer": "2", files.MARK: "of another"}
