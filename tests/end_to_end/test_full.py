@@ -86,11 +86,11 @@ def test_a_killed_server_takes_its_engine_along_and_all_who_wait_get_an_error(se
 
     async def main() -> None:
         async with aio.connect(endpoints[0]) as here, aio.connect(endpoints[1]) as there:
-            # Sessions take turns: none is through long before the others.
-            models = [await one.model("tiny") for one in (here, there) * 4]
+            models = [await one.model("tiny") for one in (here, there)]
             while await models[0].ping() != "running":  # the program's
                 pass
-            runs = [asyncio.create_task(model.run(LONG)) for model in models]
+            # Several of each session: these take turns as sessions do, so none is through long before the others.
+            runs = [asyncio.create_task(model.run(LONG)) for model in models * 4]
             await models[0].ping()  # behind them
             served.process.kill()
             answers = await asyncio.gather(*runs, return_exceptions=True)
