@@ -17,7 +17,6 @@ import contextlib
 import errno
 import json
 import math
-import mmap
 import os
 import stat
 import struct
@@ -337,11 +336,20 @@ def load(saved: Saved, piece: Piece) -> np.ndarray:
 def read_into(saved: Saved, piece: Piece, target: memoryview) -> None:
     """Read a tensor's bytes into *target*, as many. Raises BadFile where they are not what was
     written; then *target* holds nothing to be used."""
+    read_between(saved, piece, target, 0, piece.nbytes)
+
+
+def read_between(saved: Saved, piece: Piece, target: memoryview, begin: int, end: int) -> None:
+    """The same of what lies between bytes *begin* and *end*, to its place in *target*; and of what has the checksums of
+    that.
+
+    Not by a map of the file: where its disk fails, or it is cut short meanwhile, that ends who reads.
+    """
     with _opened(saved.path) as fd:
-        for begin in range(0, piece.nbytes, SUMMED):
-            part = target[begin : min(begin + SUMMED, piece.nbytes)]
-            _fill(fd, saved.path, part, piece.begin + begin)
-            _check(saved, piece, begin, part)
+        for place in range(begin // SUMMED * SUMMED, end, SUMMED):
+            part = target[place : min(place + SUMMED, piece.nbytes)]
+            _fill(fd, saved.path, part, piece.begin + place)
+            _check(saved, piece, place, part)
 
 
 def _fill(fd: int, path: Path, rest: memoryview, place: int) -> None:
@@ -362,21 +370,3 @@ def _check(saved: Saved, piece: Piece, begin: int, part: memoryview) -> None:
             f"{saved.path} is damaged: bytes {begin} to {begin + len(part)} of {piece.name} have the "
             f"checksum {found}, not {wanted}"
         )
-
-
-def mapped(saved: Saved, piece: Piece) -> np.ndarray:
-    """A read-only array over the file's pages, nothing of it checked: that is `check`. Raises BadFile
-    where the file has changed its size or gone."""
-    with _opened(saved.path) as fd:
-        size = os.fstat(fd).st_size
-        if size != saved.nbytes:
-            raise BadFile(f"{saved.path} has changed: {size} bytes, not {saved.nbytes}")
-        pages = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    return over(memoryview(pages)[piece.begin :], piece.dtype, piece.shape)
-
-
-def check(saved: Saved, piece: Piece, whole: np.ndarray, begin: int, end: int) -> None:
-    """Raises BadFile where the bytes from *begin* to *end* of a `mapped` tensor are not what was written."""
-    raw = whole.reshape(-1).view(np.uint8).data
-    for place in range(begin // SUMMED * SUMMED, end, SUMMED):
-        _check(saved, piece, place, raw[place : place + SUMMED])

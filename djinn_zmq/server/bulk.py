@@ -41,7 +41,8 @@ def read(
         # Whose file it was made to share may have been released since; its own link may be still to come.
         other = files.path_of(Path(state), where.number)
         saved = files.read(own if own.exists() else other, where.mark)
-        whole = files.mapped(saved, saved.hidden)
+        # Of its pages only those are taken that are read to.
+        whole = np.empty(saved.hidden.shape, DTYPES[saved.hidden.dtype])
         if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
             raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
     else:
@@ -49,11 +50,13 @@ def read(
     chosen = Chosen.of(whole, selection(asked.at, tensor.shape))
     if not 0 <= asked.offset < chosen.nbytes:
         raise RequestError(f"offset {asked.offset} of a selection of {chosen.nbytes} bytes")
-    data = chosen.cut(asked.offset, min(asked.offset + asked.nbytes, chosen.nbytes))
+    end = min(asked.offset + asked.nbytes, chosen.nbytes)
+    if saved is not None:
+        touched = chosen.touched(whole, asked.offset, end - asked.offset)
+        files.read_between(saved, saved.hidden, whole.reshape(-1).view(np.uint8).data, *touched)
+    data = chosen.cut(asked.offset, end)
     if isinstance(where, Slot):
         arenas.recheck(where)
-    elif saved is not None:
-        files.check(saved, saved.hidden, whole, *chosen.touched(whole, asked.offset, len(data)))
     piece = Tensor("uint8", (len(data),), Frame(0))
     return ReadReply(tensor.dtype, chosen.shape, piece), [data]
 

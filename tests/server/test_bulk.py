@@ -5,7 +5,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -129,6 +129,27 @@ def test_a_whole_file_of_another_checkpoint_that_was_moved_there_is_not_read(
                 record, Read(8, (), 0, PIECE_LIMIT), cast(Arenas, None), str(tmp_path)
             )
             assert data == read_as
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named_and_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = np.ones((1, 2, files.SUMMED), np.float32)
+    arrays = {"ids": np.zeros((1, 2), np.int64), "hidden": whole}
+    path = files.path_of(tmp_path, 8)
+    files.write(path, arrays, {"format": files.FORMAT, "layer": "2"})
+    kept = Kept(8, 1, 1, 2, Tensor("float32", whole.shape, File(8)))
+    record = KeptRecord(kept, Tensor("int64", (1, 2), Frame(0)))
+    check = files._check
+
+    def cut(*args: Any) -> None:
+        check(*args)
+        os.truncate(path, 9 * files.SUMMED // 2)
+
+    monkeypatch.setattr(files, "_check", cut)
+    asked = Read(8, (), 4 * files.SUMMED, PIECE_LIMIT)
+    with pytest.raises(BadFile, match=f"{path} is cut short: it ends at byte"):
+        read(record, asked, cast(Arenas, None), str(tmp_path))
 
 
 def test_a_piece_is_of_the_selection_and_no_larger_than_a_frame() -> None:
