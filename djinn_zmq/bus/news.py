@@ -43,6 +43,10 @@ class Scopes:
         """The same; None where nobody was told. owner "": of everybody's events."""
         return self._tokens.get(owner) if owner else ALL
 
+    def forget(self, owner: str) -> str | None:
+        """*owner* is gone for good. Returns the scope that nobody has any more; None: there was none."""
+        return self._tokens.pop(owner, None)
+
     def known(self, scope: bytes) -> bool:
         return scope == ALL.encode() or any(
             secrets.compare_digest(scope, token.encode()) for token in self._tokens.values()

@@ -69,6 +69,12 @@ class News:
     def scope(self, owner: str) -> str:
         return self._scopes.told(owner)
 
+    def forget(self, owner: str) -> None:
+        """*owner* is gone and does not come back: with each that did, more would be kept."""
+        scope = self._scopes.forget(owner)
+        for topic in [topic for topic in self._last if topic[0] == scope]:
+            del self._last[topic]
+
     def _on_event(self, event: Event, owner: str) -> None:
         scope = self._scopes.of(owner)
         if scope is None:  # nobody was told under what to listen

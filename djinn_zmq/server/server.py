@@ -399,11 +399,13 @@ class Server:
         self._end_staging(peer.owner)
 
     def _end_staging(self, owner: str) -> None:
-        """The last connection and session of *owner* is gone: so is what it uploaded."""
+        """Where the last connection and session of *owner* is gone: so is what it uploaded."""
         peers = any(peer.owner == owner for peer in self.registry.peers.values())
         sessions = any(one.owner == owner for one in self.registry.sessions.values())
         if not peers and not sessions:
             self.fleet.retire(self.arenas.end_staging(owner))
+            if owner.startswith(STRANGER):
+                self.news.forget(owner)
 
     def _close_session(self, session: Session) -> None:
         self.fleet.close(session)

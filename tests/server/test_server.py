@@ -14,6 +14,7 @@ from djinn_zmq.settings import KIB
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.tiers import Events
 from tests.server.serving import Served, joined, last_word, no_descriptors_left, told
 
 
@@ -169,6 +170,22 @@ def test_each_connection_without_a_key_is_an_owner_of_its_own_for_ever(served: S
         client.close()
         served.until(lambda: not served.server.registry.peers)
     assert len(owners) == 2
+
+
+def test_of_a_connection_without_a_key_that_has_heard_of_events_nothing_is_left(
+    served: Served,
+) -> None:
+    news, asked = served.server.news, Events(0)
+    client, stays = served.connect(served.tcp), served.connect(served.ipc)
+    scope = served.ask(client, Op.EVENTS, asked).scope
+    served.ask(stays, Op.EVENTS, asked)
+    for one in (client, stays):
+        served.ask(one, Op.OPEN, messages.Open("tiny"))
+    assert {topic[0] for topic in news._last} > {scope} and len(news._scopes._tokens) == 2
+    client.close()
+    served.until(lambda: len(served.server.registry.peers) == 1)
+    assert len(news._scopes._tokens) == 1 and not news._scopes.known(scope.encode())
+    assert scope not in {topic[0] for topic in news._last} and news._last
 
 
 def test_a_session_that_ends_as_it_begins_is_told_of_in_that_order(served: Served) -> None:
