@@ -15,6 +15,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -88,10 +89,15 @@ def imported(node: ast.AST, module: str) -> Iterator[str]:
             yield inner if inner in MODULES else base
 
 
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+@cache
 def imports_of(module: str) -> set[str]:
     """All imports, wherever in the file they stand."""
-    tree = ast.parse(MODULES[module].read_text())
-    return {name for node in ast.walk(tree) for name in imported(node, module)}
+    return {name for node in ast.walk(tree_of(module)) for name in imported(node, module)}
 
 
 def imports_at_start_of(module: str) -> set[str]:
@@ -104,10 +110,10 @@ def imports_at_start_of(module: str) -> set[str]:
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
                 continue
             yield child
-            yield from running(child)
+            if not isinstance(child, ast.expr):  # there is no import in one
+                yield from running(child)
 
-    tree = ast.parse(MODULES[module].read_text())
-    return {name for node in running(tree) for name in imported(node, module)}
+    return {name for node in running(tree_of(module)) for name in imported(node, module)}
 
 
 def is_ours(name: str) -> bool:
