@@ -14,7 +14,9 @@ import pytest
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Running
 
-FIRST = ("end_to_end", "bench", "tools", "models")  # the rooms whose files take longest
+# The rooms whose files take longest. What comes last takes a second or two a file: a worker is given its next
+# file early, and what it is given while the other has none left, it does alone.
+FIRST = ("end_to_end", "bench", "tools", "models", "engine", "wire", "client", "tests")
 
 
 # Where a user's environment forbids bytecode, each of some 370 processes would compile this package anew,
