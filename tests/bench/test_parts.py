@@ -15,7 +15,7 @@ def test_a_part_whose_time_is_over_writes_what_it_has(tmp_path, monkeypatch):
     asked = Part("echo", "tools.zmq_echo", options, 60)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     try:
-        for limit_s in (5, 12, 25):  # a busy machine may need more for the imports alone
+        for limit_s in (3, 8, 25):  # a busy machine may need more for the imports alone
             check = parts.run(asked, limit_s, tmp_path / "log")
             if path.exists():
                 break
