@@ -60,7 +60,7 @@ def numpys(index: Index) -> tuple[Any, ...]:
     return tuple(written)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(INDICES, SHAPES)
 def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[int, ...]) -> None:
     array = np.arange(int(np.prod(shape))).reshape(shape)
@@ -78,7 +78,7 @@ def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[
         assert np.array_equal(tensor[chosen].numpy(), expected)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(st.tuples(SMALL, SMALL, SMALL))
 def test_ints_are_accepted_exactly_where_numpy_accepts_them(at: tuple[int, int, int]) -> None:
     array = np.arange(60).reshape(3, 4, 5)

@@ -20,7 +20,7 @@ from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import DTYPES, Device, Frame, Inline, Slot, Tensor
 
-FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 KINDS = {(op, 0): kind for op, kind in messages.REQUESTS.items()}
 KINDS |= {(op, int(Flag.REPLY)): kind for op, kind in messages.REPLIES.items()}
 KINDS |= {(op, int(Flag.PART)): kind for op, kind in messages.PARTS.items()}
@@ -151,7 +151,7 @@ def test_a_message_cut_short_anywhere_is_refused(frame: bytes) -> None:
             decode(frame[:length])
 
 
-@settings(FUZZ, max_examples=300)
+@FUZZ
 @given(frames(), st.lists(st.integers(0, 2**16), min_size=1, max_size=3))
 def test_flipped_bits_are_refused_or_usable(frame: bytes, places: list[int]) -> None:
     flipped = bytearray(frame)
