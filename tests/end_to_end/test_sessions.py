@@ -340,19 +340,19 @@ CTRL_C = """
 import sys, djinn_zmq as djinn
 with djinn.connect(sys.argv[1]) as server, server.model("tiny").session() as session:
     start = session.run("the").mark
-    whole = [token.id for token in session.generate(max_new_tokens=200, ends=())]
+    whole = [token.id for token in session.generate(max_new_tokens=60, ends=())]
     print("ready", flush=True)
     try:
         while True:
             session.back(start)
-            for token in session.generate(max_new_tokens=200, ends=()):
+            for token in session.generate(max_new_tokens=60, ends=()):
                 pass
     except KeyboardInterrupt:
         pass
     taken = session.ids[1:].tolist()
     assert taken == whole[: len(taken)], (taken, whole)
     session.back(start)
-    again = [token.id for token in session.generate(max_new_tokens=200, ends=())]
+    again = [token.id for token in session.generate(max_new_tokens=60, ends=())]
     print("the same" if again == whole else again, flush=True)
     sys.stdin.read()
 """
