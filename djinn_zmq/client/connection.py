@@ -435,6 +435,10 @@ class Connection:
             what = f"no server answers at {self.endpoint}"
             if why := self._dealer.why_silent():
                 raise Unreachable(f"{what}: {why}") from exc
+            if self._dealer.lost():  # at once, as a server does that does not know the key
+                raise Unreachable(
+                    f"{what}: what listens there ended the connection; check the endpoint and the key"
+                ) from exc
             raise Unreachable(
                 f"{what} within {timeout_s:g} s: start one with 'djinn serve', or check the endpoint "
                 "and the key"

@@ -181,7 +181,8 @@ def test_who_is_not_allowed_reaches_nothing(keyed, keys, tmp_path, who):
         options["server_key"] = keys / "bob.pub"
     # timeout_s is far off: what the handshake refused is told at once.
     with pytest.raises(
-        Unreachable, match="no server answers at tcp://.*check the endpoint and the key"
+        Unreachable,
+        match="no server answers at tcp://.*ended the connection; check the endpoint and the key",
     ):
         djinn.connect(tcp, timeout_s=300.0, **options)
     with djinn.connect(ipc) as owner:
