@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lane import Lane
@@ -64,6 +64,9 @@ class AsyncConnection(Connection):
 
     async def run(self, operation: Operation[T]) -> T:
         """Run *operation* to its end, awaiting each reply."""
+        if asyncio.get_running_loop() is not self._loop:  # whose selector nobody may be at any more
+            operation.close()
+            raise Closed("the connection belongs to the event loop it was made in: connect anew")
         try:
             step = next(operation)
             while True:
@@ -196,6 +199,9 @@ class AsyncConnection(Connection):
         if self.waits_for(request):
             self.give_up(request)
 
+    def check_waits(self) -> None:
+        raise TypeError("in asyncio code use `async with`")
+
     def _look_again(self) -> None:
         """After every send: the socket's descriptor is edge-triggered, so what came while we sent
         is not told again."""
@@ -286,6 +292,17 @@ class AsyncServer(Server):
         # Tasks that ask for one name at a time get one session, as its second asker does.
         async with self._opening.setdefault(name, asyncio.Lock()):
             return await self.drive(self._model(name))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
 
 
 class _Connecting:

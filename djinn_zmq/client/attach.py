@@ -199,6 +199,7 @@ class Attached(Parts[Stop, wire.Detached]):
         yield from self.session.end()
 
     def __enter__(self) -> Self:
+        self.session.connection.check_waits()
         return self
 
     def __exit__(

@@ -413,6 +413,9 @@ class Connection:
     def _on_lanes_change(self) -> None:
         """A lane was made, or is about to be closed."""
 
+    def check_waits(self) -> None:
+        """Raises TypeError for `with` in asyncio code: nobody would await what ends the block."""
+
     # ---- the first exchange
 
     def left_alone(self) -> bool:

@@ -186,6 +186,7 @@ class Server:
             raise failure
 
     def __enter__(self) -> Self:
+        self.connection.check_waits()
         return self
 
     def __exit__(

@@ -344,6 +344,7 @@ class Session(Channel):
             raise Closed("the session is closed")
 
     def __enter__(self) -> Self:
+        self.connection.check_waits()
         return self
 
     def __exit__(

@@ -209,6 +209,35 @@ def test_numpy_cannot_await_and_says_what_to_write_instead(endpoint):
     quiet(main)
 
 
+def test_with_where_async_with_is_meant_says_so_and_an_awaited_connection_has_it_too(served):
+    async def main() -> None:
+        async with await aio.connect(served.endpoint) as server:
+            model = await server.model("tiny")
+            async with await model.session() as session:
+                for one in (server, session):
+                    with pytest.raises(TypeError, match="in asyncio code use `async with`"):
+                        with one:
+                            pass
+                assert (await session.run(FRANCE)).state == "finished"
+        assert server.connection.closed
+
+    quiet(main)
+
+
+def test_another_event_loop_than_the_connections_own_is_refused_by_name(served):
+    async def other(model) -> None:
+        with pytest.raises(Closed, match="belongs to the event loop it was made in: connect anew"):
+            await model.run(FRANCE)
+
+    async def main() -> None:
+        async with aio.connect(served.endpoint) as server:
+            model = await server.model("tiny")
+            await asyncio.to_thread(asyncio.run, other(model))
+            assert (await model.run(FRANCE)).state == "finished"
+
+    quiet(main)
+
+
 def test_a_hidden_state_of_several_pieces_comes_and_goes_whole(endpoint, tiny):
     ids = np.random.default_rng(7).integers(0, tiny.vocab_size, (150, 150))
     with djinn.connect(endpoint) as sync:
