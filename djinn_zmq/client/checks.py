@@ -151,12 +151,13 @@ def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
 
 
 def of_bfloat16(value: Any) -> np.ndarray | None:
-    """A torch tensor of bfloat16 as an array over its memory; None for anything else. torch makes none,
-    because numpy has the type from ml_dtypes alone. Whoever has a tensor has imported torch."""
+    """A torch tensor of bfloat16 as an array over its memory; None for anything else, and for one with a
+    gradient where those are recorded, as torch itself refuses it. torch makes none, because numpy has the type from
+    ml_dtypes alone. Whoever has a tensor has imported torch."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
         return None
-    if value.requires_grad or value.device.type != "cpu":
+    if value.device.type != "cpu" or (value.requires_grad and torch.is_grad_enabled()):
         return None
-    found: np.ndarray = value.contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    found: np.ndarray = value.detach().contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
     return found

@@ -322,6 +322,9 @@ def test_torchs_bfloat16_is_numpys(tiny, point):
         ),
     ]:
         assert point.resume(**given).logits.tobytes() == point.resume(**same).logits.tobytes()
+    with torch.no_grad():  # a weight of a model, say, where torch makes an array of it
+        weight = torch.nn.Parameter(row)
+        assert djinn.Add(weight).array.tobytes() == djinn.Add(row).array.tobytes()
 
 
 def test_numpys_own_numbers_are_numbers(tiny, point):
