@@ -413,6 +413,13 @@ class Connection:
     def _on_lanes_change(self) -> None:
         """A lane was made, or is about to be closed."""
 
+    def __reduce__(self) -> NoReturn:
+        """Models, runs and checkpoints all refer to it: this is what pickle says of any of them."""
+        raise TypeError(
+            "a connection and what belongs to it stay in their process: connect anew in another; "
+            "a checkpoint's save(path) makes a file of it"
+        )
+
     def check_waits(self) -> None:
         """Raises TypeError for `with` in asyncio code: nobody would await what ends the block."""
 

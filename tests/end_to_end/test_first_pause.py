@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 
@@ -242,9 +243,10 @@ def test_what_holds_a_connection_is_not_copied_deeply_and_says_so_without_noise(
     point = tiny.run(FRANCE, stop_at=2).checkpoint
     with tiny.session() as talk:
         talk.run(FRANCE)
-        for held in (point, talk.mark()):
-            with pytest.raises(TypeError):
-                copy.deepcopy(held)
+        for held in (point, talk.mark(), tiny):
+            for copied in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match="stay in their process: .* save"):
+                    copied(held)
     gc.collect()
     assert point.kept and point.resume().state == "finished"
 
