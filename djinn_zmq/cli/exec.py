@@ -80,8 +80,8 @@ def _run_file(script: str, source: bytes) -> None:
 
 
 def _of_script(trace: Any) -> Any:
-    """Without the frames of this command."""
-    own = {__file__, runpy.__file__}
-    while trace is not None and trace.tb_next and trace.tb_frame.f_code.co_filename in own:
+    """Without the frames of this command; None for what was not even begun, as a syntax error's."""
+    own = {__file__, runpy.run_module.__code__.co_filename}  # <frozen runpy>
+    while trace is not None and trace.tb_frame.f_code.co_filename in own:
         trace = trace.tb_next
     return trace

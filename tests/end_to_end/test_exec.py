@@ -312,6 +312,23 @@ def test_a_programs_error_is_shown_where_it_was_made(run) -> None:
     assert err.endswith("KeyError: 'k'\n")
 
 
+@pytest.mark.parametrize(
+    ("program", "through", "said_last"),
+    [
+        ("x = (\n", ["exec"], "SyntaxError: '(' was never closed"),
+        ("", ["exec", "-m", "no_such_module"], "ImportError: No module named no_such_module"),
+    ],
+)
+def test_what_is_not_even_begun_is_told_without_a_frame_of_the_command(
+    run, program, through, said_last
+) -> None:
+    process = run(program, through=[*DJINN, *through])
+    _, err = said(process)
+    assert process.returncode == 1 and err.splitlines()[-1] == said_last
+    files = [line for line in err.splitlines() if line.startswith("  File")]
+    assert all("program.py" in line for line in files) and "runpy" not in err, err
+
+
 def test_exec_says_what_is_missing_and_teaches(tmp_path) -> None:
     (tmp_path / "program.py").touch()
     asked = ["exec", "--server", "ipc:///tmp/nobody.sock", str(tmp_path / "program.py")]
