@@ -215,9 +215,8 @@ def test_with_where_async_with_is_meant_says_so_and_an_awaited_connection_has_it
             model = await server.model("tiny")
             async with await model.session() as session:
                 for one in (server, session):
-                    with pytest.raises(TypeError, match="in asyncio code use `async with`"):
-                        with one:
-                            pass
+                    with pytest.raises(TypeError, match="in asyncio code use `async with`"), one:
+                        pass
                 assert (await session.run(FRANCE)).state == "finished"
         assert server.connection.closed
 
