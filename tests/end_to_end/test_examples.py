@@ -1,11 +1,16 @@
 """Every example runs on the embedded model and shows what it says it shows."""
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import djinn_zmq as djinn
 
 pytest.importorskip("matplotlib")
 
@@ -61,6 +66,23 @@ def test_a_program_that_is_attached_to_answers_otherwise_and_then_as_before(
     text = run("attach_to_a_running_program.py")
     said = [line.split()[-1] for line in text.splitlines() if line.endswith(("paris", "berlin"))]
     assert said == ["paris", "paris", "berlin", "paris"] and "held after layer 2" in text
+
+
+def test_what_the_readme_shows_in_python_is_what_happens(tiny, monkeypatch, capsys) -> None:
+    """Its ten lines and its conversation, as they stand there; what is attached to and where it
+    connects are others'."""
+    monkeypatch.setattr(djinn, "local", lambda name: nullcontext(tiny))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ten, conversation = (
+        next(block for block in blocks if words in block) for words in ("local(", "session()")
+    )
+    names: dict[str, Any] = {}
+    exec(ten, names)  # noqa: S102  as its reader does
+    out = capsys.readouterr().out
+    assert out.index("token='berlin'") < out.index("token='paris'") < out.index("compute")
+    exec(conversation, {**names, "model": tiny})  # noqa: S102
+    out = capsys.readouterr().out
+    assert out.startswith(" paris .") and "[' then', ' tom', ' offered']" in out
 
 
 def test_every_example_is_in_the_list_and_run_here() -> None:
