@@ -5,6 +5,7 @@ attribute (the two ways over the bus, and the wake-ups) is the rest, called "wir
 """
 
 import time
+from typing import Any
 
 
 class Stopwatch:
@@ -76,3 +77,7 @@ class Spans(tuple[tuple[str, int], ...]):
             )
         lines.append(f"{'total':<{width}}  {self.total_ns / 1e3:>10.1f}  {1:>6.1%}")
         return "\n".join(lines)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In a notebook it is shown as it is printed."""
+        printer.text(str(self))

@@ -126,6 +126,10 @@ class Lens:
     def __repr__(self) -> str:
         return f"<lens over layers {list(self.layers)} at positions {list(self.positions)}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In a notebook it is shown as it is printed."""
+        printer.text(str(self))
+
 
 class Looked(Protocol):
     """What a checkpoint offers to a look."""

@@ -102,6 +102,10 @@ class Grid:
             f"{counted(len(self.positions), 'position')}>"
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In a notebook it is shown as it is printed."""
+        printer.text(str(self))
+
 
 class Trace(Bundles[Cell, Grid]):
     """The cells of a trace as they are done, not in order. `finish()` gives the whole `Grid`."""

@@ -1,5 +1,6 @@
 """What looks come to, here: tables, and what they have and have not."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from djinn_zmq.client.looks import Diff, Lens
 from djinn_zmq.errors import LayerError, SelectionError
+from djinn_zmq.spans import Spans
 
 
 @pytest.fixture
@@ -48,6 +50,14 @@ def test_a_lens_is_a_table_of_its_likeliest_tokens(lens: Lens) -> None:
         "    1  0 0.00   t2 0.20",
         "    3  t4 0.40  a\\nb" + "x" * 13 + "… 0.60",
     ]
+
+
+def test_what_is_to_be_printed_is_shown_so_in_a_notebook_too(lens: Lens) -> None:
+    said: list[str] = []
+    spans = Spans((("wire", 10_000),))
+    for one in (lens, spans):
+        one._repr_pretty_(SimpleNamespace(text=said.append), False)
+    assert said == [str(lens), str(spans)]
 
 
 def test_a_difference_is_told_in_a_line() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,8 @@ def test_the_grid_shows_where_the_answer_comes_from(model):
     patched = here.resume(Patch(there, at=(0, 3)))
     assert grid.probabilities[2, 3, 0] == pytest.approx(patched.top(1)[0].probability, abs=0.01)
     lines = str(grid).splitlines()
+    grid._repr_pretty_(SimpleNamespace(text=(shown := []).append), False)  # in a notebook
+    assert shown == [str(grid)]
     assert lines[0].startswith('P("paris"): clean 1.000, corrupted 0.000')
     assert lines[1].split()[-4:] == ["3:", "germany", "4:", "is"] and len(lines) == 7
 
