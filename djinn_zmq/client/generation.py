@@ -288,7 +288,10 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             checkpoints = self._saved(reply.checkpoints, len(self.tokens))
             mark = None
             if reply.branch:
-                mark = Mark(session.connection, session.id, reply.branch, ids, self._previous)
+                # Its last token was drawn, and nothing has been run since.
+                mark = Mark(
+                    session.connection, session.id, reply.branch, ids, self._previous, unrun=1
+                )
         except BaseException:  # as in `_take`
             session.connection.give_back(message)
             raise

@@ -125,7 +125,7 @@ class Session(Channel):
                 raise PromptError("an empty prompt cannot be run")
             number = 0 if here.mark is None else here.mark.number
             meta = talks.Continue(number, self.static, text, ids, wanted)
-            before = NO_IDS if here.mark is None else here.mark._ids
+            before = NO_IDS if here.mark is None else here.mark.past
             run = yield from ask(self, Op.CONTINUE, meta, parcel, timeout_s, here.previous, before)
         finally:
             parcel.settle()

@@ -229,6 +229,24 @@ def test_tokens_that_are_still_to_be_run_are_not_lost_by_what_is_asked_next(sess
                 session.back(foreign)
 
 
+def test_a_generations_last_token_is_counted_once_by_what_runs_behind_it(session):
+    """It has no keys and values yet: it is the first of the next forward's own."""
+    for stopped in (False, True):
+        generation = session.generate("the", 3, ends=(), stop_at=2 if stopped else None, steps=2)
+        if stopped:
+            generation = generation.finish().resume()
+        generation.finish()
+        ids = session.ids.tolist()
+        run = session.run([5, 6], save_at=2)
+        assert session.ids.tolist() == run.mark.ids.tolist() == [*ids, 5, 6]
+        assert run.ids[0].tolist() == [ids[-1], 5, 6]
+        point = run.checkpoint
+        assert point.before.tolist() == ids[:-1] and point.position == len(ids) + 2
+        assert point.resume().mark.ids.tolist() == [*ids, 5, 6]
+        session.rebuild()
+        assert session.run([7]).mark.ids.tolist() == [*ids, 5, 6, 7]
+
+
 def test_what_a_generation_began_with_may_be_changed_once_it_is_left(session):
     point = session.run(FRANCE, stop_at=2).checkpoint
     heard = []
