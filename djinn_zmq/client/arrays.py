@@ -76,6 +76,8 @@ class RemoteArray:
         return self._drive(self._read(()))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:  # as numpy's protocol has it
+            raise ValueError("what is on the server is copied: copy=False is what view() does")
         array = self.fetch()
         if not isinstance(array, np.ndarray):
             array.close()

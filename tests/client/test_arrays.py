@@ -135,3 +135,10 @@ def test_a_hold_of_which_no_view_is_made_is_given_back(monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         operation.send(held)
     assert given_back == [held]
+
+
+def test_numpy_is_not_given_a_copy_where_it_asks_for_none() -> None:
+    array = Reading(0).array()
+    assert np.asarray(array).shape == array.shape
+    with pytest.raises(ValueError, match=r"copy=False is what view\(\) does"):
+        np.asarray(array, copy=False)
