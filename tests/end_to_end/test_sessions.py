@@ -528,7 +528,7 @@ def test_a_session_that_nobody_gets_since_he_was_interrupted_is_closed(
 def test_what_a_generation_saved_where_it_was_interrupted_is_released(
     server, tiny, monkeypatch, late
 ):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     def kept():
