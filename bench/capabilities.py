@@ -180,7 +180,7 @@ def _exact(found: Found) -> Cell:
         for check in one.checks:
             if "bits of the plain model" in check.what:
                 return Cell(check.found, f"measured: {one.bench}, n = {check.found.split()[0]}")
-    return cited("yes", "tests/engine/test_architectures.py")
+    return cited("yes", "tests/engine/models/test_architectures.py")
 
 
 def _others(found: Found) -> Cell:

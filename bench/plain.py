@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine.models import shapes
 from djinn_zmq.errors import RequestError
 from djinn_zmq.probe.device_time import waits
 from djinn_zmq.server.catalog import Catalog

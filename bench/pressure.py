@@ -13,7 +13,7 @@ import djinn_zmq as djinn
 from bench.plain import Plain, bits, config_of, device_of, kv_nbytes
 from bench.pressure_config import MemoryPressure
 from djinn_zmq.client.server import Server
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine.models import shapes
 from djinn_zmq.errors import DjinnError, LayerError
 from djinn_zmq.probe import serving
 from djinn_zmq.settings import MIB

@@ -32,7 +32,7 @@ from bench.cases import Found, Timed, working
 from bench.config import ResumeLatency
 from bench.kept_rounds import KeptRounds
 from bench.plain import Plain, device_of
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine.models import shapes
 from djinn_zmq.errors import LayerError, Lost
 from djinn_zmq.probe import command, pinning, progress, serving
 from djinn_zmq.probe.machine import this_machine

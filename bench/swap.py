@@ -17,7 +17,7 @@ import djinn_zmq as djinn
 from bench.plain import config_of, device_of, kv_nbytes
 from djinn_zmq.client.server import Server
 from djinn_zmq.client.talk import Session
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine.models import shapes
 from djinn_zmq.errors import Lost, RequestError
 from djinn_zmq.probe import command, interrupted, serving, tables
 from djinn_zmq.probe.device_time import waits

@@ -49,9 +49,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that the workers end together."""
-    rooms = [item.path.parent.name for item in items]
-    rank = {room: FIRST.index(room) if room in FIRST else len(FIRST) for room in rooms}
-    items.sort(key=lambda item: rank[item.path.parent.name])  # stable: files stay together
+    rank = {room: place for place, room in enumerate(FIRST)}
+    items.sort(
+        key=lambda item: rank.get(_room_of(item.path), len(FIRST))
+    )  # stable: files stay together
+
+
+def _room_of(path: Path) -> str:
+    """That of its tests, whatever rooms are within; "tests" for what lies in none."""
+    room, *rest = path.relative_to(Path(__file__).parent).parts
+    return room if rest else "tests"
 
 
 @pytest.fixture(scope="session")

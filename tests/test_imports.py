@@ -4,6 +4,7 @@ F0  errors settings spans version      standard library
 F1  wire                               + msgspec numpy ml_dtypes
 F2  memory, then bus on it             + zmq (bus)
 F3  server  engine  client             none imports another; torch only in engine
+    engine: device, models, state, jobs, and the loop on these
 F4  probe
 F5  cli
 The package's own face (`__init__`, `aio`) and `hf`, which has torch, stand at the client's edge.
@@ -43,6 +44,9 @@ OUTSIDE["wire"] = {"msgspec", "numpy", "ml_dtypes"}
 OUTSIDE["memory"] = {"numpy", "zlib_ng"}
 OUTSIDE["bus"] = {"zmq", "numpy"}
 
+# Rooms within a room, from the ground up; what lies in the room itself stands on all of them.
+WITHIN = {"engine": ["device", "models", "state", "jobs"]}
+
 HEAVY = {"torch", "transformers", "accelerate", "cupy"}
 # What a client imports when it is entered: a first stop and resume do without.
 CLIENTS_LATER = {
@@ -71,6 +75,13 @@ def room_of(module: str) -> str:
     if len(parts) > 1 and parts[1] in BELOW:
         return parts[1]
     return "face"
+
+
+def floor_within(module: str) -> int:
+    """Of a module of a room that has rooms within."""
+    floors = WITHIN[room_of(module)]
+    inner = module.split(".")[2:3]
+    return floors.index(inner[0]) if inner and inner[0] in floors else len(floors)
 
 
 def imported(node: ast.AST, module: str) -> Iterator[str]:
@@ -128,6 +139,14 @@ def test_a_module_imports_its_own_floor_or_below(module: str) -> None:
         assert room_of(name) == room or room_of(name) in BELOW[room], f"{module} imports {name}"
 
 
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if room_of(name) in WITHIN))
+def test_a_module_of_a_room_within_a_room_imports_its_own_floor_or_below(module: str) -> None:
+    room, own = room_of(module), floor_within(module)
+    for name in imports_of(module) & MODULES.keys():
+        if room_of(name) == room:
+            assert floor_within(name) <= own, f"{module} imports {name}"
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_lower_floors_need_little_from_outside(module: str) -> None:
     outside = {name.split(".")[0] for name in imports_of(module) if not is_ours(name)}
@@ -149,6 +168,8 @@ def test_no_two_modules_import_each_other() -> None:
 def test_every_room_is_on_a_floor() -> None:
     rooms = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert rooms <= BELOW.keys()
+    for room, floors in WITHIN.items():
+        assert {path.parent.name for path in ROOT.glob(f"{room}/*/*.py")} == set(floors)
 
 
 @pytest.mark.parametrize(

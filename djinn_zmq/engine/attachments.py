@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from djinn_zmq.engine import inside
-from djinn_zmq.engine.jobs import EngineSession, Given, Halt, Halting, Job
-from djinn_zmq.engine.keeping import Entry, Keeping
-from djinn_zmq.engine.places import BEFORE, Place
-from djinn_zmq.engine.plans import Plan, Start
-from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.jobs import inside
+from djinn_zmq.engine.jobs.job import EngineSession, Given, Halt, Halting, Job
+from djinn_zmq.engine.jobs.plans import Plan, Start
+from djinn_zmq.engine.jobs.runs import Runner
+from djinn_zmq.engine.models.places import BEFORE, Place
+from djinn_zmq.engine.state.keeping import Entry, Keeping
 from djinn_zmq.errors import DjinnError
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.attach import Stopped
@@ -21,7 +21,7 @@ from djinn_zmq.wire.stops import Break
 
 @dataclass(slots=True, eq=False)
 class Attachment:
-    """One debugger on one session: what `jobs.Attached` says."""
+    """One debugger on one session: what `job.Attached` says."""
 
     debugger: EngineSession
     target: EngineSession

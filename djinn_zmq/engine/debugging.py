@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from djinn_zmq.engine import replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.attachments import Attachment
-from djinn_zmq.engine.branches import TalkJob
-from djinn_zmq.engine.jobs import DoneJob, EngineSession, Halt, Job
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.plans import Start
-from djinn_zmq.engine.runs import Runner, check_hidden
+from djinn_zmq.engine.jobs import replies
+from djinn_zmq.engine.jobs.branches import TalkJob
+from djinn_zmq.engine.jobs.job import DoneJob, EngineSession, Halt, Job
+from djinn_zmq.engine.jobs.plans import Start
+from djinn_zmq.engine.jobs.runs import Runner, check_hidden
+from djinn_zmq.engine.models.loading import ServedModel
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import (

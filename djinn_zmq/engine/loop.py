@@ -16,24 +16,25 @@ from djinn_zmq.bus.lane import Ends, Lane, Piece
 from djinn_zmq.bus.lease import LeaseSocket, close_all
 from djinn_zmq.bus.link import RINGFUL, Link
 from djinn_zmq.bus.poll import Poll
-from djinn_zmq.engine import cards, replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
-from djinn_zmq.engine.devices import Device
-from djinn_zmq.engine.forwards import Forwarder
-from djinn_zmq.engine.jobs import EngineSession, Job, Part
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.device.devices import Device
+from djinn_zmq.engine.jobs import replies
+from djinn_zmq.engine.jobs.forwards import Forwarder
+from djinn_zmq.engine.jobs.job import EngineSession, Job, Part
+from djinn_zmq.engine.jobs.looking import Looker
+from djinn_zmq.engine.jobs.moving import Mover
+from djinn_zmq.engine.jobs.runs import Runner
+from djinn_zmq.engine.jobs.sweeping import Sweeper
+from djinn_zmq.engine.jobs.talks import Talker
+from djinn_zmq.engine.jobs.tracing import Tracer
 from djinn_zmq.engine.lanes import PING, TAG, Lanes
-from djinn_zmq.engine.looking import Looker
-from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.moving import Mover
+from djinn_zmq.engine.models import cards
+from djinn_zmq.engine.models.loading import ServedModel
 from djinn_zmq.engine.notices import STOPS, Notices
-from djinn_zmq.engine.runs import Runner
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.stays import Stays
-from djinn_zmq.engine.sweeping import Sweeper
-from djinn_zmq.engine.talks import Talker
 from djinn_zmq.engine.telling import Telling
-from djinn_zmq.engine.tracing import Tracer
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import (

@@ -9,14 +9,14 @@ from contextlib import suppress
 import numpy as np
 
 from djinn_zmq.bus.link import Link
-from djinn_zmq.engine import models
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
-from djinn_zmq.engine.devices import Device
-from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.shelving import shelve
+from djinn_zmq.engine.device.devices import Device
+from djinn_zmq.engine.jobs.job import EngineSession
+from djinn_zmq.engine.models import loading
+from djinn_zmq.engine.models.loading import ServedModel
+from djinn_zmq.engine.state.keeping import Keeping
+from djinn_zmq.engine.state.shelving import shelve
 from djinn_zmq.engine.stays import Stays
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.turns import Turns
@@ -104,14 +104,14 @@ class Notices:
             self._link.send(b"", codec.encode(Op.LOAD, progress, flags=Flag.PROGRESS))
 
         try:
-            model = models.load(asked, self._device, report)
+            model = loading.load(asked, self._device, report)
         except DjinnError as exc:
             named = type(exc)(f"{asked.name}: {exc}")
             self._link.send(b"", codec.failure(message.header, named))
             return
         except Exception as exc:  # noqa: BLE001  a model's own code may raise anything
             _log.exception("loading %s failed", asked.name)
-            named = models.ModelRefused(f"{asked.name}: {type(exc).__name__}: {exc}")
+            named = loading.ModelRefused(f"{asked.name}: {type(exc).__name__}: {exc}")
             self._link.send(b"", codec.failure(message.header, named))
             return
         self._models[asked.name] = model

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from djinn_zmq.engine.answers import Answers
-from djinn_zmq.engine.holds import Hold
-from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Entry, Keeping, new_id
-from djinn_zmq.engine.runs import check_hidden
+from djinn_zmq.engine.jobs.job import EngineSession
+from djinn_zmq.engine.jobs.runs import check_hidden
+from djinn_zmq.engine.state.holds import Hold
+from djinn_zmq.engine.state.keeping import Entry, Keeping, new_id
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.errors import DjinnError, RunError
 from djinn_zmq.wire import states

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from djinn_zmq.engine.answers import Answers
-from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.jobs.job import EngineSession
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.ops import Op

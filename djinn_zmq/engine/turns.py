@@ -12,7 +12,7 @@ until it does: a slow reader makes no queue grow, here or on the way.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from djinn_zmq.engine.jobs import EngineSession, Halt, Job, Part
+from djinn_zmq.engine.jobs.job import EngineSession, Halt, Job, Part
 from djinn_zmq.wire.codec import Header
 
 HEAD_START_NS = 50_000_000

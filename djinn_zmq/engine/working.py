@@ -1,19 +1,19 @@
 """What an engine works on between two looks at its inputs: a layer of one run, a step of each chore.
 
-What a run comes to is answered here; how it is begun is `loop`'s to know, what its layers do `runs`'.
+What a run comes to is answered here; how it is begun is `loop`'s to know, what its layers do `jobs.runs`'.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 
-from djinn_zmq.engine import replies
 from djinn_zmq.engine.answers import Answers
 from djinn_zmq.engine.debugging import Debugging
-from djinn_zmq.engine.devices import Broken, Device
-from djinn_zmq.engine.jobs import Halt, Part
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.loans import Loans
+from djinn_zmq.engine.device.devices import Broken, Device
+from djinn_zmq.engine.jobs import replies
+from djinn_zmq.engine.jobs.job import Halt, Part
+from djinn_zmq.engine.jobs.loans import Loans
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.telling import Telling
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.errors import DeadlineExceeded, DjinnError, RunError

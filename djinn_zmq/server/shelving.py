@@ -1,6 +1,6 @@
 """The last thing before an orderly stop: what sessions keep gets files in the state directory.
 
-Engines write them (`engine/shelving.py`), the checkpoints used last first, as far as the disk's limit and the
+Engines write them (`engine/state/shelving.py`), the checkpoints used last first, as far as the disk's limit and the
 time go. What the stop found is kept: clients that end meanwhile, of its refusals mostly, take nothing with
 them. What is not kept is named in the log, with the reason.
 """

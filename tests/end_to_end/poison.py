@@ -17,7 +17,8 @@ def arm():
     while name not in sys.modules or sys.modules[name].__spec__._initializing:
         time.sleep(0.02)
     import torch
-    from djinn_zmq.engine import devices, stepping
+    from djinn_zmq.engine.device import devices
+    from djinn_zmq.engine.models import stepping
 
     own = stepping.Stepper.step
 

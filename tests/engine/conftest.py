@@ -35,7 +35,7 @@ def _as_in_the_engine() -> Iterator[None]:
 def keeping_with(limits: Settings) -> Iterator[Any]:
     """With a server that numbers arenas and has none of its own."""
     from djinn_zmq.bus.lease import LeaseSocket
-    from djinn_zmq.engine.keeping import Keeping
+    from djinn_zmq.engine.state.keeping import Keeping
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server, lease = LeaseSocket(ours), LeaseSocket(theirs)

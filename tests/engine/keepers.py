@@ -13,8 +13,8 @@ import torch
 
 from djinn_zmq.bus import lease as lease_bus
 from djinn_zmq.bus.lease import LeaseSocket
-from djinn_zmq.engine.devices import Cpu
-from djinn_zmq.engine.keeping import Entry, Keeping
+from djinn_zmq.engine.device.devices import Cpu
+from djinn_zmq.engine.state.keeping import Entry, Keeping
 from djinn_zmq.errors import Lost
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.settings import KIB, Settings

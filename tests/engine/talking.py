@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers import StaticCache
 
-from djinn_zmq.engine import models
-from djinn_zmq.engine.branches import TalkJob
-from djinn_zmq.engine.devices import Cpu
-from djinn_zmq.engine.jobs import EngineSession, Part, Turns
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.models import ServedModel
-from djinn_zmq.engine.runs import Runner
-from djinn_zmq.engine.talks import Talker
+from djinn_zmq.engine.device.devices import Cpu
+from djinn_zmq.engine.jobs.branches import TalkJob
+from djinn_zmq.engine.jobs.job import EngineSession, Part, Turns
+from djinn_zmq.engine.jobs.runs import Runner
+from djinn_zmq.engine.jobs.talks import Talker
+from djinn_zmq.engine.models import loading
+from djinn_zmq.engine.models.loading import ServedModel
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.settings import MIB, Settings
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.messages import Kept, Load, Resume, Wanted
@@ -38,7 +38,7 @@ def both(name: str, dtype: Any) -> tuple[ServedModel, Any]:
     """A served model, and the same untouched."""
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(name, dtype).save_pretrained(folder)
-        served = models.load(Load(name, folder, "auto"), Cpu(), lambda *_: None)
+        served = loading.load(Load(name, folder, "auto"), Cpu(), lambda *_: None)
         own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     return served, own
 

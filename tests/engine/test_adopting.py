@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from djinn_zmq.engine.devices import Cpu
-from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.engine.device.devices import Cpu
+from djinn_zmq.engine.models.stepping import same_bits
 from djinn_zmq.errors import ArenaFull, Lost, StaleSlot, StartError, UnknownCheckpoint
 from djinn_zmq.memory import shared
 from djinn_zmq.memory.arena import Arena, OwnArena

@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine.debugging import Debugging
-from djinn_zmq.engine.jobs import EngineSession, Halt
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.runs import Runner
-from djinn_zmq.engine.stepping import same_bits
+from djinn_zmq.engine.jobs.job import EngineSession, Halt
+from djinn_zmq.engine.jobs.runs import Runner
+from djinn_zmq.engine.models.stepping import same_bits
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.settings import KIB
 from djinn_zmq.spans import Stopwatch

@@ -19,7 +19,7 @@ from djinn_zmq.bus.lane import CAPACITY, Lane, wait
 from djinn_zmq.bus.lease import LeaseSocket, close_all, pair
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import MANY
-from djinn_zmq.engine.devices import Broken, Cpu
+from djinn_zmq.engine.device.devices import Broken, Cpu
 from djinn_zmq.engine.loop import EngineLoop, connect
 from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import Lost, ProtocolError

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from djinn_zmq.engine import models
-from djinn_zmq.engine.jobs import EngineSession
+from djinn_zmq.engine.jobs.job import EngineSession
+from djinn_zmq.engine.models import loading
 from djinn_zmq.engine.notices import Notices
 from djinn_zmq.errors import (
     Cancelled,
@@ -103,7 +103,7 @@ class Loading:
             assert not envelope
             self.said.append(codec.decode(frame))
 
-        monkeypatch.setattr(models, "load", load)
+        monkeypatch.setattr(loading, "load", load)
         link: Any = SimpleNamespace(send=send)
         keeping: Any = SimpleNamespace(arenas=SimpleNamespace(prepare=self._prepare))
         nothing: Any = SimpleNamespace(tell=None)

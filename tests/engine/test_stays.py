@@ -10,13 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from djinn_zmq.engine import stays
-from djinn_zmq.engine.devices import Broken
-from djinn_zmq.engine.holds import Hold
-from djinn_zmq.engine.jobs import EngineSession
-from djinn_zmq.engine.keeping import Keeping
-from djinn_zmq.engine.slabs import COPIES
+from djinn_zmq.engine.device.devices import Broken
+from djinn_zmq.engine.device.slabs import COPIES
+from djinn_zmq.engine.jobs.job import EngineSession
+from djinn_zmq.engine.models.stepping import same_bits
+from djinn_zmq.engine.state.holds import Hold
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.stays import WAKE_NS, Stays
-from djinn_zmq.engine.stepping import same_bits
 from djinn_zmq.errors import AccessDenied, ArenaFull, Cancelled, EditError, OnDevice, StaleSlot
 from djinn_zmq.settings import MIB
 from djinn_zmq.wire.codec import Header

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from djinn_zmq.engine.jobs import EngineSession, Job, Part
+from djinn_zmq.engine.jobs.job import EngineSession, Job, Part
 from djinn_zmq.engine.turns import HEAD_START_NS, Active, Turns
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.codec import MAGIC, Header

@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from djinn_zmq.engine import replies
-from djinn_zmq.engine.devices import Broken, Cpu
-from djinn_zmq.engine.jobs import DoneJob, EngineSession, Halt, Part
-from djinn_zmq.engine.keeping import Keeping
+from djinn_zmq.engine.device.devices import Broken, Cpu
+from djinn_zmq.engine.jobs import replies
+from djinn_zmq.engine.jobs.job import DoneJob, EngineSession, Halt, Part
+from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.engine.turns import Active, Turns
 from djinn_zmq.engine.working import Work
 from djinn_zmq.errors import Cancelled, DeadlineExceeded, PromptError, RunError

@@ -1,7 +1,7 @@
 """Models that a server watches over, untouched in the test's own process on the same device; and hands in them.
 
 Long prompts, heads of 64: what Hopper takes cuDNN's attention for, whose steps over a past differ each
-time. So the untouched ones run with PyTorch's own over a past, as engines do (`engine.cuda.Reproducibly`).
+time. So the untouched ones run with PyTorch's own over a past, as engines do (`engine.device.cuda.Reproducibly`).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import djinn_zmq as djinn
-from djinn_zmq.engine import shapes
+from djinn_zmq.engine.models import shapes
 
 pytestmark = pytest.mark.gpu
 

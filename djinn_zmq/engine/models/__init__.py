@@ -1,0 +1,1 @@
+"""Models: loaded, checked, taken apart at their layers, and the arithmetic on what comes out of these."""
