@@ -299,18 +299,21 @@ class EngineLoop:
             else:
                 self._notices.take(message)
         except DjinnError as exc:
-            if envelope and header.flags & Flag.ONE_WAY:
-                _log.debug("%s refused: %s", Op(header.op).name, exc)
-            elif envelope:
-                self._answers.refuse(envelope, header, exc)
-            else:
-                _log.error("the server's %s failed: %s", Op(header.op).name, exc)
+            self._refuse(envelope, header, exc)
         except Exception as exc:  # noqa: BLE001  a tokenizer's code, or our own mistake
             self._work.end_if_broken(exc)
-            _log.exception("%s failed", Op(header.op).name)
+            _log.exception("%s failed", codec.name_of(header.op))
             if envelope:
-                error = RunError(f"{type(exc).__name__}: {exc}")
-                self._answers.refuse(envelope, header, error)
+                self._refuse(envelope, header, RunError(f"{type(exc).__name__}: {exc}"))
+
+    def _refuse(self, envelope: bytes, header: Header, error: DjinnError) -> None:
+        """Say so to whoever asked, if that is a client that wants an answer."""
+        if not envelope:
+            _log.error("the server's %s failed: %s", codec.name_of(header.op), error)
+        elif header.flags & Flag.ONE_WAY:
+            _log.debug("%s refused: %s", codec.name_of(header.op), error)
+        else:
+            self._answers.refuse(envelope, header, error)
 
     def _request(self, envelope: bytes, message: Message, begin_ns: int) -> None:
         if self._notices.stopping:

@@ -137,7 +137,7 @@ def decode(frame: Buffer, buffers: Sequence[Buffer] = (), header: Header | None 
     try:
         meta = decoder.decode(frame[HEADER_SIZE:])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolError(f"the meta of {_name(header.op)} does not decode: {exc}") from exc
+        raise ProtocolError(f"the meta of {name_of(header.op)} does not decode: {exc}") from exc
     if header.buffers != len(buffers):
         raise ProtocolError(f"{header.buffers} buffers announced, {len(buffers)} came")
     if type(meta) in _TENSORS:
@@ -165,7 +165,8 @@ def _another_decoder(header: Header) -> msgspec.msgpack.Decoder[Any]:
     raise ProtocolError(f"op {header.op} is no {side} of this protocol")
 
 
-def _name(op: int) -> str:
+def name_of(op: int) -> str:
+    """What *op* is called, also where it is none: it may be whatever a peer says."""
     try:
         return Op(op).name
     except ValueError:

@@ -75,6 +75,16 @@ def test_the_servers_own_words_are_not_a_clients_to_say(own, op):
     assert tiny.run(FRANCE).top(1)[0].token == "paris"
 
 
+def test_what_wants_no_answer_and_is_no_op_ends_no_engine(own):
+    server, tiny, lane, _ = own
+    engine = server.status().engines[0].pid
+    frame = bytearray(raw_frame(Op.RELEASE, messages.Release(()), tiny.session_id, 1, Flag.ONE_WAY))
+    frame[codec.OP] = b"\xc8"
+    lane.send(b"", bytes(frame))
+    assert tiny.ping() == "idle"
+    assert server.status().engines[0].pid == engine
+
+
 def test_another_owners_session_is_not_to_be_reached_over_a_lane(own, served):
     _, tiny, _, ask = own
     with djinn.connect(served.tcp) as stranger:  # over tcp without a key each is its own owner
