@@ -347,7 +347,7 @@ class Debugging:
         """*session* ends: as a debugger, and as what is attached to."""
         for attachment in tuple(self._attachments):
             if attachment.debugger is session:
-                self._end(attachment, "")
+                self._end(attachment, "the debugger's session was closed")
             elif attachment.target is session:
                 self._end(attachment, "its session was closed")
 
@@ -355,18 +355,17 @@ class Debugging:
         """The debugger behind *session* is gone."""
         for attachment in tuple(self._attachments):
             if attachment.debugger is session:
-                self._end(attachment, "")
+                self._end(attachment, "the debugger's connection is gone")
 
     def _fail(self, attachment: Attachment, error: DjinnError) -> None:
         self._finish(attachment)
         self._answers.refuse(attachment.envelope, attachment.header, error)
 
     def _end(self, attachment: Attachment, reason: str) -> None:
-        """reason: "": nobody is there to be told."""
+        """Answered also where nobody is there to hear it: until then the server owes it."""
         self._finish(attachment)
-        if reason:
-            meta = Detached(attachment.stops, reason)
-            self._answers.answer(attachment.envelope, attachment.header, meta)
+        meta = Detached(attachment.stops, reason)
+        self._answers.answer(attachment.envelope, attachment.header, meta)
 
     def _finish(self, attachment: Attachment) -> None:
         """Whatever it holds goes on."""

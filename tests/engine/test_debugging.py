@@ -41,8 +41,9 @@ class Attached:
         program, debugger = (EngineSession(number, OWNER, "Llama") for number in (1, 2))
         self.debugger, self.runner = debugger, Runner(keeping)
         self.told: list[Any] = []
+        self.answered: list[Any] = []
         answers: Any = SimpleNamespace(
-            answer=lambda *_, **__: None,
+            answer=lambda envelope, header, meta: self.answered.append((header.op, meta)),
             part=lambda envelope, header, meta, buffers: self.told.append(meta),
             tell=lambda *_: None,
         )
@@ -140,3 +141,12 @@ def test_what_a_debugger_sends_is_its_own_again_only_when_the_device_has_it(
     assert same_bits(halt.value, torch.from_numpy(sent)) and job.state == "running"
     attached.device.busy = False
     assert list(turns) == [] and job.state == "finished"
+
+
+@pytest.mark.parametrize("goes", ["leave", "let_go"])
+def test_an_attachment_is_answered_though_its_debugger_be_gone_for_the_server_owes_the_answer(
+    attached: Attached, goes: str
+) -> None:
+    getattr(attached.debugging, goes)(attached.debugger)
+    ((op, meta),) = attached.answered
+    assert op == Op.ATTACH and meta.reason.startswith("the debugger's")
