@@ -30,12 +30,13 @@ from djinn_zmq.errors import (
     RequestError,
     Unreachable,
 )
-from djinn_zmq.settings import Settings
+from djinn_zmq.settings import Settings, format_bytes
 from djinn_zmq.version import __version__
 from djinn_zmq.wire import codec, messages
-from djinn_zmq.wire.codec import EXAMPLE_LIMIT, NOT_A_REPLY, Message
+from djinn_zmq.wire.codec import BUFFERS_LIMIT, EXAMPLE_LIMIT, NOT_A_REPLY, Message
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import TO_ENGINE, Op
+from djinn_zmq.wire.tensors import INLINE_LIMIT
 
 if TYPE_CHECKING:  # a room that only those with a key need
     from djinn_zmq.bus.keys import ClientKeys
@@ -68,6 +69,7 @@ class Connection:
         """
         self.endpoint = endpoint
         self.settings = settings
+        self._meta_limit = settings.meta_limit
         self.keys = keys
         self.sharing = Sharing(settings)
         wanted = checks.flag("lane", lane)
@@ -192,6 +194,7 @@ class Connection:
             self._tidy_up()
         request = self._last_request = self._last_request + 1
         session, buffers = call.session, call.buffers
+        count = len(buffers)
         try:
             frame = codec.encode(
                 call.op,
@@ -199,13 +202,15 @@ class Connection:
                 flags=SHARED if self.sharing.lease is not None else 0,
                 request=request,
                 session=session,
-                buffers=len(buffers),
+                buffers=count,
                 deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
                 credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
             )
         except (OverflowError, TypeError, UnicodeEncodeError) as exc:
             # A layer of 2**70, say, or half a character.
             raise RequestError(f"what was asked for can't be sent: {exc}") from exc
+        if len(frame) > self._meta_limit or count > BUFFERS_LIMIT:
+            raise RequestError(_too_much(len(frame), self._meta_limit, count))
         if session:
             if self.lanes.wanted and call.op in ON_LANES:
                 call.lane = self._lane_of(session)
@@ -557,3 +562,17 @@ def _deadline_ms(timeout_s: float) -> int:
         "timeout_s", timeout_s, "a positive number of seconds, or None"
     )
     return 0 if limit_ms > DEADLINE_LIMIT_MS else max(1, int(limit_ms))
+
+
+def _too_much(nbytes: int, limit: int, buffers: int) -> str:
+    """Why a request is not sent: whoever gets such a message takes its sender for one who lies, and drops him."""
+    if buffers > BUFFERS_LIMIT:
+        small = format_bytes(INLINE_LIMIT)
+        return (
+            f"{buffers} arrays of more than {small} in one request: at most {BUFFERS_LIMIT}; make one edit of "
+            "several, or resume more than once"
+        )
+    return (
+        f"a request of {format_bytes(nbytes)} beside its arrays: at most {format_bytes(limit)}; give a long text "
+        "as token ids, and many edits as fewer"
+    )

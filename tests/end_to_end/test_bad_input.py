@@ -385,6 +385,25 @@ def test_what_is_much_like_what_is_wanted_is_refused_by_what_it_is(tiny, point):
             call()
 
 
+@pytest.mark.parametrize("way", ["lane", "tcp"])
+def test_more_than_a_message_carries_is_refused_before_it_is_sent(served, way):
+    with djinn.connect(served.endpoint if way == "lane" else served.tcp) as server:
+        model = server.model("tiny")
+        point = model.run(FRANCE, stop_at=2).checkpoint
+        whole = np.zeros(point.shape, np.float64)
+        edits = [djinn.Add(whole)] * 65
+        with pytest.raises(errors.RequestError, match="65 arrays of more than 2.0 KiB in one req"):
+            point.resume(edits)
+        for ask_for in (
+            lambda: model.run("the " * 600_000),
+            lambda: model.encode("the " * 600_000),
+            lambda: point.resume([djinn.Scale(1.0, at=(0, -1))] * 100_000),
+        ):
+            with pytest.raises(errors.RequestError, match="beside its arrays: at most 256.0 KiB"):
+                ask_for()
+        assert point.resume(edits[:64]).top(1)[0].token == "paris"
+
+
 def test_a_token_id_past_what_travels_is_named_as_it_was_given(tiny):
     large = np.array([1, 2**63], np.uint64)
     for call in (lambda: tiny.run(large), lambda: tiny.pieces(large)):
