@@ -45,6 +45,7 @@ Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
 RELEASED_AT_ONCE = 32  # with a request; what is more goes ahead of it
+RELEASED_LIMIT = 4096  # in a message of their own: 9 bytes each
 PROGRESS_CREDIT = 1000
 ASK_S = 2.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
@@ -507,9 +508,14 @@ class Connection:
             session, number = self._garbage.popleft()
             by_session.setdefault(session, []).append(number)
         self.sharing.settle()  # after they are taken: what ends from now on is said next time
-        while by_session:
-            session, numbers = by_session.popitem()
-            ended = 0 in numbers  # the session itself is forgotten, and all of it
+        pieces: list[tuple[int, list[int]]] = []
+        for session, found in by_session.items():
+            numbers = [0] if 0 in found else found  # the session itself is forgotten, and all of it
+            for at in range(0, len(numbers), RELEASED_LIMIT):
+                pieces.append((session, numbers[at : at + RELEASED_LIMIT]))
+        while pieces:
+            session, numbers = pieces[-1]
+            ended = numbers == [0]
             if ended:
                 self.lanes.forget(session)
             frame = codec.encode(
@@ -522,9 +528,9 @@ class Connection:
             try:
                 self._send(frame, (), None if ended else self.lanes.of(session))
             except BaseException:  # Busy, or a KeyboardInterrupt: said next time
-                by_session[session] = numbers
-                self._garbage.extend((s, n) for s, ns in by_session.items() for n in ns)
+                self._garbage.extend((s, number) for s, some in pieces for number in some)
                 raise
+            pieces.pop()
 
     def close(self) -> None:
         """Close sockets and maps. Everything the server holds for this client ends with it."""

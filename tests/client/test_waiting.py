@@ -333,6 +333,25 @@ def test_what_could_not_be_released_now_is_released_with_the_next_request(
     assert sorted(said) == [(7, 1, 3), (8, 2)]
 
 
+def test_more_is_released_at_once_than_one_message_says(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[int] = []
+
+    def noted(frame: bytes, *_: object) -> None:
+        # What is longer is refused, and nobody hears of it: it goes one way.
+        assert len(frame) <= Settings().meta_limit
+        said.extend(codec.decode(frame).meta.ids)
+
+    numbers = range(2**62, 2**62 + 40_000)
+    with djinn.connect(script.endpoint) as server:
+        for number in numbers:
+            server.connection.forget(7, number)
+        monkeypatch.setattr(server.connection, "_send", noted)
+        server.ping()
+    assert sorted(said) == list(numbers)
+
+
 def test_the_time_for_which_a_debugger_holds_a_request_does_not_count() -> None:
     call = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=10.0)
     call.sent_ns = time.perf_counter_ns() - 60 * 10**9
