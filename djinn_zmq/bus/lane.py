@@ -329,16 +329,3 @@ def _with_own_bell(ends: Ends) -> Ends:
         raise
     os.close(ends.bell_first)
     return ends._replace(bell_first=own)
-
-
-def wait(lane: Lane, gone: int, timeout_s: float) -> bool:
-    """Sleep until *lane* may have something, the descriptor *gone* is readable, or time is up.
-
-    True where *gone* spoke. For an end without a `Poll`: reads the bell.
-    """
-    poll = select.poll()
-    poll.register(gone, select.POLLIN)
-    poll.register(lane.fileno(), select.POLLIN)
-    ready = poll.poll(timeout_s * 1000)
-    lane.hush()
-    return any(fd == gone for fd, _ in ready)

@@ -1,6 +1,7 @@
 import functools
 import gc
 import os
+import select
 import shutil
 import tempfile
 import time
@@ -12,11 +13,25 @@ import pytest
 import zmq
 
 from djinn_zmq.bus.dealer import Dealer
+from djinn_zmq.bus.lane import Lane
 from djinn_zmq.bus.router import Router
 from djinn_zmq.errors import Lost
 from djinn_zmq.settings import Settings
 
 WAIT_S = 10.0  # never reached where the code is right
+
+
+def wait(lane: Lane, gone: int, timeout_s: float) -> bool:
+    """Sleep until *lane* may have something, the descriptor *gone* is readable, or time is up.
+
+    True where *gone* spoke. For an end without a `Poll`.
+    """
+    poll = select.poll()
+    poll.register(gone, select.POLLIN)
+    poll.register(lane.fileno(), select.POLLIN)
+    ready = poll.poll(timeout_s * 1000)
+    lane.hush()
+    return any(fd == gone for fd, _ in ready)
 
 
 @pytest.fixture(scope="session", autouse=True)

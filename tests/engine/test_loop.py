@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from djinn_zmq.bus.lane import CAPACITY, Lane, wait
+from djinn_zmq.bus.lane import CAPACITY, Lane
 from djinn_zmq.bus.lease import LeaseSocket, close_all, pair
 from djinn_zmq.bus.link import Link
 from djinn_zmq.bus.poll import MANY
@@ -46,6 +46,7 @@ from djinn_zmq.wire.messages import Broken as LaneBroken
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tensors import Device, Tensor, inline
 from djinn_zmq.wire.tiers import Shelve, Shelved
+from tests.bus.conftest import wait
 
 SETTINGS = Settings()
 WAIT_S = 10.0
