@@ -32,20 +32,14 @@ Change = Callable[[torch.Tensor], torch.Tensor]  # the part an edit chose → wh
 Ready = list[tuple[tuple[Any, ...], Change]]
 
 
-def apply(
-    hidden: torch.Tensor, edits: tuple[Edit, ...], values: Values, source: Source
-) -> torch.Tensor:
-    """Apply *edits* to *hidden* (batch, positions, hidden_size) and return it.
-
-    Every edit is checked before the first is done. Raises EditError naming the edit's place.
-    """
-    return carry_out(prepared(hidden, edits, values, source), hidden)
-
-
 def prepared(
     hidden: torch.Tensor, edits: tuple[Edit, ...], values: Values, source: Source
 ) -> Ready:
-    """*edits*, checked and ready for `carry_out` on any tensor that is as *hidden*."""
+    """*edits*, checked and ready for `carry_out` on any tensor that is as *hidden*: (batch, positions,
+    hidden_size), or as the module has it.
+
+    Every edit is checked before the first is done. Raises EditError naming the edit's place.
+    """
     ready = []
     for place, edit in enumerate(edits):
         name = f"edit {place} ({type(edit).__name__})"
@@ -59,6 +53,7 @@ def prepared(
 
 
 def carry_out(ready: Ready, hidden: torch.Tensor) -> torch.Tensor:
+    """Make the edits on *hidden*, and return it."""
     for chosen, change in ready:
         hidden[chosen] = change(hidden[chosen])
     return hidden

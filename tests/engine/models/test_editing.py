@@ -79,14 +79,19 @@ def given_values(tensor: Tensor) -> torch.Tensor:
 
 
 def apply(hidden: np.ndarray, *edits: wire.Edit, sources: dict[int, np.ndarray] | None = None):
-    """What `editing.apply` makes of *hidden*, which stays as it is."""
+    """What the *edits* make of *hidden*, which stays as it is."""
 
     def source(number: int) -> torch.Tensor:
         if number not in (sources or {}):
             raise UnknownCheckpoint(f"checkpoint {number:x} does not exist")
         return to_torch(sources[number])
 
-    return to_numpy(editing.apply(to_torch(hidden), edits, given_values, source))
+    return to_numpy(made_on(to_torch(hidden), edits, source))
+
+
+def made_on(hidden: torch.Tensor, edits: tuple[wire.Edit, ...], source: editing.Source):
+    """*hidden* with the edits made on it, as a run does."""
+    return editing.carry_out(editing.prepared(hidden, edits, given_values, source), hidden)
 
 
 def assert_same_bits(one: np.ndarray, other: np.ndarray) -> None:
@@ -382,7 +387,7 @@ def test_an_edit_that_does_not_fit_is_refused_by_its_place(edit: wire.Edit, reas
     before = hidden.clone()
     name = type(edit).__name__
     with pytest.raises(EditError, match=rf"edit 2 \({name}\): .*{reason}"):
-        editing.apply(hidden, (zero(), scale(3.0), edit), given_values, lambda _: hidden)
+        made_on(hidden, (zero(), scale(3.0), edit), lambda _: hidden)
     assert same_bits(hidden, before), "no edit is made before all are checked"
 
 
@@ -391,7 +396,7 @@ def test_a_refused_patch_leaves_the_edits_before_it_unmade() -> None:
     before = hidden.clone()
     for source in (hidden.double(), hidden[:, :2]):
         with pytest.raises(EditError, match=r"edit 1 \(Patch\)"):
-            editing.apply(hidden, (zero(), patch(9)), given_values, lambda _, source=source: source)
+            made_on(hidden, (zero(), patch(9)), lambda _, source=source: source)
         assert same_bits(hidden, before)
 
 
