@@ -230,7 +230,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         if part.before is not None:
             said.before = np.array(view(part.before, message.buffers))[0]
         assert said.before is not None
-        checkpoints = self._saved(part.checkpoints, len(said.ids))
+        checkpoints = self._saved(part.checkpoints)
         top = []
         if part.top_ids is not None and part.top_values is not None:
             top = yield from self._tops(part, message)
@@ -244,8 +244,8 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             checkpoints=checkpoints,
         )
 
-    def _saved(self, kepts: Sequence[messages.Kept], said: int) -> dict[int | str, Checkpoint]:
-        """The checkpoints of a forward that came behind *said* tokens of this generation."""
+    def _saved(self, kepts: Sequence[messages.Kept]) -> dict[int | str, Checkpoint]:
+        """The checkpoints of a forward of this generation."""
         if not kepts:
             return {}
         ids = self._ids_of(kepts[0])
@@ -285,7 +285,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             ids = np.array(view(reply.ids, message.buffers))[0]
             if self._said.before is None:
                 self._said.before = ids
-            checkpoints = self._saved(reply.checkpoints, len(self.tokens))
+            checkpoints = self._saved(reply.checkpoints)
             mark = None
             if reply.branch:
                 # Its last token was drawn, and nothing has been run since.

@@ -89,11 +89,6 @@ class Past:
             yield past
             past = past.before
 
-    @property
-    def nbytes(self) -> int:
-        """Of the whole chain."""
-        return sum(segment.nbytes for past in self.chain() for segment in past.segments)
-
 
 @dataclass(slots=True, eq=False)
 class Caches:

@@ -194,7 +194,6 @@ class Atlas:
             fitting = sorted(ends & known)
             full = fitting[0] if len(fitting) == 1 else bare
         zones = [zone for zone, one in self._calls if one == full]
-        zones = [zone for zone in zones if (zone, full) in self._calls]
         outside = [zone for zone in zones if zone in (BEFORE, self.num_layers)]
         if not outside:
             raise StopError(self._unknown(path, bare, self._names_outside(), _OUTSIDE))
