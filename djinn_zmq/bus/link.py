@@ -25,6 +25,7 @@ class Link:
         """server: on the engine's end, a descriptor that becomes readable when the server is gone."""
         self.lane = lane
         self.receive = lane.receive
+        self.of_use = True  # False once something made no sense: then what follows may not either
         self._server = server
 
     @classmethod

@@ -66,7 +66,7 @@ class Links:
         """Take one message of *engine*'s. Is there more?"""
         link = engine.link
         try:
-            frames = link.receive() if link is not None else None
+            frames = link.receive() if link is not None and link.of_use else None
             if frames is None:
                 return False
             envelope, frame, buffers = frames
@@ -84,6 +84,7 @@ class Links:
         except ProtocolError as exc:  # its memory is not what it was: who follows has its own
             engine.farewell = f"was ended, because its link made no sense: {exc}"
             assert link is not None and engine.lease is not None
+            link.of_use = False
             self._poll.unwatch(link.lane)
             engine.lease.hang_up()
             return False

@@ -79,6 +79,18 @@ def test_an_engine_whose_link_makes_no_sense_is_ended_and_not_the_server(
     assert served.ask(client, Op.PING, messages.Ping()) == messages.Pong("serving")
 
 
+def test_nothing_is_heard_behind_what_made_no_sense(served: Served) -> None:
+    client = served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    deaths = deaths_of(served)
+    # The part of an answer, say: its end would pass for all of it.
+    served.link.lane._out.put(0, b"nonsense")
+    keep(served, session, range(1, 3))
+    served.link.lane.ring()
+    served.until(lambda: deaths)
+    assert not served.server.registry.sessions[session].kept
+
+
 def test_an_engines_farewell_is_heard_though_it_was_still_to_be_told_something(
     served: Served,
 ) -> None:
