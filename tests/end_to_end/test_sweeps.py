@@ -194,6 +194,17 @@ def test_what_cannot_be_swept_is_refused_and_the_session_goes_on(model, point):
         assert point.resume().top(1)[0].token == "paris"
 
 
+def test_more_of_the_logits_than_a_frame_carries_is_refused_by_name(served):
+    with served.connect(shared=False) as server:
+        many = server.model("tiny").run([FRANCE] * 700, stop_at=2, logits="none").checkpoint
+        with pytest.raises(
+            RequestError, match=r"takes 1.1 MiB for 700 prompts, a part .* at most 1.0 MiB"
+        ):
+            many.sweep([Zero()], logits=200).all()
+        (outcome,) = many.sweep([Zero()], logits=100).all()
+        assert outcome.log_norm.shape == (700,)
+
+
 def test_sweeps_stream_to_asyncio_code_over_tcp_while_others_run(served):
     async def main() -> None:
         async with aio.connect(served.tcp) as server:

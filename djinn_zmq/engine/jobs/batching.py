@@ -14,6 +14,7 @@ from djinn_zmq.engine.jobs.runs import Runner
 from djinn_zmq.engine.models.loading import ServedModel
 from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.errors import RequestError
+from djinn_zmq.settings import counted, format_bytes
 from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.sweeps import Results, Swept, Traced
 
@@ -79,7 +80,11 @@ def timed(
         yield
 
 
-def check_results(results: Results, model: ServedModel) -> None:
+def check_results(results: Results, model: ServedModel, rows: int) -> None:
+    """rows: prompts whose outcomes travel together in any case, each kind of number in a frame.
+
+    Raises RequestError for what cannot be wanted of their logits, or is more than a frame carries.
+    """
     vocab = model.info.vocab_size
     if results.logits not in ("last", "top", "none"):
         raise RequestError(f'logits "{results.logits}" of a sweep: "last", "none" or a number')
@@ -88,3 +93,12 @@ def check_results(results: Results, model: ServedModel) -> None:
     for token in results.tokens:
         if not 0 <= token < vocab:
             raise RequestError(f'token {token}: "{model.info.name}" has ids 0 to {vocab - 1}')
+    size = model.stepper.model.dtype.itemsize
+    whole = vocab * size if results.logits == "last" else 0
+    top = 8 * results.top if results.logits == "top" else 0  # int64 ids
+    nbytes = rows * max(whole, top, size * len(results.tokens))
+    if nbytes > FRAME_LIMIT:
+        raise RequestError(
+            f"what is wanted of the logits takes {format_bytes(nbytes)} for {counted(rows, 'prompt')}, a part of "
+            f"an answer at most {format_bytes(FRAME_LIMIT)}: ask for the likeliest, logits=20 say, or for fewer"
+        )

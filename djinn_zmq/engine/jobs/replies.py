@@ -9,10 +9,13 @@ import torch
 from djinn_zmq.engine.jobs.branches import ForwardJob, TalkJob
 from djinn_zmq.engine.jobs.grids import SweepJob, TraceJob
 from djinn_zmq.engine.jobs.job import DoneJob, Job
+from djinn_zmq.engine.jobs.loans import FRAME_LIMIT
 from djinn_zmq.engine.jobs.looking import LookJob
 from djinn_zmq.engine.jobs.moving import HoldJob, MoveJob, RestoreJob
 from djinn_zmq.engine.models.ranking import log_norm_of, top_of
 from djinn_zmq.engine.state.keeping import NAMES
+from djinn_zmq.errors import RunError
+from djinn_zmq.settings import format_bytes
 from djinn_zmq.wire.forwards import Forwarded, Output
 from djinn_zmq.wire.looks import LookReply, Seen
 from djinn_zmq.wire.messages import RunReply, TokensReply
@@ -182,14 +185,25 @@ def place(array: np.ndarray, buffers: Buffers) -> Tensor:
     """*array* inside the meta if it is small, else as one more buffer."""
     if array.nbytes <= INLINE_LIMIT:
         return inline(array)
+    if array.nbytes > FRAME_LIMIT:
+        raise _too_large(array.nbytes)
     buffers.append(array.tobytes())
     return Tensor(array.dtype.name, array.shape, Frame(len(buffers) - 1))
 
 
 def place_torch(data: torch.Tensor, buffers: Buffers) -> Tensor:
     raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    name, shape = NAMES[data.dtype], tuple(data.shape)
-    if len(raw) <= INLINE_LIMIT:
+    name, shape, nbytes = NAMES[data.dtype], tuple(data.shape), len(raw)
+    if nbytes <= INLINE_LIMIT:
         return Tensor(name, shape, Inline(raw))
+    if nbytes > FRAME_LIMIT:
+        raise _too_large(nbytes)
     buffers.append(raw)
     return Tensor(name, shape, Frame(len(buffers) - 1))
+
+
+def _too_large(nbytes: int) -> RunError:
+    """Of a tensor that no frame carries: who gets one all the same takes its sender's memory for damaged."""
+    return RunError(
+        f"an answer with a tensor of {format_bytes(nbytes)}: at most {format_bytes(FRAME_LIMIT)} fit a frame"
+    )

@@ -46,7 +46,7 @@ class Sweeper(Batching):
             midway = midway_of(entry, session) if entry.past else None
             if not asked.branches:
                 raise RequestError("a sweep of no branches")
-            check_results(asked.results, model)
+            check_results(asked.results, model, len(entry.ids))
             past_nbytes = 0 if midway is None else _past_nbytes(midway, entry.layer)
             at_once = self.at_once(model, entry.ids.shape, asked.memory, past_nbytes)
             place = self._runner.place_of(entry, model)

@@ -47,7 +47,7 @@ class Tracer(Batching):
                 )
             layers = _layers(asked.layers, model)
             positions = _positions(asked.positions, lengths[0])
-            check_results(asked.results, model)
+            check_results(asked.results, model, len(both))
             held = 2 * len(layers) * hidden_nbytes(model, lengths[0])  # until the last cell
             at_once = self.at_once(model, (1, lengths[0]), asked.memory, held_nbytes=held)
         job = TraceJob(
