@@ -7,7 +7,6 @@ branches go on from one past side by side and never see each other.
     step              0             0           1            1       a stop is in a step, at a layer
 """
 
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
@@ -29,7 +28,7 @@ from djinn_zmq.errors import EditError, Lost, NoSessions, PromptError, RequestEr
 from djinn_zmq.settings import format_bytes
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
-from djinn_zmq.wire.messages import BRANCH, Kept, Resume, Wanted
+from djinn_zmq.wire.messages import BRANCH, IDS_LIMIT, Kept, Resume, Wanted
 from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.talks import Continue, Generate
 
@@ -115,6 +114,7 @@ class Talker:
             if asked.max_new_tokens < 0:
                 raise RequestError(f"max_new_tokens {asked.max_new_tokens}: at least 1")
             check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
+            _check_answer_fits(tokens.shape[1], asked.max_new_tokens or 1)
             _check_logits_fit(asked.wanted, model)
             last = None
             if entry is None:  # else its numbers are those of the generation that stopped
@@ -234,7 +234,10 @@ class Talker:
             parts.append(ids)
         if asked.text:
             begins = not any(part.size for part in parts)
-            parts.append(model.encode((asked.text,), begins=begins))
+            ids = model.encode((asked.text,), begins=begins)
+            if ids.size:
+                model.check_ids(ids)
+            parts.append(ids)
         return np.concatenate(parts, axis=1)
 
     # ---- the work
@@ -400,6 +403,12 @@ def check_room(count: int, static: int, model: ServedModel, new: int = 1) -> Non
         raise PromptError(f"{count} tokens{more}: the session's static cache has {static} places")
 
 
+def _check_answer_fits(count: int, new: int) -> None:
+    """Raises PromptError where a generation's reply could not name all of its tokens: they travel in one frame."""
+    if count + new > IDS_LIMIT:
+        raise PromptError(f"{count} tokens and {new} new ones: at most {IDS_LIMIT} fit a message")
+
+
 def _check_logits_fit(wanted: Wanted, model: ServedModel) -> None:
     """A token's logits travel in one frame, with the token."""
     nbytes = model.info.vocab_size * model.stepper.model.dtype.itemsize
@@ -419,9 +428,11 @@ def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:
 
 
 def _room(count: int, static: int, model: ServedModel) -> int:
-    """How many tokens may be generated behind *count* until the model, or the cache, takes no more."""
-    limits = [limit for limit in (model.info.max_positions, static) if limit]
-    return min(limits, default=sys.maxsize) - count + 1
+    """How many tokens may be generated behind *count* until the model, the cache, or the reply takes no more."""
+    limits = [
+        limit + 1 for limit in (model.info.max_positions, static) if limit
+    ]  # the last is not run
+    return min([*limits, IDS_LIMIT]) - count
 
 
 def _check_steps(steps: tuple[int, ...], last: int) -> None:

@@ -3,6 +3,7 @@
 The reference is a copy of the model made before a Stepper put its stubs in.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +15,15 @@ transformers = pytest.importorskip("transformers")
 
 
 from djinn_zmq.client.indexing import index_of
+from djinn_zmq.engine.jobs import talks
 from djinn_zmq.engine.models.stepping import same_bits
 from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.errors import Lost, PromptError, RequestError, RunError, StopError
+from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire import edits as wire
-from djinn_zmq.wire.messages import Wanted
+from djinn_zmq.wire.messages import IDS_LIMIT, Wanted
 from djinn_zmq.wire.stops import Break, HasNaN, Step, Stops, Token
-from djinn_zmq.wire.talks import Sampling
+from djinn_zmq.wire.talks import Continue, Sampling
 from djinn_zmq.wire.tensors import inline
 from tests.engine.architectures import NAMES, PROMPT_LENGTH, prompts
 from tests.engine.conftest import keeping_with
@@ -410,6 +413,30 @@ def test_more_tokens_than_the_model_or_its_cache_takes_are_refused(
     endless = both("Bloom", torch.float32)[0]
     with pytest.raises(RequestError, match=r"cache of 1000000000000 positions takes .* are free"):
         Talk(keeping, endless, 10**12).generate(prompts(1))
+
+
+@pytest.mark.parametrize("name", ["Bloom"])
+def test_a_generation_has_no_more_tokens_than_its_reply_can_name(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = PROMPT_LENGTH + NEW  # of a model that takes any number
+    monkeypatch.setattr(talks, "IDS_LIMIT", limit)
+    with pytest.raises(PromptError, match=f"and {NEW + 1} new ones: at most {limit} fit a message"):
+        talk.generate(prompts(1), NEW + 1)
+    assert len(talk.generate(prompts(1), 0).tokens) == NEW
+    with pytest.raises(PromptError, match=f"{limit} tokens and 1 new ones: at most {limit} fit"):
+        talk.generate(None, 0)
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_a_text_of_more_tokens_than_fit_a_message_is_refused_as_its_ids_are(talk: Talk) -> None:
+    ids = {"input_ids": [1] * (IDS_LIMIT + 1)}
+    talk.model = dataclasses.replace(talk.model, tokenizer=lambda text, **_: ids)
+    asked = Continue(0, 0, "a long text", None, Wanted(None, (), "last", 0))
+    with pytest.raises(
+        PromptError, match=f"{IDS_LIMIT + 1} tokens in a batch: at most {IDS_LIMIT}"
+    ):
+        talk.talker.run(asked, (), talk.session, talk.model, Stopwatch(), shared=False)
 
 
 @pytest.mark.parametrize("name", ["Llama"])
