@@ -7,7 +7,7 @@ NotServed.
 
 import functools
 import inspect
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 import transformers
@@ -18,15 +18,15 @@ from djinn_zmq.client import checks
 from djinn_zmq.client.forwards import Asked, Forwarded
 from djinn_zmq.client.model import Model
 from djinn_zmq.errors import NotServed, RequestError
-from djinn_zmq.hf.caches import Elsewhere, RemoteCache
+from djinn_zmq.hf.caches import RemoteCache
 from djinn_zmq.hf.opening import config_of, served_of, server_of
 from djinn_zmq.hf.tensors import flag, to_numpy, to_torch, whole
+from djinn_zmq.hf.weightless import Weightless
 
 CACHES = ("cache", "past_key_values")  # what transformers' versions call it
-WEIGHTS = "the weights are on the server"
 
 
-class RemoteCausalLM(PreTrainedModel, GenerationMixin):
+class RemoteCausalLM(Weightless, GenerationMixin):
     """A served model as transformers' `PreTrainedModel`.
 
     served: the `Model` behind it. Its class is also its architecture's, LlamaForCausalLM say.
@@ -35,8 +35,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any, served: Model) -> None:
         PreTrainedModel.__init__(self, config)
-        self.served = served
         self._place = torch.device("cpu")
+        self.served = served
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -159,8 +159,6 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- where it is, and what it is
 
-    architecture: type = PreTrainedModel
-
     @property
     def device(self) -> torch.device:
         return self._place
@@ -202,101 +200,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):
                 "which"
             )
 
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            raise NotServed("train(): a served model is not trained")
-        return super().train(False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        if requires_grad:
-            raise NotServed("requires_grad_(): a served model is not trained")
-        return self
-
-    def tie_weights(self, *_: Any, **__: Any) -> None:
-        """They are, on the server."""
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise NotServed(f"a copy of the model: {WEIGHTS}; open it once more instead")
-
-    def __reduce__(self) -> NoReturn:
-        raise NotServed(f"pickling the model: {WEIGHTS}")
-
-    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
-        if attn_implementation != self.config._attn_implementation:
-            raise NotServed(
-                f"attention {attn_implementation!r}: it is served with "
-                f"{self.config._attn_implementation!r}"
-            )
-
-    def set_experts_implementation(self, experts_implementation: Any) -> None:
-        own, asked = self.config._experts_implementation, experts_implementation
-        if (asked.get("", own) if isinstance(asked, dict) else asked) == own:
-            return
-        raise NotServed(
-            f"experts {asked!r}: it is served with {own!r}. On a GPU transformers' generate computes them "
-            "otherwise for its steps: leave the outputs on the CPU, where it does not"
-        )
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        if exclude_embeddings:
-            raise NotServed(f"num_parameters without embeddings: {WEIGHTS}")
-        return self.served.info.num_parameters
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        return self.served.info.nbytes
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            raise Elsewhere(
-                f'"{name}": a served {type(self).__name__} has no modules here, {WEIGHTS}; djinn\'s '
-                'stops ("layers.3.mlp") and edits reach them there'
-            ) from None
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} on a server: {self.served!r}>"
-
-
-def _refusing(name: str) -> Any:
-    def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise NotServed(f"{name}(): {WEIGHTS}")
-
-    refuse.__name__ = name
-    return refuse
-
-
-for _name in (
-    "parameters",
-    "named_parameters",
-    "buffers",
-    "named_buffers",
-    "named_modules",
-    "state_dict",
-    "load_state_dict",
-    "load_adapter",
-    "add_adapter",
-    "save_pretrained",
-    "push_to_hub",
-    "zero_grad",
-    "get_decoder",
-    "get_input_embeddings",
-    "set_input_embeddings",
-    "get_output_embeddings",
-    "set_output_embeddings",
-    "resize_token_embeddings",
-    "init_weights",
-    "gradient_checkpointing_enable",
-    "enable_input_require_grads",
-    "quantize",
-    "dequantize",
-    "generate_batch",
-    "init_continuous_batching",
-    "continuous_batching_context_manager",
-    "to_empty",
-    "type",
-):
-    setattr(RemoteCausalLM, _name, _refusing(_name))
 
 
 @functools.cache

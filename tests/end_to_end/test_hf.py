@@ -465,7 +465,46 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
         with pytest.raises(NotServed, match=named):
             act()
     assert not hasattr(remote, "lm_head")
+    assert remote.num_parameters(only_trainable=True) == remote.num_parameters()
     assert remote.eval().requires_grad_(False) is remote
+    assert remote.num_parameters(only_trainable=True) == 0
+
+
+def a_layer(_):
+    return torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda remote: setattr(remote, "lm_head", a_layer(remote)), 'assigning "lm_head"'),
+        (lambda remote: setattr(remote, "model", None), 'assigning "model"'),
+        (lambda remote: setattr(remote, "probe", a_layer(remote)), 'assigning "probe"'),
+        (lambda remote: delattr(remote, "lm_head"), 'deleting "lm_head"'),
+        (lambda remote: remote.add_module("lm_head", a_layer(remote)), "add_module"),
+        (lambda remote: remote.set_submodule("lm_head", a_layer(remote)), "set_submodule"),
+        (lambda remote: remote.register_buffer("scale", torch.ones(1)), "register_buffer"),
+        (lambda remote: remote.apply(print), "apply"),
+        (lambda remote: list(remote.children()), "children.*stops"),
+        (lambda remote: list(remote.named_children()), "named_children"),
+        (lambda remote: list(remote.modules()), "named_modules"),
+        (lambda remote: remote.get_submodule("model.layers.0"), "get_submodule"),
+        (lambda remote: remote.get_parameter("lm_head.weight"), "get_parameter"),
+        (lambda remote: remote.base_model, '"base_model"'),  # transformers' says: the model itself
+        (lambda remote: setattr(remote, "training", True), "train"),
+        (lambda remote: setattr(remote, "loss_function", print), "loss_function"),
+        (lambda remote: setattr(remote, "loss_type", "ForTokenClassification"), "loss_type"),
+        (lambda remote: remote.register_full_backward_hook(print), "backward_hook.*gradients"),
+    ],
+)
+def test_a_change_that_torch_would_take_and_the_server_not_see_is_refused_by_name(
+    pair, act, named: str
+) -> None:
+    _, remote = pair("tiny")
+    with pytest.raises(NotServed, match=named):
+        act(remote)
+    remote.of_a_program = 7  # its own attributes are its own
+    assert not remote.training and remote.of_a_program == 7
 
 
 def test_experts_computed_otherwise_as_generate_asks_for_on_a_gpu_are_refused_by_name(pair) -> None:
