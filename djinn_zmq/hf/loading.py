@@ -10,6 +10,7 @@ from djinn_zmq.client import checks
 from djinn_zmq.client.model import Model
 from djinn_zmq.errors import NotServed, RequestError
 from djinn_zmq.hf.models import RemoteCausalLM
+from djinn_zmq.hf.surroundings import ANSWERING, ORIGIN
 
 # Arguments that say where files are found and how they are read: here the server has done so.
 READING = frozenset({
@@ -18,13 +19,7 @@ READING = frozenset({
     "offload_state_dict", "offload_buffers", "max_memory", "weights_only", "ignore_mismatched_sizes",
     "code_revision", "_from_auto", "_from_pipeline", "_commit_hash", "_fast_init", "subfolder",
 })  # fmt: skip
-# What of a config says how a forward answers, not what it computes.
-ANSWERING = frozenset({
-    "use_cache", "output_hidden_states", "output_attentions", "return_dict", "pad_token_id",
-    "bos_token_id", "eos_token_id",
-})  # fmt: skip
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-ORIGIN = frozenset({"_name_or_path", "transformers_version", "architectures", "_commit_hash"})
 
 
 def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:

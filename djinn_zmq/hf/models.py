@@ -18,6 +18,7 @@ from djinn_zmq.client import checks
 from djinn_zmq.client.forwards import Asked, Forwarded
 from djinn_zmq.client.model import Model
 from djinn_zmq.errors import NotServed, RequestError
+from djinn_zmq.hf import surroundings
 from djinn_zmq.hf.caches import RemoteCache
 from djinn_zmq.hf.opening import config_of, served_of, server_of
 from djinn_zmq.hf.tensors import flag, to_numpy, to_torch, whole
@@ -36,6 +37,8 @@ class RemoteCausalLM(Weightless, GenerationMixin):
     def __init__(self, config: Any, served: Model) -> None:
         PreTrainedModel.__init__(self, config)
         self._place = torch.device("cpu")
+        self._code: surroundings.Code
+        self._as_served: dict[str, Any]  # its config
         self.served = served
 
     @classmethod
@@ -54,8 +57,10 @@ class RemoteCausalLM(Weightless, GenerationMixin):
             served, served.name if name is None else checks.text("name", name)
         )
         made: RemoteCausalLM = class_of(served.info.architecture)(config, served)
+        made._code = surroundings.code_of(made.architecture, config._attn_implementation)
         if generation is not None:
             made.generation_config = generation
+        made._as_served = surroundings.kept(config)
         return made.eval()
 
     # ---- calling it
@@ -66,6 +71,8 @@ class RemoteCausalLM(Weightless, GenerationMixin):
         Raises NotServed for what a served model does not do.
         """
         config = self.config
+        surroundings.check(self._code, self._place, self.dtype)
+        surroundings.check_config(config, self._as_served)
         ids = given.pop("input_ids", None)
         cache = _one(given, CACHES)
         use_cache = _flag(given, "use_cache", getattr(config, "use_cache", True))

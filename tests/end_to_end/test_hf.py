@@ -2,11 +2,15 @@
 served model cannot do is refused by name."""
 
 import copy
+import functools
 import gc
 import os
 import pickle
+import unittest.mock
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 
@@ -29,6 +33,7 @@ from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
 from djinn_zmq.hf.loading import loaded
 from djinn_zmq.hf.opening import server_of
+from djinn_zmq.hf.surroundings import Code
 from djinn_zmq.wire.forwards import Crop, Repeat
 from tests.engine.architectures import tiny_model
 
@@ -505,6 +510,116 @@ def test_a_change_that_torch_would_take_and_the_server_not_see_is_refused_by_nam
         act(remote)
     remote.of_a_program = 7  # its own attributes are its own
     assert not remote.training and remote.of_a_program == 7
+
+
+@contextmanager
+def hook_on_all():
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def in_place_of(home, name, value=None):
+    """A block in which *name* of *home* is another function, that calls the own one."""
+    own = getattr(home, name)
+    other = functools.wraps(own)(lambda *args, **named: own(*args, **named))
+    return unittest.mock.patch.object(home, name, other if value is None else value)
+
+
+LLAMA = transformers.models.llama.modeling_llama
+REGISTRY = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+MATH = torch.nn.attention.SDPBackend.MATH
+
+
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [
+        (lambda: in_place_of(LLAMA.LlamaDecoderLayer, "forward"), "LlamaDecoderLayer.forward is"),
+        (lambda: in_place_of(LLAMA.LlamaForCausalLM, "forward"), "LlamaForCausalLM.forward is"),
+        (lambda: in_place_of(LLAMA, "apply_rotary_pos_emb"), "apply_rotary_pos_emb is not the lib"),
+        (lambda: in_place_of(LLAMA, "LlamaMLP", torch.nn.Identity), "modeling_llama.LlamaMLP is"),
+        (lambda: in_place_of(LLAMA.DynamicCache, "update"), "DynamicCache.update is not"),
+        (lambda: in_place_of(LLAMA.LlamaDecoderLayer, "__call__"), "DecoderLayer.__call__ is not"),
+        (lambda: in_place_of(torch.nn.Linear, "forward"), "Linear.forward is not"),
+        (
+            lambda: in_place_of(torch.nn.functional, "scaled_dot_product_attention"),
+            "scaled_dot_product_attention is not the library's own",
+        ),
+        (
+            lambda: unittest.mock.patch.dict(REGISTRY._local_mapping, sdpa=print),
+            r'ALL_ATTENTION_FUNCTIONS\["sdpa"\]',
+        ),
+        (hook_on_all, "hook on every module.*stops"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast.*served in torch.bfloat16"),
+        (lambda: torch.nn.attention.sdpa_kernel(MATH), "sdpa_kernel"),
+        (torch.overrides.BaseTorchFunctionMode, "BaseTorchFunctionMode"),
+        (torch.utils._python_dispatch.TorchDispatchMode, "TorchDispatchMode"),
+    ],
+)
+def test_what_is_about_a_model_and_would_change_a_plain_one_is_refused_by_name_as_long_as_it_is(
+    pair, block, named: str
+) -> None:
+    (_, remote), ids = pair("tiny"), torch.tensor(PROMPT)
+    with block(), pytest.raises(NotServed, match=named):
+        remote(ids)
+    with torch.device("cpu"):  # a mode too, which changes nothing
+        assert remote(ids).logits.shape[:2] == (1, 7)
+
+
+def test_code_that_was_replaced_before_a_model_is_opened_is_refused_with_its_name() -> None:
+    llama = transformers.LlamaForCausalLM
+    Code(llama, "sdpa").check()
+    gemma = transformers.models.gemma.modeling_gemma.GemmaMLP.forward
+    for name, block in (
+        ("LlamaAttention", in_place_of(LLAMA.LlamaAttention, "forward")),
+        ("LlamaMLP", in_place_of(LLAMA.LlamaMLP, "forward", gemma)),
+    ):
+        with block, pytest.raises(NotServed, match=f"{name}.forward is not the library's own"):
+            Code(llama, "sdpa")
+
+
+def test_a_precision_that_the_server_does_not_compute_with_is_refused_where_it_counts(pair) -> None:
+    ids = torch.tensor(PROMPT)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(NotServed, match='float32 matmul precision "high"'):
+            pair("GPT2")[1](ids)
+        assert pair("tiny")[1](ids).logits.dtype == torch.bfloat16  # not in this dtype
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_recording_by_torch_is_refused_whose_logits_would_be_constants(pair) -> None:
+    _, remote = pair("GPT2")
+    with (
+        pytest.raises(NotServed, match="cannot be recorded"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        torch.jit.trace(lambda ids: remote(ids).logits, torch.tensor(PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 2),
+        ("_attn_implementation", "eager"),
+        ("is_causal", False),  # of which a config says nothing else
+        ("rope_parameters", {"rope_theta": 5.0}),
+    ],
+)
+def test_a_config_that_is_changed_after_a_model_is_opened_is_refused_by_the_name_in_it(
+    pair, name: str, value
+) -> None:
+    remote = RemoteCausalLM.of(pair("tiny")[1].served)
+    remote.config.pad_token_id, remote.config.output_hidden_states = 3, True
+    assert len(remote(torch.tensor(PROMPT)).hidden_states) == 5
+    setattr(remote.config, name, value)
+    with pytest.raises(
+        NotServed, match=rf"config.{name.lstrip('_')}=.*changed after .*served with"
+    ):
+        remote(torch.tensor(PROMPT))
 
 
 def test_experts_computed_otherwise_as_generate_asks_for_on_a_gpu_are_refused_by_name(pair) -> None:
