@@ -56,6 +56,15 @@ class RemoteCache(DynamicCache):
             )
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             raise NotServed("a cache that records what leaves its window")
+        if any(
+            map(
+                callable,
+                [*vars(cache).values(), *(v for i in cache.layers for v in vars(i).values())],
+            )
+        ):
+            raise NotServed(
+                "a DynamicCache with methods of the program's own (its update replaced?): give a new one"
+            )
         cache.__class__ = cls
         cache._become(kinds, list(own.is_sliding), list(getattr(own, "is_linear", ())))
         return cache
@@ -196,6 +205,13 @@ class RemoteCache(DynamicCache):
     __copy__ = __deepcopy__
 
     # ---- what it does not have
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(
+            type(self), name
+        ):  # a method, an update of the program's own: nothing here calls it
+            raise NotServed(f"assigning cache.{name}: the keys and values are on the server")
+        super().__setattr__(name, value)
 
     @property
     def layers(self) -> Any:

@@ -41,7 +41,7 @@ def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:
     for key in ("dtype", "torch_dtype"):
         dtype = named.pop(key, None)
         if dtype is not None and not _equal(dtype, "auto"):
-            made.to(_dtype(key, dtype))
+            made.check_dtype(_dtype(key, dtype))
     attention = named.pop("attn_implementation", None)
     if attention is not None:
         made.set_attn_implementation(attention)

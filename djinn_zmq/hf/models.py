@@ -25,6 +25,7 @@ from djinn_zmq.hf.tensors import flag, to_numpy, to_torch, whole
 from djinn_zmq.hf.weightless import Weightless
 
 CACHES = ("cache", "past_key_values")  # what transformers' versions call it
+ASKING = ("output_", "return_", "use_")  # arguments for more outputs, or for others
 
 
 class RemoteCausalLM(Weightless, GenerationMixin):
@@ -76,7 +77,8 @@ class RemoteCausalLM(Weightless, GenerationMixin):
         ids = given.pop("input_ids", None)
         cache = _one(given, CACHES)
         use_cache = _flag(given, "use_cache", getattr(config, "use_cache", True))
-        hidden = _flag(given, "output_hidden_states", config.output_hidden_states)
+        hidden = given.pop("output_hidden_states", None)
+        hidden = config.output_hidden_states if hidden is None else hidden
         attentions = _flag(given, "output_attentions", config.output_attentions)
         as_dict = _flag(given, "return_dict", config.return_dict)
         mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
@@ -91,10 +93,11 @@ class RemoteCausalLM(Weightless, GenerationMixin):
                 "output_attentions: the attention a server runs with forms no weights; djinn's "
                 "checkpoint.attention(layer) has them"
             )
-        if not isinstance(hidden, bool):
-            raise NotServed(f"output_hidden_states={hidden!r}: True or False")
+        if not isinstance(hidden, bool):  # a whole number is a layer's, to transformers
+            raise NotServed(f"output_hidden_states={checks.shown(hidden)}: True or False")
         for name, value in given.items():
-            if value is not None and value is not False:
+            off = value is False and name.startswith(ASKING)  # is_causal=False asks for much
+            if value is not None and not off:
                 raise NotServed(f"{name}: a served model's forward does not take it")
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise NotServed(f"attention_mask of type {type(mask).__name__}: a tensor")
@@ -175,9 +178,15 @@ class RemoteCausalLM(Weightless, GenerationMixin):
         return getattr(torch, self.served.dtype)  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **named: Any) -> Self:
-        """Have outputs on another device. Raises NotServed for another dtype than it is served in."""
+        """Have outputs on another device. Raises NotServed for another dtype than it is served in, and for
+        that one where torch would cast what transformers loads in float32: rotary tables, say."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **named)
-        self._check_dtype(dtype)
+        self.check_dtype(dtype)
+        if dtype not in (None, torch.float32):
+            raise NotServed(
+                f"casting to {dtype}: it is served so, as from_pretrained(dtype={dtype}) loads it, with tables "
+                "(rotary frequencies) in float32, which torch would cast as well; leave the cast out"
+            )
         if device is not None:  # "cuda" is one of them, which a tensor's own device names
             self._place = torch.empty(0, device=device).device
         return self
@@ -200,7 +209,8 @@ class RemoteCausalLM(Weightless, GenerationMixin):
     def double(self) -> Self:
         return self.to(torch.float64)
 
-    def _check_dtype(self, dtype: Any) -> None:
+    def check_dtype(self, dtype: Any) -> None:
+        """Raises NotServed for another than it is served in."""
         if dtype is not None and dtype != self.dtype:
             raise NotServed(
                 f'{dtype}: "{self.served.name}" is served in {self.dtype}; djinn serve --dtype says in '

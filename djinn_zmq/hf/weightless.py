@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # why: methods
     WEIGHTS: (
         "parameters", "named_parameters", "get_parameter", "get_parameter_or_buffer", "register_parameter",
         "buffers", "named_buffers", "get_buffer", "register_buffer", "state_dict", "load_state_dict",
+        "_load_from_state_dict",
         "load_adapter", "add_adapter", "save_pretrained", "push_to_hub", "get_input_embeddings",
         "set_input_embeddings", "get_output_embeddings", "set_output_embeddings",
         "resize_token_embeddings", "init_weights", "quantize", "dequantize", "generate_batch",

@@ -448,6 +448,15 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
     _, remote = pair("tiny")
     ids = torch.tensor(PROMPT)
     static = transformers.StaticCache(config=remote.config, max_cache_len=20)
+
+    def first_of(cache):
+        return cache.layers[0]
+
+    def cache_of_its_own(where):
+        cache = DynamicCache(config=remote.config)
+        where(cache).update = print
+        return cache
+
     filled = pair("tiny")[0](ids).past_key_values
     for act, named in (
         (lambda: remote(inputs_embeds=torch.zeros(1, 2, 64)), "inputs_embeds"),
@@ -457,6 +466,13 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
         (lambda: remote(ids, shift_labels=ids), "shift_labels"),
         (lambda: remote.generate(ids, cache_implementation="static"), "cache_implementation"),
         (lambda: remote.to(torch.float32), "served in torch.bfloat16"),
+        (lambda: remote.to(torch.bfloat16), "casting to torch.bfloat16: it is served so"),
+        (lambda: remote(ids, is_causal=False), "is_causal"),
+        (lambda: remote(ids, output_hidden_states=[1]), r"output_hidden_states=\[1\]: True or"),
+        (lambda: remote(ids, output_hidden_states=1), "output_hidden_states=1: True or False"),
+        (lambda: remote(ids, past_key_values=cache_of_its_own(lambda c: c)), "methods of the pro"),
+        (lambda: remote(ids, past_key_values=cache_of_its_own(first_of)), "methods of the program"),
+        (lambda: setattr(remote(ids).past_key_values, "update", print), "assigning cache.update"),
         (remote.train, "train"),
         (remote.requires_grad_, "requires_grad_"),
         (lambda: copy.deepcopy(remote), "copy"),
@@ -471,6 +487,7 @@ def test_what_needs_the_weights_here_is_refused_by_name(pair) -> None:
             act()
     assert not hasattr(remote, "lm_head")
     assert remote.num_parameters(only_trainable=True) == remote.num_parameters()
+    assert remote(ids, output_router_logits=False, foo=None).hidden_states is None
     assert remote.eval().requires_grad_(False) is remote
     assert remote.num_parameters(only_trainable=True) == 0
 
