@@ -103,9 +103,11 @@ class Programs:
         self, model: Model, cls: Any, causal: bool, name: str, args: Any, named: dict[str, Any]
     ) -> Any:
         from djinn_zmq.hf.loading import loaded
+        from djinn_zmq.hf.models import class_of
 
         architecture = model.info.architecture
-        if not causal and cls.__name__ != architecture:
+        own = class_of(architecture).architecture
+        if not causal and cls is not own:
             raise NotServed(
                 f'{cls.__name__}.from_pretrained("{name}"): it is served as {architecture}; '
                 f"{CAUSAL} gives that"
@@ -114,7 +116,15 @@ class Programs:
             raise NotServed(
                 f'from_pretrained("{name}", …): arguments of the model\'s own constructor'
             )
-        return loaded(model, name, named)
+        made = loaded(model, name, named)
+        if causal:
+            registered = cls._model_mapping._extra_content.get(made.config.__class__, own)
+            if registered is not own:
+                raise NotServed(
+                    f'{CAUSAL}.from_pretrained("{name}"): {registered.__name__} is registered for its config, '
+                    f"it is served as transformers' {architecture}"
+                )
+        return made
 
 
 def _name_in(name: Any, named: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ READING = frozenset({
     "cache_dir", "force_download", "local_files_only", "token", "use_auth_token", "use_safetensors",
     "low_cpu_mem_usage", "trust_remote_code", "proxies", "resume_download", "offload_folder",
     "offload_state_dict", "offload_buffers", "max_memory", "weights_only", "ignore_mismatched_sizes",
-    "code_revision", "_from_auto", "_from_pipeline", "_commit_hash", "_fast_init", "subfolder",
+    "code_revision", "_from_auto", "_from_pipeline", "_commit_hash", "_fast_init",
 })  # fmt: skip
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -36,7 +36,12 @@ def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:
             raise RequestError(f"config={checks.shown(config)}: a config of transformers'")
         own = made.config.to_dict()
         for key, value in config.to_dict().items():
+            if key not in own and value is False:  # an argument is let be then
+                raise _other(name, f"config.{key}", value)
             if own.get(key) != value and key not in ORIGIN:
+                named.setdefault(key, value)
+        for key in ("attn_implementation", "experts_implementation"):  # which no dict of it has
+            if (value := getattr(config, f"_{key}", None)) is not None:
                 named.setdefault(key, value)
     for key in ("dtype", "torch_dtype"):
         dtype = named.pop(key, None)
@@ -45,6 +50,9 @@ def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:
     attention = named.pop("attn_implementation", None)
     if attention is not None:
         made.set_attn_implementation(attention)
+    experts = named.pop("experts_implementation", None)
+    if experts is not None:
+        made.set_experts_implementation(experts)
     generation = named.pop("generation_config", None)
     if generation is not None:
         if not isinstance(generation, GenerationConfig):
@@ -54,10 +62,7 @@ def loaded(served: Model, name: str, named: dict[str, Any]) -> RemoteCausalLM:
         if key in ANSWERING:
             setattr(made.config, key, value)
         elif not any(value is one or _equal(value, one) for one in _same(key, made)):
-            raise NotServed(
-                f'from_pretrained("{name}", {key}={checks.shown(value)}): the model is served as it is; without '
-                "djinn exec it can be had so"
-            )
+            raise _other(name, key, value)
     if device is not None:
         made.to(_device(device))
     return made
@@ -67,7 +72,16 @@ def _same(key: str, made: Any) -> tuple[Any, ...]:
     """Values of an argument that change nothing."""
     if key == "revision":
         return (None, "main")
+    if key == "subfolder":
+        return (None, "", ".")
     return (getattr(made.config, key),) if hasattr(made.config, key) else (None, False, {})
+
+
+def _other(name: str, key: str, value: Any) -> NotServed:
+    return NotServed(
+        f'from_pretrained("{name}", {key}={checks.shown(value)}): the model is served as it is; without '
+        "djinn exec it can be had so"
+    )
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -62,7 +62,9 @@ print(model.name_or_path, tokenizer.name_or_path, model.config.name_or_path, sys
 """
 OTHER = """
 import sys
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+)
 
 def tried(act):
     try:
@@ -84,6 +86,26 @@ config.use_cache = False
 print(AutoModelForCausalLM.from_pretrained("tiny", config=config).config.use_cache)
 config.rms_norm_eps = 0.5
 tried(lambda: AutoModelForCausalLM.from_pretrained("tiny", config=config))
+tried(lambda: AutoModelForCausalLM.from_pretrained("tiny", subfolder="other"))
+for changed in ({"_attn_implementation": "eager"}, {"_experts_implementation": "mine"}, {"is_causal": False}):
+    config = AutoConfig.from_pretrained("tiny")
+    for key, value in changed.items():
+        setattr(config, key, value)
+    tried(lambda: AutoModelForCausalLM.from_pretrained("tiny", config=config))
+
+class Mine(LlamaForCausalLM):
+    pass
+
+class Auto(AutoModelForCausalLM):
+    pass
+
+tried(lambda: type("LlamaForCausalLM", (Mine,), {}).from_pretrained("tiny"))
+AutoModelForCausalLM.register(LlamaConfig, Mine, exist_ok=True)
+try:
+    tried(lambda: AutoModelForCausalLM.from_pretrained("tiny"))
+finally:
+    del AutoModelForCausalLM._model_mapping._extra_content[LlamaConfig]
+print(type(Auto.from_pretrained("tiny")).__module__)
 """
 
 
@@ -248,7 +270,16 @@ def test_what_is_not_served_is_the_librarys_and_what_cannot_be_is_refused_by_nam
     ):
         assert line.startswith("NotServed: ") and named in line, line
     assert lines[9] == "False"
-    assert lines[10].startswith("NotServed: ") and "rms_norm_eps" in lines[10]
+    for line, named in zip(
+        lines[10:17],
+        (
+            "rms_norm_eps", "subfolder='other'", "attention 'eager'", "experts 'mine'", "is_causal=False",
+            "LlamaForCausalLM.from_pretrained", "Mine is registered for its config",
+        ),
+        strict=True,
+    ):  # fmt: skip
+        assert line.startswith("NotServed: ") and named in line, line
+    assert lines[17:] == ["djinn_zmq.hf.models"]
 
 
 def test_a_program_under_exec_is_attached_to_and_its_output_changes(
