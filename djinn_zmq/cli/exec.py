@@ -40,8 +40,9 @@ def exec_(
     keys and values on the server. AutoTokenizer, AutoConfig and GenerationConfig of NAME are the served
     model's. Any other name is the library's, as without djinn.
 
-    Refused by name (NotServed): weights in the program (parameters, hooks on layers, training, adapters),
-    attention weights, static and quantized caches, another dtype or attention than it is served with, other
+    Refused by name (NotServed): weights and modules in the program (parameters, hooks on layers, training,
+    adapters), attention weights, static and quantized caches, another dtype or attention than it is served
+    with, a layer's or torch's code replaced, autocast, a config changed after loading, other
     model classes. torch.compile changes nothing. Not covered: processes the script starts, and models it
     loads without from_pretrained.
     """

@@ -56,6 +56,8 @@ def check(code: "Code", device: torch.device, dtype: torch.dtype) -> None:
     by itself."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise NotServed("torch.jit.trace and torch.export: a served model cannot be recorded")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotServed(f"torch.func (vmap, grad …) around a call: {ELSEWHERE}")
     code.check()
     if any(HOOKS):
         raise NotServed(
@@ -106,9 +108,12 @@ class Code:
         homes.discard(None)
         for home in homes:
             self._watch_module(home, base)
-        named = set(re.findall(r"\w+", "".join(map(inspect.getsource, [*homes, activations]))))
-        of_torch = vars(torch.nn.functional)
-        self._watch_dict("torch.nn.functional", of_torch, named & of_torch.keys())
+        source = "".join(map(inspect.getsource, [*homes, activations]))
+        named = set(re.findall(r"\w+", source))
+        of_torch, functional = vars(torch), vars(torch.nn.functional)
+        called = set(re.findall(r"torch\.(\w+)", source))
+        self._watch_dict("torch", of_torch, called & of_torch.keys())
+        self._watch_dict("torch.nn.functional", functional, named & functional.keys())
         for kind in map(vars(torch.nn).get, named):
             if inspect.isclass(kind) and issubclass(kind, torch.nn.Module):
                 self._watch_class(kind, {"forward"} & vars(kind).keys())

@@ -35,7 +35,10 @@ def to_numpy(name: str, data: Any, dtype: torch.dtype | None = None) -> np.ndarr
 
     Raises NotServed for a dtype that does not travel.
     """
-    tensor = as_tensor(name, data, whole=dtype is torch.int64).detach().cpu()
+    tensor = as_tensor(name, data, whole=dtype is torch.int64).detach()
+    if tensor.is_meta:
+        raise NotServed(f'{name} on "meta": it has no values to send')
+    tensor = tensor.cpu()
     if dtype is not None:
         tensor = tensor.to(dtype)
     if (found := checks.of_bfloat16(tensor)) is not None:
