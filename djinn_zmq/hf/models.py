@@ -72,10 +72,11 @@ class RemoteCausalLM(Weightless, GenerationMixin):
         Raises NotServed for what a served model does not do.
         """
         config = self.config
-        surroundings.check(self._code, self._place, self.dtype)
-        surroundings.check_config(config, self._as_served)
         ids = given.pop("input_ids", None)
         cache = _one(given, CACHES)
+        over_past = isinstance(cache, RemoteCache) and cache.is_initialized
+        surroundings.check(self._code, self._place, self.dtype, over_past)
+        surroundings.check_config(config, self._as_served)
         use_cache = _flag(given, "use_cache", getattr(config, "use_cache", True))
         hidden = given.pop("output_hidden_states", None)
         hidden = config.output_hidden_states if hidden is None else hidden

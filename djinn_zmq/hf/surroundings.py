@@ -47,13 +47,14 @@ REGISTRIES = {
 }
 HOOKS = tuple(value for name, value in vars(modules).items() if name.startswith("_global_") and (
     "forward" in name or "backward" in name) and isinstance(value, dict))  # fmt: skip
-KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+KERNELS = ("flash", "math")
+CUDA_KERNELS = ("mem_efficient", "cudnn")
 ELSEWHERE = "a served model computes on the server, where that is not"
 
 
-def check(code: "Code", device: torch.device, dtype: torch.dtype) -> None:
+def check(code: "Code", device: torch.device, dtype: torch.dtype, over_past: bool = False) -> None:
     """Raises NotServed where a plain model on *device*, called now, would give something else than it gives
-    by itself."""
+    by itself. over_past: it is a step behind others."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise NotServed("torch.jit.trace and torch.export: a served model cannot be recorded")
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -72,7 +73,10 @@ def check(code: "Code", device: torch.device, dtype: torch.dtype) -> None:
             raise NotServed(f"{type(mode).__name__}, a mode of torch's functions: {ELSEWHERE}")
     if torch._C._len_torch_dispatch_stack():
         raise NotServed(f"a TorchDispatchMode: {ELSEWHERE}")
-    enabled = (getattr(torch._C, f"_get_{kernel}_sdp_enabled")() for kernel in KERNELS)
+    kernels = KERNELS + CUDA_KERNELS if device.type == "cuda" else KERNELS
+    if over_past:  # the server's own steps run without cuDNN's
+        kernels = tuple(kernel for kernel in kernels if kernel != "cudnn")
+    enabled = (getattr(torch._C, f"_get_{kernel}_sdp_enabled")() for kernel in kernels)
     if code.attention == "sdpa" and not all(enabled):
         raise NotServed(f"sdpa_kernel, or a kernel of attention switched off: {ELSEWHERE}")
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":

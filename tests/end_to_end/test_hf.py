@@ -33,7 +33,7 @@ from djinn_zmq.errors import NotServed, PromptError, RequestError
 from djinn_zmq.hf import RemoteCausalLM, tokenizer_of
 from djinn_zmq.hf.loading import loaded
 from djinn_zmq.hf.opening import server_of
-from djinn_zmq.hf.surroundings import Code
+from djinn_zmq.hf.surroundings import Code, check
 from djinn_zmq.wire.forwards import Crop, Repeat
 from tests.engine.architectures import tiny_model
 
@@ -586,6 +586,18 @@ def test_what_is_about_a_model_and_would_change_a_plain_one_is_refused_by_name_a
         remote(ids)
     with torch.device("cpu"):  # a mode too, which changes nothing
         assert remote(ids).logits.shape[:2] == (1, 7)
+
+
+def test_a_kernel_that_only_a_gpu_has_or_that_no_step_runs_with_may_be_off() -> None:
+    code, cuda = Code(transformers.LlamaForCausalLM, "sdpa"), torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        check(code, torch.device("cpu"), torch.bfloat16)
+        check(code, cuda, torch.bfloat16, over_past=True)
+        with pytest.raises(NotServed, match="kernel of attention switched off"):
+            check(code, cuda, torch.bfloat16)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_code_that_was_replaced_before_a_model_is_opened_is_refused_with_its_name() -> None:
