@@ -93,7 +93,8 @@ class Grid:
         return "\n".join([title, *lines])
 
     def _name(self, group: tuple[int, ...]) -> str:
-        text = "".join(self._prompt[position] for position in group).strip()
+        # Each by itself: pieces of a tokenizer of whole words come without the blanks between these.
+        text = " ".join(self._prompt[position].strip() for position in group).strip()
         return f"{','.join(map(str, group))}: {text}" if text else ",".join(map(str, group))
 
     def __repr__(self) -> str:
