@@ -34,7 +34,7 @@ from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.edits import Edit as WireEdit
 from djinn_zmq.wire.messages import Kept, RunReply
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.tensors import DTYPES, Device, Tensor, dtype_name, view
+from djinn_zmq.wire.tensors import DTYPES, Device, Tensor, view
 
 if TYPE_CHECKING:
     from djinn_zmq.client.sweep import Sweep
@@ -481,10 +481,16 @@ def ask(
 
 
 def as_hidden(value: Any, dtype: np.dtype) -> np.ndarray:
-    """*value* as an array that can travel. Raises EditError for a dtype no tensor has."""
+    """*value* as an array of *dtype*, the checkpoint's. Raises EditError for one of another, with how to convert it."""
     if isinstance(value, Checkpoint):
         raise EditError(f"hidden: an array, not {value!r}: give its .hidden")
     array = checks.array("hidden", value, kind=EditError)
-    if dtype_name(array.dtype) is None:
-        raise EditError(f"hidden of dtype {array.dtype}: it must have the checkpoint's, {dtype}")
+    if array.dtype != dtype:
+        if hasattr(value, "astype"):
+            how = "convert it with .astype(checkpoint.dtype)"
+        elif type(value).__module__ == "torch":  # which only who gave it has imported
+            how = f"convert it with .to(torch.{dtype})"
+        else:
+            how = "make it with np.array(…, checkpoint.dtype)"
+        raise EditError(f"hidden is {array.dtype}, the checkpoint {dtype}: {how}")
     return array

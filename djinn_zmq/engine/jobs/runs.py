@@ -376,7 +376,4 @@ def check_hidden(given: Tensor, kept: Tensor) -> None:
     if given.shape != kept.shape:
         raise EditError(f"hidden has shape {given.shape}, the checkpoint {kept.shape}")
     if given.dtype != kept.dtype:
-        raise EditError(
-            f"hidden is {given.dtype}, the checkpoint {kept.dtype}: convert it with "
-            ".astype(checkpoint.dtype)"
-        )
+        raise EditError(f"hidden is {given.dtype}, the checkpoint {kept.dtype}")
