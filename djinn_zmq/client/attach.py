@@ -76,8 +76,7 @@ class Stop:
             raise Closed(f"not attached any more: {self._attached.reason}")
         parcel = Parcel(session.connection, session.id)
         try:
-            several = edits if isinstance(edits, (list, tuple)) else [edits]
-            placed, on_wire = yield from self.checkpoint._carry(several, hidden, parcel)
+            placed, on_wire = yield from self.checkpoint._carry(edits, hidden, parcel)
             meta = wire.GoOn(self.number, placed, on_wire)
             yield Call(Op.GO_ON, meta, session=session.id, buffers=parcel.buffers)
         finally:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
-from djinn_zmq.client.edits import Edit
+from djinn_zmq.client.edits import Edit, each_of
 from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.stops import Logits, wanted_of
@@ -136,7 +136,4 @@ def edits_of_each(edits: Edit | Sequence[Edits] | None, count: int) -> list[Sequ
         raise RequestError(
             f"edits for {counted(len(each), 'prompt')}, not for {count}: for each its own, a list or None"
         )
-    return [
-        () if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
-        for own in each
-    ]
+    return [() if own is None else list(each_of(own)) for own in each]

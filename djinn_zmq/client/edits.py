@@ -9,7 +9,7 @@ their own values travel.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -214,7 +214,7 @@ def placed_edits(
     Raises RequestError for what is no edit, EditError for numbers that are too large for *dtype*.
     """
     on_wire = []
-    for place, edit in enumerate(edits if isinstance(edits, (list, tuple)) else [edits]):
+    for place, edit in enumerate(each_of(edits)):
         if isinstance(edit, type) or not hasattr(edit, "_on_wire") or not hasattr(edit, "array"):
             raise RequestError(f"{checks.shown(edit)} is no edit: use djinn_zmq.Add, Set, Patch …")
         try:
@@ -226,6 +226,16 @@ def placed_edits(
             tensor = yield from parcel.place(edit.array)
         on_wire.append(edit._on_wire(tensor))
     return tuple(on_wire)
+
+
+def each_of(edits: Sequence[Edit] | Iterable[Edit] | Edit) -> Iterable[Edit]:
+    """The edits that were given: of a generator those that it still has, of what is no list an edit alone."""
+    if isinstance(edits, (list, tuple)):
+        return edits
+    # An array can be gone through as well, and text: these are shown whole where they are refused.
+    if isinstance(edits, (str, bytes, dict, type)) or hasattr(edits, "__array__"):
+        return [edits]  # type: ignore[list-item]
+    return edits if isinstance(edits, Iterable) else [edits]
 
 
 def _at(index: wire.Index, name: str = "at") -> str:

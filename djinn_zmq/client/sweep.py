@@ -13,7 +13,7 @@ import numpy as np
 
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import Call, Operation
-from djinn_zmq.client.edits import Edit, placed_edits
+from djinn_zmq.client.edits import Edit, each_of, placed_edits
 from djinn_zmq.client.looks import Top, row_of
 from djinn_zmq.client.parts import OVER, WINDOW, Bundles
 from djinn_zmq.client.session import Session
@@ -224,11 +224,11 @@ def _requests(
     branches = checks.several("branches", branches, "a list of branches, each its edits")
     found: list[list[Sequence[Edit] | Edit]] = [[]]
     nbytes = buffers = 0
-    for edits in branches:
+    for edits in map(list, map(each_of, branches)):  # once: a generator's are gone then
         sizes = [
             array.nbytes
-            for edit in (edits if isinstance(edits, (list, tuple)) else [edits])
-            if (array := getattr(edit, "array", None)) is not None
+            for edit in edits
+            if isinstance(array := getattr(edit, "array", None), np.ndarray)
         ]
         more = sum(size for size in sizes if size <= INLINE_LIMIT) + EDIT_NBYTES * (len(sizes) + 1)
         apart = sum(size > INLINE_LIMIT for size in sizes)

@@ -20,7 +20,7 @@ import numpy as np
 from djinn_zmq.client import checks, tiers
 from djinn_zmq.client.calls import CLOSE_S, Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
-from djinn_zmq.client.edits import Edit, own
+from djinn_zmq.client.edits import Edit, each_of, own
 from djinn_zmq.client.generation import Generation, Said, Wish, wish_of
 from djinn_zmq.client.marks import Mark
 from djinn_zmq.client.parcels import Parcel
@@ -184,8 +184,9 @@ class Session(Channel):
     def go_on(
         self, checkpoint: Checkpoint, edits: Sequence[Edit], hidden: Any, wish: Wish
     ) -> Generation:
-        edits = list(edits) if isinstance(edits, (list, tuple)) else [edits]
-        return Generation(self, None, wish, Standing(None, checkpoint, edits, hidden))
+        return Generation(
+            self, None, wish, Standing(None, checkpoint, list(each_of(edits)), hidden)
+        )
 
     def placed(
         self, prompt: Prompt, pending: np.ndarray, parcel: Parcel

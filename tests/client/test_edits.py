@@ -7,6 +7,7 @@ import pytest
 import djinn_zmq as djinn
 from djinn_zmq.client.edits import LARGEST, placed_edits
 from djinn_zmq.errors import EditError, RequestError
+from djinn_zmq.wire import edits as wire
 
 
 class Point:
@@ -46,7 +47,17 @@ def test_a_checkpoint_in_the_place_of_values_is_refused_with_what_to_give():
         djinn.Lerp(POINT, 0.5)
 
 
-@pytest.mark.parametrize("given", [djinn.Zero, [djinn.Scale], None, [3]])
+@pytest.mark.parametrize("several", [list, tuple, iter, lambda edits: (edit for edit in edits)])
+def test_edits_may_be_any_list_of_them_and_are_made_in_its_order(several):
+    edits = several([djinn.Scale(2.0), djinn.Zero(at=(0, -1))])
+    with pytest.raises(StopIteration) as end:
+        next(placed_edits(edits, None, "bfloat16"))
+    assert [type(edit) for edit in end.value.value] == [wire.Scale, wire.Zero]
+
+
+@pytest.mark.parametrize(
+    "given", [djinn.Zero, [djinn.Scale], None, [3], "zero", {"zero": 1}, np.zeros(3), iter([3])]
+)
 def test_what_is_no_edit_is_refused_before_anything_travels(given):
     with pytest.raises(RequestError, match="is no edit"):
         list(placed_edits(given, None, "bfloat16"))

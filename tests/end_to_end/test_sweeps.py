@@ -158,6 +158,7 @@ def test_a_grid_of_chosen_layers_groups_and_tokens(model):
     assert (grid.layers, grid.positions) == ((1, 3), ((3,), (3, 4)))
     assert grid.texts == ("rome", "paris")
     assert grid.probabilities[0, 0, 1] > 0.99 and grid.probabilities[1, 1, 1] > 0.99
+    assert "3: germany  3,4: germany is" in str(grid)
 
 
 def test_what_cannot_be_swept_is_refused_and_the_session_goes_on(model, point):
@@ -173,6 +174,7 @@ def test_what_cannot_be_swept_is_refused_and_the_session_goes_on(model, point):
         ),
         (lambda: point.sweep([Zero()], memory=-1), RequestError, "a positive number of bytes"),
         (lambda: point.sweep([Zero(), 3]).all(), RequestError, "3 is no edit"),
+        (lambda: point.sweep([Add]).all(), RequestError, "Add'> is no edit"),
         (lambda: point.sweep([Zero(), Zero(at=(0, 9))]).all(), EditError, "branch 1: edit 0"),
         (lambda: point.sweep([Zero()], memory=1000).all(), SweepTooLarge, "1000 B may be used"),
         (lambda: point.sweep([Zero()], tokens=[999]).all(), RequestError, "token 999"),
