@@ -30,7 +30,7 @@ from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, Arriving, Call, Heard, Next, Operation, Step
 from djinn_zmq.client.connection import WINDOW, Connection
-from djinn_zmq.client.local import check, private_server
+from djinn_zmq.client.local import check, private_server, threads_of
 from djinn_zmq.client.model import Model
 from djinn_zmq.client.server import CONNECT_S, Server, keys_of, reporter
 from djinn_zmq.errors import Closed, DjinnError
@@ -362,12 +362,14 @@ async def local(
     device: str = "cpu",
     *,
     dtype: str = "auto",
+    threads: int | None = None,
     progress: Callable[[Progress], None] | None | bool = True,
 ) -> AsyncIterator[Model]:
     """As `djinn_zmq.local`, with `async with`."""
     check(model, device, dtype)
+    more = threads_of(threads)
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
-    private = private_server(folder, device, dtype)
+    private = private_server(folder, device, dtype, *more)
     starting = asyncio.ensure_future(asyncio.to_thread(private.__enter__))
     try:
         endpoint = await asyncio.shield(starting)

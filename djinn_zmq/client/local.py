@@ -22,6 +22,7 @@ from djinn_zmq.wire.messages import Progress
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 START_S = 30.0
 STOP_S = 10.0
+MOST_THREADS = 1024  # as `djinn serve --threads`
 
 
 @contextmanager
@@ -30,20 +31,24 @@ def local(
     device: str = "cpu",
     *,
     dtype: str = "auto",
+    threads: int | None = None,
     progress: Callable[[Progress], None] | None | bool = True,
 ) -> Iterator[Model]:
     """Serve *model* in a private server and give it, as `Server.model` does.
 
     device: "cpu" or "cuda:N"; on a machine without a GPU it is the CPU (`model.device` says which).
+    threads: of its engine on the CPU; None: torch's choice, a thread a core. A small model is faster with 1, and
+    much so where other work keeps the cores busy.
     The server is this program's own (its socket has a random name in your runtime directory) and ends
     with the block, whatever happens in it; `model.server` is it.
     Raises StartError with the server's last words where it does not come up.
     """
     check(model, device, dtype)
+    more = threads_of(threads)
     folder = Path(tempfile.mkdtemp(prefix="local-", dir=runtime_dir()))
     try:
         with (
-            private_server(folder, device, dtype) as endpoint,
+            private_server(folder, device, dtype, *more) as endpoint,
             connect(endpoint, progress=progress) as server,
         ):
             yield server.model(os.fspath(model))
@@ -57,6 +62,13 @@ def check(model: Any, device: Any, dtype: Any) -> None:
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda:\d+", device):
         raise RequestError(f'device={checks.shown(device)}: "cpu" or "cuda:N"')
     checks.one_of("dtype", dtype, DTYPES)
+
+
+def threads_of(threads: Any) -> tuple[str, ...]:
+    """As options of the server. Raises RequestError."""
+    if threads is None:
+        return ()
+    return (f"--threads={checks.whole('threads', threads, least=1, most=MOST_THREADS)}",)
 
 
 @contextmanager

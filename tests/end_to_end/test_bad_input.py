@@ -266,6 +266,7 @@ ARGUMENTS = [
     ("sent", (2**70,), lambda here, value: here.run(edits=djinn.Zero(at=value))),
     ("device", ("gpu", "cuda", "", 0, None), lambda here, value: here.local(device=value)),
     ("dtype", ("int8", None, 0), lambda here, value: here.local(dtype=value)),
+    ("threads", (0, -1, 1025, 2.5, "2", True), lambda here, value: here.local(threads=value)),
     ("model", NO_TEXT, lambda here, value: here.local(value)),
 ]
 

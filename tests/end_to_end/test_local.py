@@ -30,8 +30,10 @@ def test_the_demo_does_the_main_job_on_a_local_server_that_is_gone_with_the_bloc
     run, home, monkeypatch
 ):
     @contextmanager
-    def local(*arguments: str) -> Iterator[djinn.Model]:
-        with djinn.local(*arguments) as model:
+    def local(*arguments: str, threads: int) -> Iterator[djinn.Model]:
+        with djinn.local(*arguments, threads=threads) as model:
+            options = Path(f"/proc/{model.server.welcome.pid}/cmdline").read_text().split("\0")
+            assert f"--threads={threads}" in options
             pids.append(model.server.welcome.pid)
             assert model.run(FRANCE).top(1)[0].token == "paris"
             yield model
@@ -84,8 +86,10 @@ def test_a_private_server_goes_with_its_program_also_when_that_is_killed(environ
 
 def test_an_awaited_local_serves_a_model_and_is_gone_with_the_block(runtime):
     async def main() -> None:
-        async with aio.local("tiny") as model:
+        async with aio.local("tiny", threads=1) as model:
             status = await model.server.status()
+            options = Path(f"/proc/{status.pid}/cmdline").read_text().split("\0")
+            assert "--threads=1" in options
             pids.extend([status.pid, *(engine.pid for engine in status.engines)])
             assert (await (await model.run(FRANCE)).top(1))[0].token == "paris"
 
