@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from djinn_zmq.errors import Busy, DjinnError, Lost, ModelRefused, from_wire
+from djinn_zmq.errors import Busy, DjinnError, Lost, from_wire
 from djinn_zmq.memory.files import facts_of
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.engines import UP, Engine
@@ -343,7 +343,7 @@ class Fleet:
             self._reply(envelope, codec.failure(header, answer), ())
         if failed:
             for index, name in [key for key in self._opening if key[0] == engine.index]:
-                self._fail_openings(self.engines[index], name, ModelRefused(engine.why_down()))
+                self._fail_openings(self.engines[index], name, answer)
             # One of the others may be what it died of: they are loaded when they are asked for.
             used = {session.model for session in self._registry.sessions_on(engine.index)}
             for name in engine.sources.keys() - used:
