@@ -8,6 +8,7 @@ in the log.
 The directory is one server's at a time: it removes, at its start and later, what nobody can need any more.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -142,7 +143,10 @@ def _check_links(folder: Path) -> None:
         ) from exc
     finally:
         for name in names:
-            name.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # of a read-only filesystem: not there, and not to be removed
+                name.unlink()
 
 
 def _locked(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """What a server finds in its state directory, and to whom it gives it back."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_a_directory_without_hard_links_is_refused_and_left_as_it_was(
         Returned(str(state))
     assert not list(state.iterdir())
     Returned(str(state)).close()  # nor is it held by who refused it
+
+
+def test_a_directory_that_can_only_be_read_is_refused_with_the_reason(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("touch", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(StartError, match="Read-only file system. Choose a directory with --state"):
+        Returned(str(state))
 
 
 def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_stays(
