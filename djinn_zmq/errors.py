@@ -60,7 +60,7 @@ class UnknownSession(RequestError):
 
 
 class UnknownCheckpoint(RequestError):
-    """No such checkpoint: never made, released, or somebody else's."""
+    """No such checkpoint: never made, released, lost with its engine, or somebody else's."""
 
     code = "unknown-checkpoint"
 
@@ -68,7 +68,8 @@ class UnknownCheckpoint(RequestError):
     def numbered(cls, number: int) -> "UnknownCheckpoint":
         """What is said of checkpoint *number*, whoever misses it."""
         return cls(
-            f"checkpoint {number:#x} does not exist or is not yours here: it may have been released"
+            f"checkpoint {number:#x} does not exist or is not yours here: it may have been released, or "
+            "lost with an engine that had the only copy"
         )
 
 

@@ -163,6 +163,10 @@ class Notices:
         meta: messages.Adopt = message.meta
         lost = self._keeping.adopt(meta.kept, ids, session.owner, dict(meta.facts))
         if lost:
+            numbers = ", ".join(map(hex, lost))
+            _log.warning(
+                "of session %016x is lost, for no copy outlived its engine: %s", session.id, numbers
+            )
             self._answers.tell(Op.DROP, messages.Drop(tuple(lost)), session.id)
 
     def _unclaimed(self, message: Message) -> None:

@@ -222,7 +222,8 @@ def test_a_released_checkpoint_is_unknown_and_its_memory_is_back(tiny, server):
         with pytest.raises(UnknownCheckpoint) as refused:
             call()
         assert str(refused.value) == (
-            f"checkpoint {point.id:#x} does not exist or is not yours here: it may have been released"
+            f"checkpoint {point.id:#x} does not exist or is not yours here: it may have been released, or "
+            "lost with an engine that had the only copy"
         )
     with pytest.raises((Lost, UnknownCheckpoint)):
         point.hidden.fetch()

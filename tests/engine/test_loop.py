@@ -259,7 +259,9 @@ def test_an_engine_that_is_told_that_the_server_stops_takes_requests_no_more() -
         assert "the server stops" in str(codec.error_of(answer_of(link, Op.PING)))
 
 
-def test_what_cannot_be_adopted_is_told_to_the_server_as_gone() -> None:
+def test_what_cannot_be_adopted_is_told_to_the_server_as_gone_and_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def asks(loop: EngineLoop) -> Iterator[None]:
         yield from ()
 
@@ -269,6 +271,9 @@ def test_what_cannot_be_adopted_is_told_to_the_server_as_gone() -> None:
         link.send(b"", codec.encode(Op.ADOPT, Adopt(ids, (kept,)), session=5))
         said = answer_of(link, Op.DROP)
         assert (said.meta.ids, said.header.session) == ((77,), 5)
+    assert (
+        "of session 0000000000000005 is lost, for no copy outlived its engine: 0x4d" in caplog.text
+    )
 
 
 def test_what_is_dropped_of_a_conversation_is_its_sessions_no_more() -> None:
