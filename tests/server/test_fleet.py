@@ -192,7 +192,9 @@ def test_a_model_that_an_engine_dies_of_while_it_is_loaded_is_not_loaded_when_an
     fleet.on_death(engine)
     assert engine.state is states.Engine.FAILED
     (error,) = (codec.error_of(codec.decode(frame, ())) for frame in answers)
-    assert isinstance(error, Lost) and "engine 0 is down" in str(error)  # as who asks a moment later
+    assert isinstance(error, Lost) and "engine 0 is down" in str(
+        error
+    )  # as who asks a moment later
     assert list(engine.sources) == ["tiny"]  # which somebody has a session of
 
 
