@@ -372,8 +372,18 @@ class Connection:
 
     def gone(self) -> Lost:
         """For what was asked of a server that is gone. One that is started in its place knows nothing of this
-        client: its lease has ended, and its sessions with it."""
-        return Lost(f"the server at {self.endpoint} is gone: once it is back, connect again")
+        client: its lease has ended, and its sessions with it. Across a network it may be the connection that
+        was cut: libzmq makes another, and the sessions of a key are there still."""
+        gone = f"the server at {self.endpoint} is gone"
+        if not self.endpoint.startswith("tcp://"):
+            return Lost(f"{gone}: once it is back, connect again")
+        gone += ", or the connection to it was cut"
+        if self.keys is None:
+            return Lost(f"{gone}, which ends this client's sessions: connect again")
+        return Lost(
+            f"{gone}: ask again, a key's sessions outlive a connection for a while (djinn serve --grace-s); "
+            "where they have ended, or the server has, connect again"
+        )
 
     def check_alive(self) -> None:
         """Raises Lost where the server is gone; then all that was asked of it is, though it be back already."""

@@ -121,7 +121,8 @@ class Registry:
         session = self.sessions.get(number)
         if session is None or session.owner != peer.owner:
             raise UnknownSession(
-                f"session {number:016x} does not exist or is not yours: it may have been closed"
+                f"session {number:016x} does not exist or is not yours: it may have been closed, or have ended "
+                "with its connection"
             )
         return session
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import itertools
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,52 @@ class Raw:
 
     def close(self) -> None:
         self._dealer.close()
+
+
+@contextlib.contextmanager
+def relay(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
+    """(an endpoint that leads to the tcp *endpoint*, what has the next answer cut off where it is set)."""
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    server = host, int(port)
+    ends: list[socket.socket] = []
+    cuts = threading.Event()
+
+    def cut() -> None:
+        for end in ends:
+            with contextlib.suppress(OSError):  # it has ended already
+                end.shutdown(socket.SHUT_RDWR)
+
+    def pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # cut
+            while data := source.recv(1 << 16):
+                if cuts.is_set() and source.getpeername() == server:
+                    cuts.clear()
+                    cut()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def take(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, far = listening.accept()[0], socket.create_connection(server)
+                ends.extend((near, far))
+                for pair in ((near, far), (far, near)):
+                    threads.append(threading.Thread(target=pass_on, args=pair))
+                    threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threads = [threading.Thread(target=take, args=(listening,))]
+        threads[0].start()
+        try:
+            yield f"tcp://127.0.0.1:{listening.getsockname()[1]}", cuts
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            threads[0].join()
+            cut()
+            for thread in threads[1:]:
+                thread.join()
+            for end in ends:
+                end.close()
 
 
 def every_way_into(session: int, number: int):

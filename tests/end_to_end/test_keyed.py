@@ -16,6 +16,7 @@ from djinn_zmq.cli.main import main
 from djinn_zmq.errors import (
     AccessDenied,
     Busy,
+    Lost,
     RequestError,
     UnknownCheckpoint,
     UnknownSession,
@@ -25,7 +26,7 @@ from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 from tests.end_to_end.conftest import free_port, until
 from tests.end_to_end.programs import Program, debugger, kill
-from tests.end_to_end.strangers import bits, every_way_into, paused, sessions_of
+from tests.end_to_end.strangers import bits, every_way_into, paused, relay, sessions_of
 
 FRANCE = "the capital of france is"
 TINY = Path(djinn.__file__).parent / "models" / "tiny"
@@ -267,6 +268,17 @@ def test_a_lost_connection_of_a_key_may_come_back_to_its_session(keyed, keys, ra
         assert sessions_of(owner)[session].state == "open"
         back.close()
         until(lambda: session not in sessions_of(owner), "it ends after its second loss")
+
+
+def test_a_key_whose_connection_is_cut_is_told_to_ask_again_and_goes_on_where_it_was(keyed, keys):
+    tcp, _ = keyed
+    with relay(tcp) as (way, cuts), djinn.connect(way, key=keys / "alice.key") as server:
+        point = server.model("tiny").run(FRANCE, stop_at=2).checkpoint
+        whole = bits(point.resume().logits)
+        cuts.set()
+        with pytest.raises(Lost, match="or the connection to it was cut: ask again"):
+            point.resume()
+        assert bits(point.resume().logits) == whole
 
 
 def test_a_killed_client_with_a_key_leaves_nothing_once_the_grace_is_over(keyed, keys):

@@ -20,7 +20,7 @@ from djinn_zmq.errors import (
 from djinn_zmq.wire import messages
 from djinn_zmq.wire.ops import Op
 from tests.end_to_end.conftest import free_port, until
-from tests.end_to_end.strangers import bits, every_way_into, paused, sessions_of
+from tests.end_to_end.strangers import bits, every_way_into, paused, relay, sessions_of
 
 FRANCE, GERMANY = "the capital of france is", "the capital of germany is"
 WAIT_S = 30.0
@@ -179,6 +179,16 @@ servers = [djinn.connect(sys.argv[1]) for _ in range(8)]
 models = [server.model("tiny") for server in servers]
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_who_has_no_key_and_whose_connection_is_cut_is_told_that_his_sessions_ended_with_it(served):
+    with relay(served.tcp) as (way, cuts), djinn.connect(way) as server:
+        tiny = server.model("tiny")
+        cuts.set()
+        with pytest.raises(Lost, match="was cut, which ends this client's sessions: connect again"):
+            tiny.run(FRANCE)
+        with pytest.raises(UnknownSession, match="or have ended with its connection"):
+            tiny.run(FRANCE)
 
 
 def test_many_connections_that_end_at_once_are_all_noticed(served, server):
