@@ -303,7 +303,9 @@ class Connection:
         header = codec.peek(frame)
         call = self._calls.get(header.request)
         if call is None:  # given up, or the server's knock
-            if not header.flags & (Flag.ERROR | Flag.PROGRESS):
+            if header.flags & Flag.ERROR and not header.request:  # no request's: it speaks of all
+                self.fail_all(codec.error_of(codec.decode(frame, buffers, header)))
+            elif not header.flags & (Flag.ERROR | Flag.PROGRESS):
                 self.give_back(codec.decode(frame, buffers, header))
             return
         call.arrived_ns = perf_counter_ns()

@@ -36,6 +36,7 @@ from djinn_zmq.errors import (
 )
 from djinn_zmq.server.arenas import Arenas
 from djinn_zmq.server.catalog import Catalog
+from djinn_zmq.server.dropped import Dropped
 from djinn_zmq.server.engines import READY, Engine
 from djinn_zmq.server.fleet import Fleet
 from djinn_zmq.server.journal import Journal
@@ -98,6 +99,7 @@ class Server:
         self._wake_read, self._wake_write = pysocket.socketpair()
         self._stops = 0  # how often it was told to
         self._knocks = Knocks()
+        self._dropped = Dropped()
         self._strangers = itertools.count(1)
         self._admission = Admission(self._context, keys) if keys is not None else None
         self.registry = Registry(settings.sessions_limit)
@@ -185,10 +187,10 @@ class Server:
         for model in self.catalog.at_start:
             self.fleet.load(*self.catalog.resolve(model, trusted=True))
         while not self._stops:
-            if self.registry.due_s == self._knocks.due_s == NEVER:
+            if self.registry.due_s == self._knocks.due_s == self._dropped.due_s == NEVER:
                 self._poll.turn(None)
                 continue
-            due_s = min(self.registry.due_s, self._knocks.due_s)
+            due_s = min(self.registry.due_s, self._knocks.due_s, self._dropped.due_s)
             self._poll.turn(max(0.0, due_s - time.monotonic() + 0.001))
             if time.monotonic() >= due_s:
                 self._do_what_is_due()
@@ -221,6 +223,7 @@ class Server:
     def _do_what_is_due(self) -> None:
         for tag in self._knocks.take_due():
             self._knock(tag)
+        self._dropped.tell()
         for session in self.registry.overdue():
             self._close_session(session)
             self._end_staging(session.owner)
@@ -361,6 +364,8 @@ class Server:
         except (Lost, Busy) as exc:
             if isinstance(exc, Busy):
                 _log.warning("%s does not read its answers: dropped", peer.owner)
+                if peer.lease is None:  # to others the end of that says it
+                    self._dropped.add(peer)
             self._on_gone(peer)
 
     # ---- the end of a client

@@ -90,6 +90,33 @@ def test_who_stops_waiting_cancels_and_takes_back_what_travelled_with_it_at_once
         assert len(slow.cancelled) == 1
 
 
+class Dropping(Script):
+    """Says to whoever asks for a status that it has dropped him; answers all else."""
+
+    def _take(self, route: bytes, header: codec.Header, meta: msgspec.Struct) -> None:
+        if header.op == Op.STATUS:
+            self._router.send(route, codec.failure(codec.NOBODYS, Lost("dropped")))
+        super()._take(route, header, meta)
+
+
+def test_who_is_told_that_all_he_asked_for_is_lost_waits_for_none_of_it(script: Script) -> None:
+    script.__class__ = Dropping
+    with djinn.connect(script.endpoint) as server:
+        with pytest.raises(Lost, match="dropped"):
+            server.status()
+        assert not server.connection._calls and server.ping() == "scripted"
+
+    async def main() -> None:
+        async with aio.connect(script.endpoint) as server:
+            asked = await asyncio.gather(
+                *(server.status() for _ in range(3)), return_exceptions=True
+            )
+            assert [str(error) for error in asked] == ["dropped"] * 3
+            assert await server.ping() == "scripted"
+
+    asyncio.run(main())
+
+
 def test_who_shared_memory_with_a_server_that_is_gone_asks_nothing_of_who_serves_in_its_place(
     script: Script,
 ) -> None:
