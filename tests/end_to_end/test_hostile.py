@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import djinn_zmq as djinn
-from djinn_zmq.errors import Lost
 from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
@@ -263,11 +262,6 @@ def test_a_peer_that_never_reads_is_dropped_and_the_others_are_served(served):
                 except zmq.Again:
                     break
             assert tiny.run(FRANCE).top(1)[0].token == "paris"
-    deaf.socket.rcvtimeo = 10_000
-    while (message := codec.decode(deaf.socket.recv())).header.request:
-        pass  # what it has not read until now
-    error = codec.error_of(message)
-    assert isinstance(error, Lost) and "dropped this client" in str(error)
     deaf.close()
 
 
