@@ -41,10 +41,10 @@ def read(
         # Whose file it was made to share may have been released since; its own link may be still to come.
         other = files.path_of(Path(state), where.number)
         saved = files.read(own if own.exists() else other, where.mark)
+        if (saved.hidden.dtype, saved.hidden.shape) != (tensor.dtype, tensor.shape):
+            raise BadFile(f"{saved.path} holds {saved.hidden.dtype} {saved.hidden.shape}")
         # Of its pages only those are taken that are read to.
-        whole = np.empty(saved.hidden.shape, DTYPES[saved.hidden.dtype])
-        if whole.shape != tensor.shape or whole.dtype != DTYPES[tensor.dtype]:
-            raise BadFile(f"{saved.path} holds {whole.dtype} {whole.shape}")
+        whole = np.empty(tensor.shape, DTYPES[tensor.dtype])
     else:
         raise OnDevice("the checkpoint is on its device alone: prefetch it to the host first")
     chosen = Chosen.of(whole, selection(asked.at, tensor.shape))
