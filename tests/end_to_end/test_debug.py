@@ -228,6 +228,19 @@ def test_it_attaches_to_a_program_and_changes_what_that_gets(debugger, served):
         assert answer.result(WAIT_S).top(1)[0].token == "berlin"
 
 
+def test_ctrl_c_an_instant_before_it_waits_ends_the_waiting_too(debugger, served, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with served.connect() as theirs:
+        model = theirs.model("tiny")
+        does(debugger, f"attach {model.session_id:016x}")
+        with monkeypatch.context() as patch:
+            patch.setattr("djinn_zmq.cli.debug.moving._let_go", interrupt)
+            assert "still attached: 'continue' waits again" in does(debugger, "continue")
+        does(debugger, "detach")
+
+
 def test_a_step_of_a_generation_looks_at_all_tokens_before_it(debugger, served):
     with served.connect() as theirs, ThreadPoolExecutor(1) as program:
         session = theirs.model("tiny").session()

@@ -18,6 +18,7 @@ from djinn_zmq.client.run import Checkpoint, Run
 from djinn_zmq.errors import DjinnError, EditError, LayerError, Lost, UnknownStop
 from djinn_zmq.settings import counted
 
+NOT_WAITING = "[yellow]not waiting any more[/]; still attached: 'continue' waits again"
 WAIT_S = 0.2  # an attached program's next stop is looked for this often, Ctrl-C heard between
 TOP = 5
 
@@ -55,8 +56,11 @@ def continue_(debugger: Debugger, rest: str) -> None:
     """
     _nothing_more("continue", rest)
     if debugger.attached is not None:
-        _let_go(debugger)
-        _await(debugger)
+        try:
+            _let_go(debugger)
+            _await(debugger)
+        except KeyboardInterrupt:  # an instant before it waits, or behind
+            debugger.say(NOT_WAITING)
         return
     point = debugger.here()
     saves = saved_before(debugger, point.layer)
@@ -280,7 +284,7 @@ def _await(debugger: Debugger) -> None:
         debugger.end()
         debugger.say(f"[yellow]detached[/]: {attached.reason}")
     else:
-        debugger.say("[yellow]not waiting any more[/]; still attached: 'continue' waits again")
+        debugger.say(NOT_WAITING)
 
 
 @contextmanager
