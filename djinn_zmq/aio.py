@@ -23,11 +23,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from djinn_zmq.bus.keys import ClientKeys
 from djinn_zmq.bus.lane import Lane
 from djinn_zmq.client import checks
+from djinn_zmq.client.blocks import AsyncBlock
 from djinn_zmq.client.calls import LOOK_S, Arriving, Call, Heard, Next, Operation, Step
 from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.local import check, private_server, threads_of
@@ -274,7 +275,7 @@ class AsyncConnection(Connection):
         super().close()
 
 
-class AsyncServer(Server):
+class AsyncServer(AsyncBlock, Server):
     """A `Server` whose methods, and those of all it gives, return awaitables."""
 
     connection: AsyncConnection
@@ -292,17 +293,6 @@ class AsyncServer(Server):
         # Tasks that ask for one name at a time get one session, as its second asker does.
         async with self._opening.setdefault(name, asyncio.Lock()):
             return await self.drive(self._model(name))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 class _Connecting:
@@ -326,7 +316,7 @@ class _Connecting:
         trace: TracebackType | None,
     ) -> None:
         assert self._server is not None
-        await self._server.close()
+        await self._server.__aexit__(kind, exc, trace)
 
 
 def connect(

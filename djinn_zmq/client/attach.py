@@ -9,13 +9,13 @@ The program sees nothing but time. When this ends, whatever way, all that is hel
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from djinn_zmq.client import checks
 from djinn_zmq.client.arrays import read_only
+from djinn_zmq.client.blocks import AsyncBlock, Block
 from djinn_zmq.client.calls import Call, Next, Operation
 from djinn_zmq.client.edits import Edit
 from djinn_zmq.client.parcels import Parcel
@@ -89,7 +89,7 @@ class Stop:
         return f"<stop {self.number}: a {self.kind} held {where}{step}>"
 
 
-class Attached(Parts[Stop, wire.Detached]):
+class Attached(Block, AsyncBlock, Parts[Stop, wire.Detached]):
     """A session of another program's that is attached to: iterate for its stops, or `wait`.
 
     target: the session. session: this debugger's own, on the same model; what is kept at stops is
@@ -100,6 +100,7 @@ class Attached(Parts[Stop, wire.Detached]):
     def __init__(self, session: Session, target: SessionInfo, stop_at: Any) -> None:
         super().__init__(session, _asking(session.id, target.id, stop_at))
         self.session = session
+        self.connection = session.connection
         self.target = target
         self.passed: list[str] = []
         self.reason = ""
@@ -137,7 +138,7 @@ class Attached(Parts[Stop, wire.Detached]):
 
     def detach(self) -> Any:
         """Leave the program alone: all that is held goes on as it is."""
-        return self._session.drive(self._close())
+        return self.close()
 
     # ---- the operation
 
@@ -196,29 +197,6 @@ class Attached(Parts[Stop, wire.Detached]):
             if self._request is not None:
                 self._session.connection.abandon(self._request)
         yield from self.session.end()
-
-    def __enter__(self) -> Self:
-        self.session.connection.check_waits()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.detach()
 
     def __repr__(self) -> str:
         state = f", over: {self.reason}" if self._over else ""

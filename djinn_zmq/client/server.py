@@ -5,10 +5,10 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from djinn_zmq.client import checks
+from djinn_zmq.client.blocks import Block
 from djinn_zmq.client.calls import CLOSE_S, Call, Operation
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.model import Model
@@ -31,7 +31,7 @@ CONNECT_S = 5.0
 Path = str | os.PathLike[str]
 
 
-class Server:
+class Server(Block):
     """A server that answers. Made by `connect`; use it in a `with` block."""
 
     def __init__(
@@ -184,18 +184,6 @@ class Server:
             self.connection.close()
         if failure is not None:
             raise failure
-
-    def __enter__(self) -> Self:
-        self.connection.check_waits()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<server at {self.connection.endpoint}>"

@@ -12,12 +12,12 @@ goes on from there and moves it; `mark`, `back` and every checkpoint lead to oth
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from djinn_zmq.client import checks, tiers
+from djinn_zmq.client.blocks import AsyncBlock, Block
 from djinn_zmq.client.calls import CLOSE_S, Call, Operation, Progress
 from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.edits import Edit, each_of, own
@@ -75,7 +75,7 @@ class Standing:
         return None if self.mark is None else self.mark.checkpoint
 
 
-class Session(Channel):
+class Session(Block, AsyncBlock, Channel):
     """One conversation. Made by `Model.session`; one thing is asked of it at a time."""
 
     def __init__(
@@ -343,29 +343,6 @@ class Session(Channel):
     def _check_open(self) -> None:
         if not self._closed.alive:
             raise Closed("the session is closed")
-
-    def __enter__(self) -> Self:
-        self.connection.check_waits()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     def __repr__(self) -> str:
         return f"<session on {self.model.name}: {counted(len(self.standing.ids), 'token')}>"
