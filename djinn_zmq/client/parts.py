@@ -202,9 +202,8 @@ class Bundles(Stream[T, R]):
                     yield from self._end(self._parts.result)
                 else:
                     self._ready.extend(self._items(part))
-            except (
-                BaseException
-            ):  # also of one while items were made: those behind it would be taken for them
+            except BaseException:
+                # Also of one while items were made: those behind it would be taken for them.
                 self._over = True
                 self._parts = None
                 self._settle()

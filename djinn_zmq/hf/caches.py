@@ -56,12 +56,8 @@ class RemoteCache(DynamicCache):
             )
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             raise NotServed("a cache that records what leaves its window")
-        if any(
-            map(
-                callable,
-                [*vars(cache).values(), *(v for i in cache.layers for v in vars(i).values())],
-            )
-        ):
+        own_values = [vars(part).values() for part in (cache, *cache.layers)]
+        if any(callable(value) for values in own_values for value in values):
             raise NotServed(
                 "a DynamicCache with methods of the program's own (its update replaced?): give a new one"
             )
@@ -207,9 +203,7 @@ class RemoteCache(DynamicCache):
     # ---- what it does not have
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(
-            type(self), name
-        ):  # a method, an update of the program's own: nothing here calls it
+        if hasattr(type(self), name):  # a method, of the program's own now: nothing here calls it
             raise NotServed(f"assigning cache.{name}: the keys and values are on the server")
         super().__setattr__(name, value)
 

@@ -143,9 +143,8 @@ def _check_links(folder: Path) -> None:
         ) from exc
     finally:
         for name in names:
-            with contextlib.suppress(
-                OSError
-            ):  # of a read-only filesystem: not there, and not to be removed
+            # Of a read-only filesystem: not there, and not to be removed.
+            with contextlib.suppress(OSError):
                 name.unlink()
 
 

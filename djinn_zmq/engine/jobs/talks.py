@@ -429,9 +429,8 @@ def _check_skips_nothing(edits: tuple[Edit, ...]) -> None:
 
 def _room(count: int, static: int, model: ServedModel) -> int:
     """How many tokens may be generated behind *count* until the model, the cache, or the reply takes no more."""
-    limits = [
-        limit + 1 for limit in (model.info.max_positions, static) if limit
-    ]  # the last is not run
+    # The last is not run.
+    limits = [limit + 1 for limit in (model.info.max_positions, static) if limit]
     return min([*limits, IDS_LIMIT]) - count
 
 
