@@ -7,7 +7,8 @@ have spoken unheard: using a socket (to send, say) can swallow its signal, so on
 it was last asked is asked before the next sleep. Source: the ZMQ_FD entry of zmq_getsockopt(3).
 
 A lane's bell is waited for edge-triggered and never read: one call less for each message. Rung ahead of a
-message, it finds nothing yet: then we stay awake for what is certain to follow, and need no second wake-up.
+message, it finds nothing yet: then we stay awake for what is certain to follow, and need no second wake-up;
+nor any, where we know ourselves that something will come at once.
 """
 
 import math
@@ -56,6 +57,7 @@ class Poll:
         # the last one is long ago.
         self.meanwhile: Callable[[], object] = lambda: None
         self._warm_ns = -math.inf
+        self._expected = -1  # the lane that something will come on at once
         self._early: set[int] = set()  # lanes whose last message was seen before its own ring
         self._vain: set[int] = set()  # lanes that nothing has come on since they were waited for
 
@@ -105,6 +107,11 @@ class Poll:
         self._early.discard(fd)
         self._vain.discard(fd)
 
+    def expect(self, lane: Lane) -> None:
+        """Something comes on *lane*, which is watched, in less time than it takes to wake up: stay awake
+        for it, in the next turn that finds nothing else."""
+        self._expected = lane.fileno()
+
     def turn(self, timeout_s: float | None) -> None:
         """Call whoever is ready; where nobody is, wait for somebody up to *timeout_s* (None: for
         ever).
@@ -116,7 +123,10 @@ class Poll:
             self._take_many(silent)
             return
         heard: Heard
-        if self._spin_ns and self.may_spin:
+        fd, self._expected = self._expected, -1
+        if fd >= 0 and timeout_s != 0 and self._comes_as_expected(fd):
+            heard = [(fd, 0)]
+        elif self._spin_ns and self.may_spin:
             heard = self._spin(timeout_s)
         else:
             heard = self._epoll.poll(timeout_s, AT_ONCE)
@@ -136,11 +146,22 @@ class Poll:
         if fd in self._early:
             self._early.discard(fd)
         elif lane.rung_ahead():
-            if time.perf_counter_ns() - self._warm_ns > COLD_NS:
-                self.meanwhile()
-            seen = self._early if lane.comes(SOON_NS) else self._vain
-            seen.add(fd)
-            self._warm_ns = time.perf_counter_ns()
+            self._comes(fd, lane)
+
+    def _comes_as_expected(self, fd: int) -> bool:
+        lane = self._lanes.get(fd)  # None: what was expected has ended
+        if not self.stays_awake or not self.may_spin or lane is None or fd in self._vain:
+            return False
+        return self._comes(fd, lane)
+
+    def _comes(self, fd: int, lane: Lane) -> bool:
+        """Stay awake until something is on *lane*, or too long."""
+        if time.perf_counter_ns() - self._warm_ns > COLD_NS:
+            self.meanwhile()
+        came = lane.comes(SOON_NS)
+        (self._early if came else self._vain).add(fd)
+        self._warm_ns = time.perf_counter_ns()
+        return came
 
     def _silent_ones(self) -> list[int]:
         """Those of the unheard that have something."""

@@ -313,6 +313,9 @@ class Server:
             again or (header.op == CANCEL and session.waiting < 2 * limit)
         ):
             raise Busy(f"{session.waiting} requests of this session wait: take an answer first")
+        if header.op == PING and not engine.owed and engine.link is not None:
+            # It answers before we could fall asleep and wake up.
+            self._poll.expect(engine.link.lane)
         engine.forward(peer.envelope, header, frame, buffers)
         session.waiting += not again
         if header.credit and engine.state is not READY:

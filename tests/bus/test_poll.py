@@ -198,9 +198,19 @@ def test_a_lane_whose_other_end_waits_for_room_is_looked_at_until_it_is_told(pol
 
 
 @pytest.fixture
-def awake(poll: Poll, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Poll, Lane, list[str]]]:
-    """A poll that stays awake, on a machine of any size; a lane's other end; and what it does when."""
+def ends() -> Iterator[tuple[Lane, Lane]]:
     ours, theirs = lanes()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@pytest.fixture
+def awake(
+    poll: Poll, ends: tuple[Lane, Lane], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Poll, Lane, list[str]]:
+    """A poll that stays awake, on a machine of any size; a lane's other end; and what it does when."""
+    ours, theirs = ends
     poll.stays_awake = True
     monkeypatch.setattr("djinn_zmq.bus.poll.COLD_NS", -1)  # always cold
     done: list[str] = []
@@ -214,9 +224,7 @@ def awake(poll: Poll, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Poll, L
     poll.watch_lane(ours, ready)
     poll.turn(0)  # it may have been written to before
     done.clear()
-    yield poll, theirs, done
-    ours.close()
-    theirs.close()
+    return poll, theirs, done
 
 
 def test_who_is_rung_ahead_stays_awake_for_the_message_and_not_for_its_ring(awake) -> None:
@@ -274,6 +282,61 @@ def test_who_is_rung_ahead_and_has_other_work_does_not_stay_awake_for_it(awake) 
     assert sorted(done) == ["nothing", "nothing", "x"]
     os.close(read)
     os.close(write)
+
+
+def test_who_expects_a_message_is_awake_when_it_comes_and_needs_no_ring(awake, ends) -> None:
+    poll, theirs, done = awake
+    poll.meanwhile = lambda: (done.append("meanwhile"), theirs.send(b"", b"answer", ring=False))
+    for _ in range(3):
+        poll.expect(ends[0])
+        poll.turn(5.0)
+        assert done == ["meanwhile", "answer"]
+        done.clear()
+
+
+def test_who_expects_a_message_takes_what_else_has_come_before_staying_awake_for_it(
+    awake, ends, pair: tuple[Socket, Socket]
+) -> None:
+    poll, theirs, done = awake
+    ours, other = pair
+    poll.watch(ours, lambda: done.append(ours.recv().decode()))
+    other.send(b"request")
+    poll.meanwhile = lambda: (done.append("meanwhile"), theirs.send(b"", b"answer"))
+    poll.expect(ends[0])
+    while "answer" not in done:
+        poll.turn(5.0)
+    assert done == ["request", "meanwhile", "answer"]
+
+
+def test_who_expects_in_vain_does_not_stay_awake_for_that_lane_again_until_it_speaks(
+    awake, ends
+) -> None:
+    poll, theirs, done = awake
+    for _ in range(3):
+        poll.expect(ends[0])
+        poll.turn(0.001)
+    assert done == ["meanwhile"]
+    theirs.send(b"", b"late")
+    poll.turn(5.0)
+    poll.expect(ends[0])
+    poll.turn(0.001)
+    assert done == ["meanwhile", "late", "meanwhile"]
+
+
+def test_who_has_work_or_few_cpus_or_hears_the_lane_no_more_does_not_stay_awake_for_it(
+    awake, ends
+) -> None:
+    poll, _, done = awake
+    poll.expect(ends[0])
+    poll.turn(0)  # who asks so has work
+    poll.stays_awake = False
+    poll.expect(ends[0])
+    poll.turn(0.001)
+    poll.stays_awake = True
+    poll.expect(ends[0])
+    poll.unwatch(ends[0])
+    poll.turn(0.001)
+    assert not done
 
 
 def test_who_spins_waits_no_longer_than_was_said() -> None:

@@ -233,3 +233,21 @@ def test_a_session_with_as_many_requests_as_may_wait_can_cancel_each_of_them(
         with pytest.raises(Busy, match="4 requests of this session wait"):
             served.ask(client, op, meta, session=session)
     assert [request for _, request in served.engine.owed] == [10, 11, 12, 13]
+
+
+def test_the_answer_to_a_ping_is_stayed_awake_for_where_its_engine_has_nothing_else_to_do(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert served.engine.link is not None
+    stayed: list[object] = []
+    monkeypatch.setattr(served.server._poll, "expect", stayed.append)
+    client = served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    client.send(codec.encode(Op.TOKENS, messages.Tokens("text", None), request=1, session=session))
+    client.send(codec.encode(Op.PING, messages.Ping(), request=2, session=session))
+    served.until(lambda: len(served.engine.owed) == 2)
+    assert not stayed
+    served.engine.owed.clear()
+    client.send(codec.encode(Op.PING, messages.Ping(), request=3, session=session))
+    served.until(lambda: served.engine.owed)
+    assert stayed == [served.engine.link.lane]
