@@ -134,7 +134,9 @@ class RemoteArray:
         try:
             slot = reply.meta.tensor.where
             root = np.frombuffer(sharing.arena(slot.arena).view(slot, self.nbytes), np.uint8)
-            end = weakref.finalize(root, self._connection.forget, kept.session, reply.meta.hold)
+            end = weakref.finalize(
+                root, self._connection.leftovers.add, kept.session, reply.meta.hold
+            )
             end.atexit = False
         except BaseException:  # it moved, or a KeyboardInterrupt
             self._connection.give_back(reply)
@@ -211,7 +213,7 @@ def left_behind(
 ) -> RemoteArray:
     """What an answer was too large to bring: kept until nothing refers to this any more."""
     array = RemoteArray(connection, drive, Kept(number, session, 0, -1, tensor), None)
-    release = weakref.finalize(array, connection.forget, session, number)
+    release = weakref.finalize(array, connection.leftovers.add, session, number)
     release.atexit = False
     return array
 

@@ -13,12 +13,14 @@ from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+
 from djinn_zmq.bus.dealer import Dealer
 from djinn_zmq.bus.lane import Lane, Piece
 from djinn_zmq.client import checks
 from djinn_zmq.client.calls import LOOK_S, PIECE, Arriving, Call, Operation
 from djinn_zmq.client.lanes import Lanes
-from djinn_zmq.client.leftovers import kept_by
+from djinn_zmq.client.leftovers import Leftovers, kept_by
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.errors import (
     Busy,
@@ -44,8 +46,6 @@ if TYPE_CHECKING:  # a room that only those with a key need
 Frames = tuple[Piece, Sequence[Piece]]
 
 WINDOW = 8  # pieces asked for at once
-RELEASED_AT_ONCE = 32  # with a request; what is more goes ahead of it
-RELEASED_LIMIT = 4096  # in a message of their own: 9 bytes each
 PROGRESS_CREDIT = 1000
 ASK_S = 2.0  # what is asked of the server after an answer did not come
 FIRST_LOOK_S = 0.2  # as LOOK_S, until the server has answered
@@ -84,7 +84,7 @@ class Connection:
         self._last_request = int.from_bytes(os.urandom(5), "little") << 20
         self._calls: dict[int, Call] = {}  # what waits, by request
         self._abandoned: deque[int] = deque()  # requests whose parts nobody takes
-        self._garbage: deque[tuple[int, int]] = deque()  # (session, kept id) nobody refers to
+        self.leftovers = Leftovers(self.sharing, self.lanes, self._say)
         self._lock = threading.RLock()  # ZeroMQ sockets are for one thread at a time
         self._example: Piece = b""  # an answer, of those that came
         self._closed = ""  # why it is
@@ -159,15 +159,7 @@ class Connection:
         return arriving.parts.popleft()
 
     def _send_more(self, request: int, call: Call, arriving: Arriving) -> None:
-        frame = codec.encode(
-            Op.MORE,
-            messages.More(request),
-            flags=Flag.ONE_WAY,
-            request=self._next_request(),
-            session=call.session,
-            credit=arriving.taken,
-        )
-        self._send(frame, (), call.lane)
+        self._say(Op.MORE, messages.More(request), call.session, call.lane, arriving.taken)
         arriving.taken = 0
 
     def abandon(self, request: int) -> None:
@@ -191,7 +183,7 @@ class Connection:
         """Send *call* and return its request number; the reply is still to be waited for."""
         if self._closed:
             raise Closed(self._closed)
-        if self._abandoned or self._garbage:
+        if self._abandoned or self.leftovers.noted:
             self._tidy_up()
         request = self._last_request = self._last_request + 1
         session, buffers = call.session, call.buffers
@@ -238,8 +230,8 @@ class Connection:
         while self._abandoned:
             self.abandon(self._abandoned[0])
             self._abandoned.popleft()
-        if self._garbage:
-            self._release_garbage()
+        if self.leftovers.noted:
+            self.leftovers.say()
 
     def _lane_of(self, session: int) -> Lane | None:
         """The way of a request to the engine: a lane, or None for the bus. Raises Lost."""
@@ -248,6 +240,16 @@ class Connection:
             return lane
         self.check_alive()
         return self.lanes.of(session)
+
+    def _say(
+        self, op: int, meta: msgspec.Struct, session: int, lane: Lane | None, credit: int = 0
+    ) -> None:
+        """Send a message that is not answered."""
+        request = self._next_request()
+        frame = codec.encode(
+            op, meta, flags=Flag.ONE_WAY, request=request, session=session, credit=credit
+        )
+        self._send(frame, (), lane)
 
     def _send(self, frame: bytes, buffers: Sequence[Piece], lane: Lane | None) -> None:
         """Send a message nobody waits for the answer of."""
@@ -341,9 +343,9 @@ class Connection:
     def give_back(self, message: Message) -> None:
         """*message* answers a request nobody waits for any more: release what it keeps."""
         for number in kept_by(message.meta):
-            self.forget(message.header.session, number)
+            self.leftovers.add(message.header.session, number)
         if isinstance(message.meta, messages.Opened):
-            self.forget(message.meta.session, 0)
+            self.leftovers.add(message.meta.session, 0)
 
     def waits_for(self, request: int) -> bool:
         return request in self._calls
@@ -488,11 +490,6 @@ class Connection:
     def closed(self) -> bool:
         return bool(self._closed)
 
-    def forget(self, session: int, number: int) -> None:
-        """Nobody refers to a kept tensor any more; number 0: to the session. Safe to call from a
-        finalizer."""
-        self._garbage.append((session, number))
-
     def released_beside(self, session: int) -> tuple[int, ...]:
         """What of *session*'s nobody refers to any more, to be said in the request that is sent next: so its
         engine lets go of it behind what that request waits for, and it costs no message.
@@ -500,49 +497,9 @@ class Connection:
         Nothing where that takes the bus: a server is told, which lets go without the engine, too; nor where
         others are under way, which may fill the queue, so that this one is refused.
         """
-        if not self._garbage or self._calls or self.lanes.of(session) is None:
+        if not self.leftovers.noted or self._calls or self.lanes.of(session) is None:
             return ()
-        numbers: list[int] = []
-        others: list[tuple[int, int]] = []
-        while self._garbage and len(numbers) < RELEASED_AT_ONCE:
-            of, number = self._garbage.popleft()
-            if of == session and number:
-                numbers.append(number)
-            else:
-                others.append((of, number))
-        self._garbage.extend(others)
-        self.sharing.settle()  # after they are taken: as in `_release_garbage`
-        return tuple(numbers)
-
-    def _release_garbage(self) -> None:
-        by_session: dict[int, list[int]] = {}
-        while self._garbage:
-            session, number = self._garbage.popleft()
-            by_session.setdefault(session, []).append(number)
-        self.sharing.settle()  # after they are taken: what ends from now on is said next time
-        pieces: list[tuple[int, list[int]]] = []
-        for session, found in by_session.items():
-            numbers = [0] if 0 in found else found  # the session itself is forgotten, and all of it
-            for at in range(0, len(numbers), RELEASED_LIMIT):
-                pieces.append((session, numbers[at : at + RELEASED_LIMIT]))
-        while pieces:
-            session, numbers = pieces[-1]
-            ended = numbers == [0]
-            if ended:
-                self.lanes.forget(session)
-            frame = codec.encode(
-                Op.CLOSE if ended else Op.RELEASE,
-                messages.Close() if ended else messages.Release(tuple(numbers)),
-                flags=Flag.ONE_WAY,
-                request=self._next_request(),
-                session=session,
-            )
-            try:
-                self._send(frame, (), None if ended else self.lanes.of(session))
-            except BaseException:  # Busy, or a KeyboardInterrupt: said next time
-                self._garbage.extend((s, number) for s, some in pieces for number in some)
-                raise
-            pieces.pop()
+        return self.leftovers.take(session)
 
     def close(self) -> None:
         """Close sockets and maps. Everything the server holds for this client ends with it."""

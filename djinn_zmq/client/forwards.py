@@ -32,7 +32,7 @@ class Past:
         self.session = session
         self.number = number
         self.length = length  # positions
-        self._released = weakref.finalize(self, connection.forget, session, number)
+        self._released = weakref.finalize(self, connection.leftovers.add, session, number)
         self._released.atexit = False
 
 

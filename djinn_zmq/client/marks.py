@@ -47,7 +47,7 @@ class Mark:
 
     def __del__(self) -> None:  # of each forward of a conversation: as a `Checkpoint`'s
         if self.number:
-            self._connection.forget(self.session, self.number)
+            self._connection.leftovers.add(self.session, self.number)
 
     def __copy__(self) -> "Mark":
         return self

@@ -300,7 +300,7 @@ class Model:
             self.connection.lanes.forget(self.session_id)
             yield Call(Op.CLOSE, messages.Close(), session=self.session_id)
         except BaseException:  # Busy, or a KeyboardInterrupt: said with the next request
-            self.connection.forget(self.session_id, 0)
+            self.connection.leftovers.add(self.session_id, 0)
             raise
 
     def __repr__(self) -> str:

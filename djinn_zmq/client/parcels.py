@@ -68,11 +68,11 @@ class Parcel:
         for lease in self._leases:
             self._connection.sharing.give_back(lease)
         for number in self._uploads:
-            self._connection.forget(self.session, number)
+            self._connection.leftovers.add(self.session, number)
 
     def drop(self) -> None:
         """As `settle`, of a request whose answer nobody takes any more: safe to call from a finalizer."""
         for lease in self._leases:
             self._connection.sharing.give_back_later(lease)
         for number in self._uploads:
-            self._connection.forget(self.session, number)
+            self._connection.leftovers.add(self.session, number)

@@ -80,7 +80,7 @@ class Checkpoint(Looks, Tiered):
     # Not a weakref.finalize: every stop and every resume makes a checkpoint, and that costs 3 us.
     def __del__(self) -> None:
         if self._held:
-            self._session.connection.forget(self._kept.session, self._kept.id)
+            self._session.connection.leftovers.add(self._kept.session, self._kept.id)
 
     def __copy__(self) -> "Checkpoint":
         """Itself, as of anything immutable: the end of a second one would release both."""
@@ -177,7 +177,7 @@ class Checkpoint(Looks, Tiered):
         finally:
             parcel.settle()
             for number in released:  # perhaps nobody has heard of it; to say it twice does no harm
-                session.connection.forget(session.id, number)
+                session.connection.leftovers.add(session.id, number)
 
     def sweep(
         self,
@@ -322,7 +322,9 @@ class Run:
             ids = np.concatenate([before, self._ids[0]])
             self.mark = Mark(session.connection, session.id, reply.branch, ids, last)
         if reply.logits_id:
-            release = weakref.finalize(self, session.connection.forget, session.id, reply.logits_id)
+            release = weakref.finalize(
+                self, session.connection.leftovers.add, session.id, reply.logits_id
+            )
             release.atexit = False
         self._instants = begin_ns, call.sent_ns, call.arrived_ns, time.perf_counter_ns()
 

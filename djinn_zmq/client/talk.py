@@ -90,7 +90,7 @@ class Session(Block, AsyncBlock, Channel):
         self.static = static
         self.standing = Standing()
         self._said: Said | None = None  # of a generation that is not over
-        self._closed = weakref.finalize(self, connection.forget, self.id, 0)
+        self._closed = weakref.finalize(self, connection.leftovers.add, self.id, 0)
         self._closed.atexit = False
 
     # ---- asking
@@ -333,7 +333,7 @@ class Session(Block, AsyncBlock, Channel):
                 self.connection.lanes.forget(self.id)
                 yield Call(Op.CLOSE, messages.Close(), session=self.id, timeout_s=CLOSE_S)
             except BaseException:  # Busy, or a KeyboardInterrupt: said with the next request
-                self.connection.forget(self.id, 0)
+                self.connection.leftovers.add(self.id, 0)
                 raise
 
     def drop(self) -> None:

@@ -141,7 +141,7 @@ class Tiered:
         held = reply.meta
 
         def end() -> None:
-            connection.forget(session, held.hold)
+            connection.leftovers.add(session, held.hold)
 
         try:
             if copy:

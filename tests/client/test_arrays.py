@@ -126,7 +126,10 @@ def test_a_hold_of_which_no_view_is_made_is_given_back(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     given_back: list[object] = []
-    connection = SimpleNamespace(sharing=Moving(0), give_back=given_back.append, forget=None)
+    leftovers = SimpleNamespace(add=None)
+    connection = SimpleNamespace(
+        sharing=Moving(0), give_back=given_back.append, leftovers=leftovers
+    )
     slot = Slot(1, 0, 0)
     held = SimpleNamespace(meta=HoldReply(5, kept(slot).tensor, b"", ()))
     operation = RemoteArray(cast(Connection, connection), interrupt, kept(slot), None)._view()

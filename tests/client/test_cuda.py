@@ -1,7 +1,6 @@
 """Which slots a client writes into, with CUDA's calls noted in place of made."""
 
 import sys
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,9 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from djinn_zmq.client import cuda
-from djinn_zmq.client.connection import Connection
 from djinn_zmq.client.cuda import CudaMemory
 from djinn_zmq.client.lanes import Lanes
+from djinn_zmq.client.leftovers import Leftovers
 from djinn_zmq.client.sharing import Sharing
 from djinn_zmq.client.tiers import Tiered
 from djinn_zmq.errors import RequestError
@@ -159,7 +158,7 @@ def test_a_hold_of_which_no_tensor_is_made_is_given_back(copy: bool) -> None:
     point._session = SimpleNamespace(
         connection=SimpleNamespace(
             sharing=SimpleNamespace(cuda=lambda: memory),
-            forget=lambda *one: given_back.append(one),
+            leftovers=SimpleNamespace(add=lambda *one: given_back.append(one)),
         )
     )
     operation = point._cuda(copy=copy)
@@ -206,21 +205,18 @@ def test_a_tensor_that_has_gone_is_given_up_only_behind_the_kernels_that_may_use
     )
     monkeypatch.setattr(cuda, "_imported", lambda: cupy)
     monkeypatch.setitem(sys.modules, "torch", None)
-    connection = Connection.__new__(Connection)
-    connection._garbage = deque()
-    connection._last_request = 0
-    connection.sharing = Sharing(Settings())
-    connection.sharing._cuda = CudaMemory()
-    connection.lanes = Lanes(connection.sharing, Settings(), wanted=False)
-    monkeypatch.setattr(Connection, "_send", lambda *_: done.append("given up"))
-    made = connection.sharing._cuda.tensor(
-        Tensor("float32", SHAPE, slot(0)), HANDLE, lambda: connection.forget(5, 7)
+    sharing = Sharing(Settings())
+    sharing._cuda = CudaMemory()
+    lanes = Lanes(sharing, Settings(), wanted=False)
+    leftovers = Leftovers(sharing, lanes, lambda *_: done.append("given up"))
+    made = sharing._cuda.tensor(
+        Tensor("float32", SHAPE, slot(0)), HANDLE, lambda: leftovers.add(5, 7)
     )
-    connection._release_garbage()
+    leftovers.say()
     assert done == []
     del made
-    connection._release_garbage()
+    leftovers.say()
     assert done == ["waited for the device", "given up"]
-    connection.forget(5, 8)  # nothing on a device
-    connection._release_garbage()
+    leftovers.add(5, 8)  # nothing on a device
+    leftovers.say()
     assert done == ["waited for the device", "given up", "given up"]

@@ -268,7 +268,7 @@ def test_what_nobody_refers_to_is_said_on_the_bus_where_the_lane_lies(ends, bus)
     lanes, engine = ends
     lane, call = lanes.of(SESSION), ping()
     connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
-    connection.forget(SESSION, 5)
+    connection.leftovers.add(SESSION, 5)
     lie(engine)
     connection.send(call)
     assert lane.closed and call.lane is None

@@ -40,9 +40,8 @@ class Interrupting:
 
 def test_a_checkpoint_that_is_half_made_is_released() -> None:
     forgotten: list[tuple[int, int]] = []
-    session: Any = SimpleNamespace(
-        connection=SimpleNamespace(forget=lambda *one: forgotten.append(one))
-    )
+    leftovers = SimpleNamespace(add=lambda *one: forgotten.append(one))
+    session: Any = SimpleNamespace(connection=SimpleNamespace(leftovers=leftovers))
     kept: Any = Interrupting()
     with pytest.raises(KeyboardInterrupt):
         Checkpoint(session, kept, np.zeros((1, 1), np.int64))

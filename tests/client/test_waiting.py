@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 import msgspec
-import numpy as np
 import pytest
 
 import djinn_zmq as djinn
@@ -14,9 +13,9 @@ from djinn_zmq import aio
 from djinn_zmq.bus.lease import LeaseSocket
 from djinn_zmq.client import run as run_room
 from djinn_zmq.client.calls import LOOK_S, PIECE, Call, Operation, T
-from djinn_zmq.client.connection import RELEASED_AT_ONCE, WINDOW, Connection
+from djinn_zmq.client.connection import WINDOW, Connection
 from djinn_zmq.client.parcels import Parcel
-from djinn_zmq.client.run import Checkpoint, ask
+from djinn_zmq.client.run import ask
 from djinn_zmq.client.session import Session
 from djinn_zmq.client.waiting import WaitingConnection
 from djinn_zmq.errors import Busy, Lost, PromptError
@@ -334,51 +333,6 @@ def test_an_upload_that_is_interrupted_is_broken_off(
         assert script.offsets == [0, PIECE, len(data)]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("error", [Busy("full"), KeyboardInterrupt()])
-def test_what_could_not_be_released_now_is_released_with_the_next_request(
-    script: Script, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    said: list[tuple[int, ...]] = []
-
-    def fail(*_: object) -> None:
-        raise error
-
-    def noted(frame: bytes, *_: object) -> None:
-        message = codec.decode(frame)
-        said.append((message.header.session, *sorted(message.meta.ids)))
-
-    with djinn.connect(script.endpoint) as server:
-        connection = server.connection
-        for session, number in ((7, 1), (8, 2), (7, 3)):
-            connection.forget(session, number)
-        with monkeypatch.context() as patch:
-            patch.setattr(connection, "_send", fail)
-            with pytest.raises(type(error)):
-                server.ping()
-            patch.setattr(connection, "_send", noted)
-            server.ping()
-    assert sorted(said) == [(7, 1, 3), (8, 2)]
-
-
-def test_more_is_released_at_once_than_one_message_says(
-    script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[int] = []
-
-    def noted(frame: bytes, *_: object) -> None:
-        # What is longer is refused, and nobody hears of it: it goes one way.
-        assert len(frame) <= Settings().meta_limit
-        said.extend(codec.decode(frame).meta.ids)
-
-    numbers = range(2**62, 2**62 + 40_000)
-    with djinn.connect(script.endpoint) as server:
-        for number in numbers:
-            server.connection.forget(7, number)
-        monkeypatch.setattr(server.connection, "_send", noted)
-        server.ping()
-    assert sorted(said) == list(numbers)
-
-
 def test_the_time_for_which_a_debugger_holds_a_request_does_not_count() -> None:
     call = Call(Op.TOKENS, messages.Tokens("", None), timeout_s=10.0)
     call.sent_ns = time.perf_counter_ns() - 60 * 10**9
@@ -475,46 +429,6 @@ def test_where_one_of_many_is_refused_what_the_others_brought_is_given_back(
     assert len({reply.header.request for reply in given_back}) == len(given_back) >= 10
 
 
-def test_what_goes_with_a_request_is_what_its_session_has_let_go_of_where_a_lane_takes_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
-    for session, number in [(7, 1), (8, 2), (7, 0), (7, 3)]:
-        connection.forget(session, number)
-    assert connection.released_beside(7) == ()  # over the bus it is the server's to know
-    monkeypatch.setattr(connection.lanes, "of", lambda session: session)
-    monkeypatch.setattr(connection, "_calls", {1: None})
-    assert connection.released_beside(7) == ()
-    monkeypatch.setattr(connection, "_calls", {})
-    assert connection.released_beside(7) == (1, 3)
-    assert list(connection._garbage) == [(8, 2), (7, 0)]  # another's, and a session's own end
-    for number in range(1, 100):
-        connection.forget(9, number)
-    assert connection.released_beside(9) == (*range(1, RELEASED_AT_ONCE + 1),)
-    connection.close()
-
-
-def test_what_went_with_a_resume_that_fails_is_let_go_of_once_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    connection = WaitingConnection("tcp://127.0.0.1:1", None, Settings())
-    session = Session(connection, connection.drive, None, OPENED)
-    point = Checkpoint(session, kept(5), np.ones((1, 3), np.int64))
-    connection.forget(session.id, 4)
-    monkeypatch.setattr(connection.lanes, "of", lambda session: session)
-    sent: list[object] = []
-
-    def send(call: Call) -> int:
-        sent.append(call.meta.released)
-        raise Lost("the engine died")
-
-    monkeypatch.setattr(connection, "send", send)
-    with pytest.raises(Lost):
-        point.resume(stop_at=2)
-    assert sent == [(4,)] and list(connection._garbage) == [(session.id, 4)]
-    connection.close()
-
-
 @pytest.mark.parametrize("where", ["decode", "Run"])
 def test_what_an_answer_brings_is_given_back_where_an_interrupt_meets_it(
     monkeypatch: pytest.MonkeyPatch, where: str
@@ -539,5 +453,5 @@ def test_what_an_answer_brings_is_given_back_where_an_interrupt_meets_it(
     parcel = Parcel(connection, session.id)
     with pytest.raises(KeyboardInterrupt):
         connection.drive(ask(session, Op.RUN, messages.Tokens("", None), parcel, None))
-    assert list(connection._garbage) == [(7, 11), (7, 12), (7, 13)] and not connection._calls
+    assert list(connection.leftovers.noted) == [(7, 11), (7, 12), (7, 13)] and not connection._calls
     connection.close()
