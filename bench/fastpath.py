@@ -32,6 +32,7 @@ FILE = "fastpath.json"
 MEMORY = ROOT / "bench" / "configs" / "fastpath-memory.yaml"
 NAMES = ("resume-0", "noop", "swap", "memory", "resume-50", "resume-2", "upload", "import",
          "spin-noop", "spin-resume-0", "spin-resume-50", "spin-resume-2")  # fmt: skip
+DRAWN = ("resume-0", "memory", "resume-50", "resume-2")
 IDLE_MS = (0, 2, 50)
 SPIN_SAMPLES = 640  # so that 16 are left of them at the longest gap
 TO_DRAW_S = 30.0
@@ -180,14 +181,6 @@ class Asked:
     samples: int
 
 
-def _chosen(text: str) -> tuple[str, ...]:
-    asked = [name for name in text.split(",") if name] or NAMES
-    for name in asked:
-        if name not in NAMES:
-            raise click.BadParameter(f'"{name}": the parts are {", ".join(NAMES)}')
-    return tuple(name for name in NAMES if name in asked)
-
-
 @click.command(cls=command.Tool)
 @click.option("--shape", default="llama-2-13b", show_default=True, help="Random weights of it.")
 @click.option("--device", default="cuda:0", show_default=True, help='"cuda:N" or "cpu".')
@@ -198,7 +191,8 @@ def _chosen(text: str) -> tuple[str, ...]:
               help="Of the resume's cases, back to back; an even number is fair.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(40), default=1000, show_default=True,
               help="No-ops of each case, back to back.")  # fmt: skip
-@click.option("--parts", "names", default="", help=f"Only these, of {','.join(NAMES)}.")
+@click.option("--parts", "names", type=click.Choice(NAMES), multiple=True,
+              help="Only these; repeatable. [default: all]")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(0.2), default=9.0, show_default=True,
               help="All of it takes at most this long; what no time is left for is named.")  # fmt: skip
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
@@ -212,7 +206,7 @@ def main(
     layers: tuple[int, ...],
     rounds: int,
     samples: int,
-    names: str,
+    names: tuple[str, ...],
     minutes: float,
     folder: Path,
     packed: Path | None,
@@ -222,13 +216,13 @@ def main(
 
     \b
       python -m bench.fastpath --out DIR --archive DIR.tar.gz
-      python -m bench.fastpath --shape small --device cpu --positions 64 --parts resume-0,noop,swap
+      python -m bench.fastpath --shape small --device cpu --positions 64 --parts noop --parts swap
 
     What time is left goes to the parts in this order. Exit status 0 where every part left results:
     what was missed is told by the table. What spins needs four CPUs, and is not begun with fewer.
     """
     begin = time.monotonic()
-    chosen = _chosen(names)
+    chosen = [name for name in NAMES if not names or name in names]
     device_of(device)
     count = config_of(shape).num_hidden_layers
     layers = layers or tuple(spread(count))
@@ -236,7 +230,7 @@ def main(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     asked = Asked(shape, device, positions, layers, rounds, samples)
     settings = {"shape": shape, "device": device, "positions": positions, "layers": list(layers),
-                "parts": list(chosen), "minutes": minutes}  # fmt: skip
+                "parts": chosen, "minutes": minutes}  # fmt: skip
     results = Results("fastpath", this_machine(), settings)
     click.echo(f"{results.machine}\n")
     outcome: dict[str, Check] = {}
@@ -259,9 +253,10 @@ def main(
     table = table_of(lines_of(folder, outcome), layers)
     click.echo(f"\n{shown_times(results.tables['times'])}\n\n{table}")
     (folder / "table.txt").write_text(f"{results.machine}\n\n{table}\n")
-    figures = Part("figures", "bench.plots", (str(folder), "--into", str(folder / "figures")),
-                   TO_DRAW_S)  # fmt: skip
-    click.echo(str(run(figures, figures.most_s, folder / "logs" / "figures.log")))
+    if any(results_of(name, folder) is not None for name in DRAWN):
+        figures = Part("figures", "bench.plots", (str(folder), "--into", str(folder / "figures")),
+                       TO_DRAW_S)  # fmt: skip
+        click.echo(str(run(figures, figures.most_s, folder / "logs" / "figures.log")))
     if packed is not None:
         pack(folder, packed)
         click.echo(f"archive in {packed}")

@@ -80,12 +80,13 @@ def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkey
     }
     monkeypatch.setattr(fastpath, "parts", lambda asked, folder: made)
     ended = CliRunner().invoke(
-        fastpath.main, ["--shape=tiny", "--device=cpu", "--parts=import,noop,spin-noop",
-                        f"--out={tmp_path}"]
+        fastpath.main, ["--shape=tiny", "--device=cpu", "--parts=import", "--parts=noop",
+                        "--parts=spin-noop", f"--out={tmp_path}"]
     )  # fmt: skip
     assert ended.exit_code == 1
     assert "not all there: no-op;" in ended.stderr and "there_is_none" in ended.stdout
     assert "no-op, spinning, not here: too few CPUs" in ended.stdout
+    assert "figures" not in ended.stdout  # there is nothing to be drawn of these
     found = schema.read(tmp_path / "fastpath.json")
     judged = {one.what: one.held for one in found.checks}
     assert judged["import: client import, no torch"] is True
@@ -100,7 +101,7 @@ def test_a_part_that_fails_is_named_and_the_others_results_stay(tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--parts=nop"], '"nop": the parts are resume-0, noop'),
+        (["--parts=noop,swap"], "'noop,swap' is not one of 'resume-0', 'noop'"),
         (["--shape=huge", "--device=cpu"], '"huge"'),
         (["--device=cuda:77"], "no GPU here"),
     ],
