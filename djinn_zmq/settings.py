@@ -83,6 +83,8 @@ def private_dir(path: Path) -> Path:
         raise AccessDenied(f"{path} is no directory itself: name the one it leads to")
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         mend = f": run 'chmod 700 {path}'" if found.st_uid == os.getuid() else ""
+        if found.st_mode & stat.S_IWOTH:  # /tmp, say, for root: others have their things there
+            mend = f", for all to write in: name one of its own, {path / 'djinn'} say"
         raise AccessDenied(
             f"{path} must be a directory of uid {os.getuid()} with mode 0700: it belongs to uid "
             f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}{mend}"
