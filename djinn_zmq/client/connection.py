@@ -26,6 +26,7 @@ from djinn_zmq.errors import (
     Busy,
     Cancelled,
     Closed,
+    DeadlineExceeded,
     DjinnError,
     Lost,
     ProtocolError,
@@ -117,9 +118,14 @@ class Connection:
             call = self._calls.get(request)
             self._send(frame, (), None if call is None else call.lane)
 
-    def why_late(self, call: Call) -> Operation[Unreachable]:
+    def why_late(self, call: Call) -> Operation[DjinnError]:
         """The error for *call*, whose time has passed: with what the server says of an engine that is not
         there to answer in time."""
+        if call.data is not None:
+            nbytes = format_bytes(len(call.data))
+            return DeadlineExceeded(
+                f"{nbytes} were not uploaded to {self.endpoint} within {call.timeout_s:g} s"
+            )
         late = f"no answer from {self.endpoint} in {call.timeout_s:g} s"
         index = self.lanes.engine_of(call.session) if call.op in ON_LANES else None
         if index is None:

@@ -173,7 +173,7 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
         begin = self._said.begin = session.standing if self._begin is None else self._begin
         point, mark = begin.checkpoint, begin.mark
         self._previous = begin.previous
-        parcel = self._parcel = Parcel(session.connection, session.id)
+        parcel = self._parcel = Parcel(session.connection, session.id, wish.timeout_s)
         text, ids = yield from session.placed(prompt, begin.pending, parcel)
         hidden, edits = None, ()
         if point is not None:

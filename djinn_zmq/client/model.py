@@ -81,7 +81,8 @@ class Model:
         save_at: keep a checkpoint at each of these on the way: numbers, paths; "all": after every
         layer.
         logits: "last" position's, "all" positions', "none", or a number: only that many of the
-        last position's likeliest. timeout_s: cancel the run after so many seconds.
+        last position's likeliest. timeout_s: cancel the run after so many seconds; what is
+        uploaded for it may take as long.
         Raises PromptError, LayerError, StopError, EditError, NoTokenizer, ArenaFull, DeadlineExceeded, Lost.
         """
         wanted = wanted_of(stop_at, save_at, logits, 0, self.num_layers)
@@ -94,7 +95,7 @@ class Model:
         wanted: messages.Wanted,
         timeout_s: float | None,
     ) -> Operation[Run]:
-        parcel = Parcel(self.connection, self.session_id)
+        parcel = Parcel(self.connection, self.session_id, timeout_s)
         try:
             texts = texts_of(prompt)
             ids = None

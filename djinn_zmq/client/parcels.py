@@ -30,13 +30,17 @@ class Parcel:
     _leases: tuple[Lease, ...] = ()
     _uploads: tuple[int, ...] = ()
 
-    def __init__(self, connection: Connection, session: int) -> None:
+    def __init__(
+        self, connection: Connection, session: int, timeout_s: float | None = None
+    ) -> None:
+        """timeout_s: for which an upload is waited for."""
         self.begin_ns = time.perf_counter_ns()
         self.session = session
         self._connection = connection
+        self._timeout_s = timeout_s
 
     def place(self, array: np.ndarray) -> Operation[Tensor]:
-        """Decide how *array* travels, and bring it there. Raises ArenaFull for no room."""
+        """Decide how *array* travels, and bring it there. Raises ArenaFull for no room, DeadlineExceeded."""
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         if array.nbytes <= INLINE_LIMIT:
@@ -56,7 +60,11 @@ class Parcel:
             self.buffers += (raw,)
             return Tensor(name, array.shape, Frame(len(self.buffers) - 1))
         uploaded = yield Call(
-            Op.UPLOAD, messages.Upload(array.nbytes), session=self.session, data=raw
+            Op.UPLOAD,
+            messages.Upload(array.nbytes),
+            session=self.session,
+            timeout_s=self._timeout_s,
+            data=raw,
         )
         self._uploads += (uploaded.meta.id,)
         return Tensor(name, array.shape, uploaded.meta.tensor.where)

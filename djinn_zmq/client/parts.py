@@ -220,10 +220,10 @@ class Bundles(Stream[T, R]):
             yield from self._parts._close()
         self._settle()
 
-    def _pack(self) -> Parcel:
+    def _pack(self, timeout_s: float | None) -> Parcel:
         """What the next request travels with. It comes back when that is answered, or when nothing refers to
-        this iterator any more."""
-        parcel = Parcel(self._session.connection, self._session.id)
+        this iterator any more. timeout_s: as a `Parcel` has it."""
+        parcel = Parcel(self._session.connection, self._session.id, timeout_s)
         self._dropped = weakref.finalize(self, parcel.drop)
         self._dropped.atexit = False
         self._parcel = parcel

@@ -150,7 +150,7 @@ class Checkpoint(Looks, Tiered):
         timeout_s: float | None,
     ) -> Operation["Run"]:
         session = self._session
-        parcel = Parcel(session.connection, self._kept.session)
+        parcel = Parcel(session.connection, self._kept.session, timeout_s)
         placed: Tensor | None = None
         on_wire: tuple[WireEdit, ...] = ()
         released: tuple[int, ...] = ()

@@ -180,7 +180,7 @@ class Sweep(Bundles[Outcome, Cost]):
             tokens = yield from token_ids(self._session, self._tokens)
             self._results = wire.Results(self._results.logits, self._results.top, tokens)
             self._tokens = None
-        parcel = self._pack()
+        parcel = self._pack(self._timeout_s)
         self._asked = branches  # held: an array of `Checkpoint.writable` is read where it stands
         on_wire = []
         dtype = self._checkpoint._kept.tensor.dtype

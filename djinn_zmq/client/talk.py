@@ -118,7 +118,7 @@ class Session(Block, AsyncBlock, Channel):
     ) -> Operation[Run]:
         yield from self.between()
         here = self.standing
-        parcel = Parcel(self.connection, self.id)
+        parcel = Parcel(self.connection, self.id, timeout_s)
         try:
             text, ids = yield from self.placed(prompt, here.pending, parcel)
             if not text and ids is None:

@@ -149,7 +149,7 @@ class Trace(Bundles[Cell, Grid]):
             tokens = yield from token_ids(self._session, self._tokens)
             if not tokens:
                 raise RequestError("tokens=[]: at least one, or None for the likeliest")
-        parcel = self._pack()
+        parcel = self._pack(self._timeout_s)
         meta = wire.Trace(
             (yield from _placed(clean, parcel)),
             (yield from _placed(corrupted, parcel)),

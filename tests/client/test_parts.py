@@ -206,7 +206,7 @@ class Packed(Ones):
     def _more(self):
         ask = super()._more()
         if ask is not None:
-            self._pack()
+            self._pack(None)
         return ask
 
     def _items(self, message):
