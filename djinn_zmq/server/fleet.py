@@ -334,8 +334,10 @@ class Fleet:
             self._start(engine)
         # Only now is it known what to say; a start that works takes milliseconds here.
         failed = engine.state is states.Engine.FAILED
-        what_now = "it is being started again, saved checkpoints are kept"
-        answer = Lost(engine.why_down() if failed else f"{reason}; {what_now}")
+        kept = "checkpoints in host memory or on the disk are kept"
+        answer = Lost(
+            engine.why_down() if failed else f"{reason}; it is being started again, {kept}"
+        )
         for envelope, header in owed:
             session = self._registry.sessions.get(header.session)
             if session is not None:
