@@ -56,8 +56,8 @@ class RemoteCache(DynamicCache):
             )
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             raise NotServed("a cache that records what leaves its window")
-        own_values = [vars(part).values() for part in (cache, *cache.layers)]
-        if any(callable(value) for values in own_values for value in values):
+        parts = (cache, *cache.layers)
+        if any(callable(getattr(type(part), name, None)) for part in parts for name in vars(part)):
             raise NotServed(
                 "a DynamicCache with methods of the program's own (its update replaced?): give a new one"
             )

@@ -161,6 +161,18 @@ def test_a_programs_own_empty_cache_becomes_a_name_for_the_one_on_the_server(mod
     assert same(own[0], remote[0]) and own[1:] == remote[1:], remote
 
 
+def test_a_cache_made_without_a_config_is_taken_where_the_model_has_no_windows(pair) -> None:
+    def ask(model):
+        cache = DynamicCache()
+        model(torch.tensor(PROMPT), past_key_values=cache)
+        after = model(torch.tensor([[3]]), past_key_values=cache).logits
+        ids = model.generate(torch.tensor(PROMPT), past_key_values=DynamicCache(), max_new_tokens=3)
+        return after, ids, torch.tensor([len(cache), cache.get_seq_length()])
+
+    own, remote = both(pair("tiny"), ask)
+    assert all(map(same, own, remote)), (own, remote)
+
+
 # ---- generate
 
 
