@@ -24,6 +24,7 @@ from djinn_zmq.errors import (
     LayerError,
     PromptError,
     RequestError,
+    StopError,
     UnknownCheckpoint,
     UnknownSession,
 )
@@ -63,6 +64,42 @@ def anywhere(request, served):
     endpoint = served.endpoint if request.param == "ipc" else served.tcp
     with djinn.connect(endpoint) as server, server.model("tiny").session() as session:
         yield session
+
+
+@pytest.mark.parametrize("how", ["back", "in a generation"])
+@pytest.mark.parametrize("deeper", [False, True])
+def test_a_prompt_behind_a_stop_has_its_own_forward_as_step_0(session, how, deeper):
+    """The rest of the forward that it stopped in comes first, and nothing is due in it."""
+    first, second = (1, 3) if deeper else (3, 1)
+    behind = np.array([138, 39, 5])
+
+    def stand() -> None:
+        session.back(start)
+        if how == "back":
+            session.run([95], save_at=first)
+            session.back()
+        else:
+            list(session.generate([95], 4, stop_at=first, steps=0))
+
+    start = session.run("the capital of france").mark
+    session.run([95])
+    expected = [token.id for token in session.generate(behind, 4, ends=())]
+    said = session.ids.tolist()
+    stand()
+    stopped = session.generate(behind, 4, ends=(), stop_at=second, steps=0).finish()
+    assert session.ids.tolist() == said[:-4] and stopped.layer == second
+    saved = {"stopped": stopped.checkpoint}
+    assert [token.id for token in stopped.resume()] == expected
+    stand()
+    saving = session.generate(behind, 4, ends=(), save_at=second, steps=[0]).finish()
+    assert saving.ids.tolist() == expected and session.ids.tolist() == said
+    (saved["saving"],) = saving.tokens[0].checkpoints.values()
+    for point in saved.values():
+        assert point.ids.tolist() == [behind.tolist()] and point.before.tolist() == said[:-7]
+        assert point.layer == second and point.hidden.shape[:2] == (1, 3)
+    stand()
+    with pytest.raises(StopError, match="steps 4: this generation has steps 0 to 3"):
+        list(session.generate(behind, 4, stop_at=second, steps=4))
 
 
 def test_what_is_sent_and_said_later_cannot_be_written_into(session):

@@ -32,6 +32,7 @@ from djinn_zmq.wire.messages import BRANCH, IDS_LIMIT, Kept, Resume, Wanted
 from djinn_zmq.wire.stops import Stops
 from djinn_zmq.wire.talks import Continue, Generate
 
+NOTHING = Wanted(None, (), "none", 0)
 
 class Talker:
     """Makes jobs of what sessions ask, and works on them."""
@@ -116,13 +117,16 @@ class Talker:
             check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             _check_answer_fits(tokens.shape[1], asked.max_new_tokens or 1)
             _check_logits_fit(asked.wanted, model)
-            last = None
-            if entry is None:  # else its numbers are those of the generation that stopped
+            last, own = None, start.past.length
+            if entry is not None and tokens.shape[1] > start.ids.shape[1]:
+                own = start.ids.shape[1]  # a prompt: its forward is the first, behind the rest of that
+            if entry is None or own > start.past.length:
                 most = asked.max_new_tokens or _room(tokens.shape[1], start.static, model)
                 last = most - 1
                 _check_steps(asked.steps, last)
+            # Else its steps are those of the generation that stopped.
             at = Start(0, fresh=True, step=0, last_step=last)
-            self._check(asked.wanted, at, model, tokens[:, start.past.length :])
+            self._check(asked.wanted, at, model, tokens[:, own:])
             _check_skips_nothing(asked.edits)
         job = self._job(start, start.ids, session, model, watch, asked.wanted, shared, midway)
         job.asked = asked
@@ -259,15 +263,17 @@ class Talker:
         job.advance("stop" if job.stopped else "finish")
 
     def _generate(self, job: TalkJob, opening: Opening | None, tokens: np.ndarray) -> Turns:
-        """*tokens*: with the prompt. opening: where a forward is to be finished first."""
+        """*tokens*: with the prompt. opening: where a forward is to be finished first; behind which nothing of
+        what is wanted is due where a prompt follows, whose own forward is step 0."""
         assert job.asked is not None and job.sampler is not None
         job.advance("start")
         yield from self.begin(job)
         logits = job.start.logits
+        prompt = tokens.shape[1] > job.tokens.shape[1]
         if opening is not None:
-            logits = yield from self._step(job, opening)
+            logits = yield from self._step(job, opening, NOTHING if prompt else None)
         if not job.reason and tokens.shape[1] > job.working.length:
-            if tokens.shape[1] > job.tokens.shape[1]:  # a prompt: it is another generation
+            if prompt:  # it is another generation
                 job.step = 0
             job.tokens = tokens
             logits = yield from self._step(job, None)
@@ -313,10 +319,13 @@ class Talker:
             self._keeping.vault.track(job.session.id, [*segments, *job.working.taken])
 
     def _step(
-        self, job: TalkJob, opening: Opening | None
+        self, job: TalkJob, opening: Opening | None, wanted: Wanted | None = None
     ) -> Generator[Halt | None, None, torch.Tensor | None]:
-        """One forward of a generation: (1, vocab), behind the last token; None where it stopped."""
-        job.wanted = _wanted_in(job, opening is not None)
+        """One forward of a generation: (1, vocab), behind the last token; None where it stopped.
+
+        wanted: in place of what is asked for in its step.
+        """
+        job.wanted = _wanted_in(job, opening is not None) if wanted is None else wanted
         logits = yield from self._forward(job, opening, last=True)
         if logits is None:
             job.reason = "stop"
