@@ -200,6 +200,7 @@ class Server:
     def _shelve(self) -> None:
         """Have what is kept written, for a time, or until it is said once more to stop."""
         shelving = self.fleet.shelving
+        self.links.hear_all()  # of what is kept, which clients with a lane may know before us
         shelving.begin()
         until_s = time.monotonic() + self.settings.stop_s
         while self._stops < 2 and shelving.waiting and (left_s := until_s - time.monotonic()) > 0:

@@ -15,7 +15,7 @@ from djinn_zmq.wire import codec, messages
 from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
 from djinn_zmq.wire.tiers import Events
-from tests.server.serving import Served, joined, last_word, no_descriptors_left, told
+from tests.server.serving import Served, joined, keep, last_word, no_descriptors_left, told
 
 
 def test_who_is_found_gone_while_it_is_answered_over_its_lease_socket_is_seen_off_once(
@@ -251,3 +251,17 @@ def test_the_answer_to_a_ping_is_stayed_awake_for_where_its_engine_has_nothing_e
     client.send(codec.encode(Op.PING, messages.Ping(), request=3, session=session))
     served.until(lambda: served.engine.owed)
     assert stayed == [served.engine.link.lane]
+
+
+def test_what_a_client_with_a_lane_knows_before_the_server_is_written_before_the_end_too(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = served.connect(served.ipc)
+    session = served.ask(client, Op.OPEN, messages.Open("tiny")).session
+    asked: list[tuple[int, Any]] = []
+    monkeypatch.setattr(served.engine, "tell", lambda op, meta: asked.append((op, meta.ids)))
+    keep(served, session, range(1, 3))  # said, and not rung for yet
+    served.server.stop()
+    served.server.stop()  # for whose answer it is not waited
+    served.server._shelve()
+    assert asked == [(Op.SHELVE, (1, 2))]

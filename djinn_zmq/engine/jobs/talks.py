@@ -34,6 +34,7 @@ from djinn_zmq.wire.talks import Continue, Generate
 
 NOTHING = Wanted(None, (), "none", 0)
 
+
 class Talker:
     """Makes jobs of what sessions ask, and works on them."""
 
@@ -119,7 +120,9 @@ class Talker:
             _check_logits_fit(asked.wanted, model)
             last, own = None, start.past.length
             if entry is not None and tokens.shape[1] > start.ids.shape[1]:
-                own = start.ids.shape[1]  # a prompt: its forward is the first, behind the rest of that
+                own = start.ids.shape[
+                    1
+                ]  # a prompt: its forward is the first, behind the rest of that
             if entry is None or own > start.past.length:
                 most = asked.max_new_tokens or _room(tokens.shape[1], start.static, model)
                 last = most - 1
