@@ -76,7 +76,10 @@ def test_the_runtime_directory_is_its_users_alone_whatever_the_umask(
 
 
 def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
-    closed, other = f": run 'chmod 700 {tmp_path}'$", f": name one of its own, {tmp_path}/djinn say$"
+    closed, other = (
+        f": run 'chmod 700 {tmp_path}'$",
+        f": name one of its own, {tmp_path}/djinn say$",
+    )
     # What all may write in, as /tmp, is used by others: it is not to be closed to them.
     for mode, mend in ((0o755, closed), (0o710, closed), (0o701, closed), (0o1777, other)):
         tmp_path.chmod(mode)

@@ -392,13 +392,18 @@ class Pool:
         return max((arena.largest_free for arena in self._of(zone)), default=0)
 
     def full(self, nbytes: int, zone: str = "") -> ArenaFull:
+        if nbytes > self.limit:
+            return ArenaFull(
+                f"{format_bytes(nbytes)} of host memory asked: the limit of all of it is "
+                f"{format_bytes(self.limit)}; serve with more --host-memory"
+            )
         room = self.limit - self.mapped
         # A limit that ends within a granule is passed by the rest of it.
         free = max(0, self.limit - self.used)
         return ArenaFull(
             f"{format_bytes(nbytes)} of host memory asked, "
             f"{format_bytes(max(self._largest(zone), room))} free in one piece, {format_bytes(free)} free in all, limit "
-            f"{format_bytes(self.limit)}: release checkpoints, or serve with more --host-memory"
+            f"{format_bytes(self.limit)}: release checkpoints and logits, or serve with more --host-memory"
         )
 
     def grow(self, nbytes: int, zone: str = "") -> OwnArena:

@@ -207,7 +207,8 @@ def _stop_at_end_of_stdin(stop: Callable[[], None]) -> None:
 @click.option(
     "--host-memory",
     type=click.IntRange(min=1),
-    help="Shared memory for checkpoints, in MiB, for each engine. [default: half of what is free]",
+    help="Shared memory for checkpoints and large logits, in MiB, for each engine. [default: half of what "
+    "is free]",
 )
 @click.option(
     "--state",

@@ -134,11 +134,16 @@ class Room:
             slot = self.slabs.lease(nbytes, zone)
         return slot
 
-    def all_full(self, host: ArenaFull) -> ArenaFull:
-        """*host*, which says what host memory lacks, with the other tiers that have no room either."""
+    def all_full(self, host: ArenaFull, body: Body) -> ArenaFull:
+        """*host*, which says what host memory lacks for *body*, with the other tiers that have no room either:
+        the device, where it was asked before, and the disk for what would give way."""
+        full = {
+            "device": 0 if body.fixed else self.slabs.limit,
+            "disk": 0 if self.disk.fits(body.nbytes) else self.disk.limit,
+        }
         others = [
             f"the {tier} tier (limit {format_bytes(limit)})"
-            for tier, limit in (("device", self.slabs.limit), ("disk", self.disk.limit))
+            for tier, limit in full.items()
             if limit
         ]
         return ArenaFull(f"{host}; full as well: {', '.join(others)}") if others else host

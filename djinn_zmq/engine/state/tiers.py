@@ -53,7 +53,8 @@ class Tiers:
                 data = slot.data
             lease, full = self._room.host_slot_of(body)
             if lease is None and slot is None:
-                raise self._room.all_full(full or self._room.pool.full(body.nbytes, body.zone))
+                full = full or self._room.pool.full(body.nbytes, body.zone)
+                raise self._room.all_full(full, body)
             if isinstance(data, np.ndarray):
                 data = self._device.see(data, body.shape, getattr(torch, body.dtype))
             elif slot is None and not (body.fixed or self._device.reads_host):

@@ -206,3 +206,17 @@ def test_each_that_shares_a_file_has_it_under_its_number_until_it_is_released(
     assert numbers() == sorted(shared) and entry.body.disk in shared
     keeping.drop(shared)
     assert numbers() == [] and used(keeping) == (0, 0, 0)
+
+
+def test_only_tiers_that_are_full_are_said_to_be(keeping: Keeping) -> None:
+    body, room = kept_in(keeping).body, keeping.room
+    host = ArenaFull("no room")
+    assert (
+        str(room.all_full(host, body)) == "no room; full as well: the device tier (limit 4.0 MiB)"
+    )
+    body.fixed = True  # as logits are, for which nothing else was asked
+    assert str(room.all_full(host, body)) == "no room"
+    keeping.disk.unclaimed = keeping.disk.limit
+    full = "no room; full as well: the disk tier (limit "
+    assert str(room.all_full(host, body)).startswith(full)
+    keeping.disk.unclaimed = 0
