@@ -138,6 +138,8 @@ def several(
 
 def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
     """*value* as numpy takes it; a torch tensor of bfloat16 in host memory, too."""
+    if is_masked(value):
+        raise kind(f"{what}: a masked array, whose masked values would be taken: give .filled(…)")
     try:
         return np.asarray(value)
     except (ValueError, OverflowError) as exc:
@@ -148,6 +150,13 @@ def array(what: str, value: Any, *, kind: Kind = RequestError) -> np.ndarray:
             name = type(value).__name__
             raise kind(f"{what}: numpy makes no array of this {name}: {exc}") from exc
         return found
+
+
+def is_masked(value: Any) -> bool:
+    """Is it one of numpy.ma's, of which `np.asarray` shows what is masked?"""
+    return (
+        type(value) is not np.ndarray and isinstance(value, np.ndarray) and hasattr(value, "filled")
+    )
 
 
 def of_bfloat16(value: Any) -> np.ndarray | None:

@@ -146,6 +146,7 @@ def test_wrong_prompts_are_refused(tiny):
         (["paris", "paris is"], errors.PromptError, "have 1, 2 tokens"),
         ([1.5], errors.PromptError, "a prompt of float64"),
         (np.ones((1, 1, 1), int), errors.PromptError, "shape"),
+        (np.ma.array([1, 2], mask=[0, 1]), errors.PromptError, "a masked array of token ids"),
     ]
     for prompt, kind, words in cases:
         with pytest.raises(kind, match=words):
@@ -372,12 +373,15 @@ def test_what_is_much_like_what_is_wanted_is_refused_by_what_it_is(tiny, point):
     run = tiny.run(FRANCE)
     grown = torch.ones(64, requires_grad=True)
     half = torch.ones(64, dtype=torch.bfloat16)
+    masked = np.ma.array(np.ones(64, np.float32), mask=[1] + [0] * 63)
     for call, error, text in [
         (lambda: point.resume(djinn.Zero), errors.RequestError, "Zero'> is no edit"),
         (lambda: point.resume([djinn.Add]), errors.RequestError, "Add'> is no edit"),
         (lambda: djinn.Patch(run), errors.EditError, "the source is Run: give a checkpoint"),
         (lambda: point.diff(run), errors.RequestError, "diff with Run: give a checkpoint"),
         (lambda: djinn.Add(grown), errors.EditError, "array of this Tensor: .*requires grad"),
+        (lambda: djinn.Add(masked), errors.EditError, "Add: value: a masked array, .*give .filled"),
+        (lambda: point.resume(hidden=masked), errors.EditError, "hidden: a masked array"),
         (lambda: djinn.Add(grown.bfloat16()), errors.EditError, "this Tensor: .*requires grad"),
         (lambda: point.resume(hidden=half), errors.EditError, r"hidden has shape \(64,\)"),
         (lambda: tiny.run(half), errors.PromptError, "no array of: .*BFloat16"),
