@@ -205,8 +205,9 @@ class Connection:
                 deadline_ms=0 if call.timeout_s is None else _deadline_ms(call.timeout_s),
                 credit=call.parts or (PROGRESS_CREDIT if call.progress is not None else 0),
             )
-        except (OverflowError, TypeError, UnicodeEncodeError) as exc:
-            # A layer of 2**70, say, or half a character.
+        except OverflowError as exc:  # a layer of 2**70, say
+            raise RequestError("a whole number that takes more than 64 bits can't be sent") from exc
+        except (TypeError, UnicodeEncodeError) as exc:  # half a character
             raise RequestError(f"what was asked for can't be sent: {exc}") from exc
         if len(frame) > self._meta_limit or count > BUFFERS_LIMIT:
             raise RequestError(_too_much(len(frame), self._meta_limit, count))

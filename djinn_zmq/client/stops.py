@@ -74,6 +74,8 @@ class Norm(Condition):
             if not isinstance(op, str) or isinstance(value, (str, bytes, bool, np.bool_)):
                 raise TypeError
             self._test = wire.Norm(str(op), float(value))
+            if self._test.value != self._test.value:  # NaN: nothing compares with it
+                raise ValueError
         except (TypeError, ValueError, OverflowError) as exc:
             given = f"{checks.shown(op)}, {checks.shown(value)}"
             raise StopError(f'Norm({given}): text, such as ">", and a number') from exc
@@ -103,7 +105,7 @@ class Step(Condition):
     """This forward pass is number *number* of a generation. A plain run is step 0."""
 
     def __init__(self, number: int) -> None:
-        self._number = checks.whole("Step", number, kind=StopError)
+        self._number = checks.whole("Step", number, least=0, kind=StopError)
         self._on_wire = ((wire.Step(self._number),),)
 
     def __repr__(self) -> str:

@@ -91,6 +91,8 @@ def test_what_is_no_condition_is_refused_by_what_it_is() -> None:
         (lambda: Norm(">", np.True_), "and a number"),  # type: ignore[arg-type]
         (lambda: Norm(">", None), "and a number"),  # type: ignore[arg-type]
         (lambda: Norm(50, 1.0), r"Norm\(50, 1.0\): text"),  # type: ignore[arg-type]
+        (lambda: Norm(">", np.nan), r"Norm\('>', nan\): text.* and a number"),
+        (lambda: Step(-1), "Step=-1: a whole number, 0 or more"),
         (lambda: Token(b"is"), "text, or an id"),  # type: ignore[arg-type]
         (lambda: Step("1"), "a whole number"),  # type: ignore[arg-type]
         (lambda: Token(True), "text, or an id"),
