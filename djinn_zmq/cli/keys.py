@@ -31,6 +31,9 @@ def keys() -> None:
       djinn serve --host 0.0.0.0 --keys DIR
     On alice's:
       djinn ps --server tcp://HOST:5556 --key alice.key
+
+    To let alice in no more, remove DIR/allowed/alice.pub: connections that she has stay until
+    they end, or the server does.
     """
 
 

@@ -327,12 +327,19 @@ def wish_of(
     )
     return Wish(
         wanted,
-        () if steps is None else _wholes("steps", steps),
+        () if steps is None else _steps(steps),
         None if max_new_tokens is None else checks.whole("max_new_tokens", max_new_tokens, least=1),
         sampling,
         None if ends is None else _wholes("ends", ends),
         timeout_s,
     )
+
+
+def _steps(values: Any) -> tuple[int, ...]:
+    steps = _wholes("steps", values)
+    if not steps:  # which would be every step
+        raise RequestError("steps=[]: at least one, or None for every step")
+    return steps
 
 
 def _wholes(what: str, values: Any) -> tuple[int, ...]:

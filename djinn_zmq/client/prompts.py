@@ -21,7 +21,9 @@ def texts_of(prompt: Prompt) -> tuple[str, ...]:
 def ids_of(prompt: Prompt) -> np.ndarray:
     """Token ids as int64 (batch, positions). Raises PromptError."""
     if checks.is_masked(prompt):
-        raise PromptError("a masked array of token ids, whose masked ones would be run: give others")
+        raise PromptError(
+            "a masked array of token ids, whose masked ones would be run: give others"
+        )
     try:
         array = np.asarray(prompt)
     except ValueError as exc:

@@ -157,8 +157,11 @@ class Session(Block, AsyncBlock, Channel):
         `generate` draws. Without one a session goes on drawing where it was.
         stop_at, save_at: as in `run`, in each step or only in *steps* (the first is 0: the forward
         that gives the first token). A generation that stopped has a `checkpoint`; `resume` goes on.
+        Where the session stands inside a forward, the rest of that comes first: as step 0, or, with a
+        prompt behind it, without a stop.
         logits: "last" gives each token its logits (vocab,), a number its likeliest rivals.
-        Left early, by `break` say, the session stands behind the last token taken.
+        Left early, by `break` say, the session stands behind the last token taken; where it was
+        drawing is lost then: give the next a seed.
         Raises RequestError for what is no such wish; and, when iterated, PromptError where it gets too
         long, LayerError, StopError for a stop that is not there or a step that never comes, EditError,
         DeadlineExceeded, Lost, and Cancelled once something else was asked of the session.

@@ -68,13 +68,12 @@ class Returned:
             path.unlink(missing_ok=True)
             return
         try:
-            number = int(path.name.removesuffix(files.SUFFIX), 16)
-            # Else nobody would find it under that number, or could be told of it.
-            if path != files.path_of(path.parent, number) or not 0 < number < NUMBERS:
-                raise ValueError("its name is none that a server gives")
+            number = _number_of(path)
             saved = files.read(path)
-            owner = saved.metadata["owner"]
-        except (ValueError, KeyError, BadFile) as exc:
+            owner = saved.metadata.get("owner")
+            if owner is None:
+                raise BadFile("it names no owner")
+        except (ValueError, BadFile) as exc:
             _log.warning("%s in the state directory is left alone: %s", path.name, exc)
             return
         reason = ""
@@ -160,3 +159,15 @@ def _locked(folder: Path) -> int:
             "with --state"
         ) from exc
     return fd
+
+
+def _number_of(path: Path) -> int:
+    """The checkpoint whose file this is by its name. Raises BadFile for another name: nobody would find it under its
+    number, or could be told of it."""
+    try:
+        number = int(path.name.removesuffix(files.SUFFIX), 16)
+    except ValueError:
+        number = 0
+    if not 0 < number < NUMBERS or path != files.path_of(path.parent, number):
+        raise BadFile("its name is none that a server gives")
+    return number

@@ -256,6 +256,7 @@ ARGUMENTS = [
     ("seed", NO_WHOLE[3:], lambda here, value: here.generate(seed=value)),
     ("top_p", ("a", math.nan, 10**400, True), lambda here, value: here.generate(top_p=value)),
     ("ends", ("a", 2.5, 2**70), lambda here, value: here.generate(ends=value)),
+    ("steps", ("a", 2.5, -1, [], ()), lambda here, value: here.generate(steps=value)),
     ("by", (*NO_TEXT, "x"), lambda here, value: here.talk.back(by=value)),
     ("timeout_s", NO_SECONDS, lambda here, value: here.generate(timeout_s=value).finish()),
     ("Scale", ("2", None, math.nan, 10**400, True), lambda here, value: djinn.Scale(value)),

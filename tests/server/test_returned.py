@@ -98,7 +98,7 @@ def test_a_directory_that_can_only_be_read_is_refused_with_the_reason(
 
 
 def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_stays(
-    state: Path,
+    state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(files.path_of(state, 1), needs="3 tokens' keys and values")
     write(files.path_of(state, 2), owner="tcp:4711")
@@ -109,6 +109,11 @@ def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_s
         write(files.path_of(state, number))
     write(state / "3.safetensors")
     (state / "notes.tmp").write_bytes(b"a user's")
+    files.write(
+        files.path_of(state, 4),
+        ARRAYS,
+        {"format": files.FORMAT, "layer": "1"} | files.facts_of(TINY),
+    )
     (state / ".folder.tmp").mkdir()
     before = len(list(state.iterdir()))
     returned = Returned(str(state))
@@ -117,3 +122,10 @@ def test_what_nobody_can_go_on_from_is_removed_and_what_is_not_the_servers_own_s
     assert not files.path_of(state, 1).exists() and not files.path_of(state, 2).exists()
     assert not (state / ".half.tmp").exists()
     returned.close()
+    said = [one.getMessage() for one in caplog.records if "left alone" in one.getMessage()]
+    assert len(said) == 11
+    for name, why in (
+        ("notes.tmp", "its name is none that a server gives"),
+        (files.path_of(state, 4).name, "it names no owner"),
+    ):
+        assert f"{name} in the state directory is left alone: {why}" in said

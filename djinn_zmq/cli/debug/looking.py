@@ -85,7 +85,9 @@ def print_(debugger: Debugger, rest: str) -> None:
     elif what in views:
         views[what](debugger, point, words)
     else:
-        raise Mistyped(f"{what!r} cannot be printed: [AT], {', '.join(views)}, spans")
+        raise Mistyped(
+            f"{what!r} cannot be printed: an index in brackets, as [0, -1], {', '.join(views)}, spans"
+        )
 
 
 def _print_norms(debugger: Debugger, point: Checkpoint, words: list[str]) -> None:

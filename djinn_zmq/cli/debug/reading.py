@@ -164,7 +164,9 @@ def edit(text: str, points: Points) -> Any:
         raise Mistyped(f"{kind!r} is no edit: {EDITS}")
     count, make = makers[kind]
     if len(words) != count:
-        raise Mistyped(f"{kind} takes {count} of its own, got {len(words)}: {EDITS}")
+        raise Mistyped(
+            f"{kind} takes {count} of its own, got {len(words)}: {EDITS}; an index stands in brackets, as [0, -1]"
+        )
     if kind == "skip" and at_text or source_at is not None and kind != "patch":
         raise Mistyped(f"{text!r}: one index at most, and none for skip")
     return make(*words)
