@@ -43,14 +43,19 @@ def test_a_zero_edit_at_any_place_changes_no_bit_and_a_real_one_does(model, plai
     assert point.resume(logits="all").logits.tobytes() == plain  # the checkpoint is untouched
 
 
-def test_a_head_is_zeroed_by_its_number(model):
-    point = model.run(FRANCE, stop_at="layers.2.self_attn.heads").checkpoint
-    assert point.shape == (1, 5, 4, 16)
-    flat = model.run(FRANCE, stop_at="layers.2.self_attn.o_proj.input").checkpoint
+@pytest.mark.parametrize("positions", [1, 3, 4, 5, 16])  # the model has 4 heads of 16
+def test_a_head_is_zeroed_by_its_number(model, positions):
+    ids = np.arange(5, 5 + positions)
+    point = model.run(ids, stop_at="layers.2.self_attn.heads").checkpoint
+    assert point.shape == (1, positions, 4, 16)
+    flat = model.run(ids, stop_at="layers.2.self_attn.o_proj.input").checkpoint
     assert np.asarray(flat.hidden).tobytes() == np.asarray(point.hidden).tobytes()
-    by_head = point.resume(Zero(at=(0, -1, 3)))
-    by_columns = flat.resume(Zero(at=(0, -1, slice(48, 64))))
-    assert by_head.logits.tobytes() == by_columns.logits.tobytes()
+    edited = model.run(ids, stop_at="layers.2.self_attn.heads").checkpoint.resume(
+        Zero(at=(0, -1, 3)), save_at="layers.2.mlp"
+    )
+    by_columns = flat.resume(Zero(at=(0, -1, slice(48, 64)))).logits.tobytes()
+    assert edited.logits.tobytes() == by_columns != point.resume().logits.tobytes()
+    assert edited.checkpoint.resume().logits.tobytes() == by_columns  # which rests on the heads
 
 
 def test_an_mlp_is_patched_from_another_prompt(model):

@@ -353,17 +353,15 @@ def keep_rests(
     base = 0
     for place, value in rests:
         path = "" if place is None else place.path
-        one = yield from keep(
-            job, value if place is None else apart(value, place), job.layer, place=path, base=base
-        )
+        one = yield from keep(job, value, job.layer, place=path, base=base)
         kept.append(one)
         base = one.id
     return base
 
 
 def apart(value: torch.Tensor, place: Place) -> torch.Tensor:
-    """*value* with its heads apart, where the place means heads: (…, heads, head_dim)."""
-    if not place.heads or value.shape[-2:-1] == (place.heads,):
+    """*value*, as its module has it, with its heads apart where the place means heads: (…, heads, head_dim)."""
+    if not place.heads:
         return value
     return value.reshape(*value.shape[:-1], place.heads, value.shape[-1] // place.heads)
 
