@@ -183,6 +183,8 @@ def load(session: Session, path: Path) -> Operation[tuple[Message, np.ndarray]]:
 
     saved = files.read(path)
     files.check_model(saved, session.model)
+    if needs := saved.metadata.get(files.NEEDS):
+        raise BadFile(f"{path} takes more than a file to go on from: {needs}")
     ids = files.load(saved, saved.ids)
     sharing = session.connection.sharing
     dtype, shape = DTYPES[saved.hidden.dtype], saved.hidden.shape

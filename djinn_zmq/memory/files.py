@@ -61,6 +61,7 @@ KINDS = {
     stat.S_IFBLK: "device",
 }
 MARK = "mark"  # in the metadata of a state directory's file: no other has the same
+NEEDS = "needs"  # likewise: what it takes beside the file to go on, where that is not enough
 _DTYPES = {stored: name for name, stored in NAMES.items()}
 
 
@@ -278,7 +279,9 @@ def read(path: Path, mark: str = "") -> Saved:
     layer = metadata.get("layer", "")
     if not layer.isdecimal() or len(layer) > LAYER_DIGITS:
         raise BadFile(f"{path} is no checkpoint of Djinn's: it says no layer")
-    if ids.dtype != "int64" or len(hidden.shape) != 3 or hidden.shape[:2] != ids.shape:
+    fits = len(hidden.shape) == 3 and hidden.shape[:2] == ids.shape
+    # A value inside a layer has its module's axes.
+    if ids.dtype != "int64" or not (fits or metadata.get(NEEDS)):
         raise BadFile(f"{path}: ids {ids.dtype} {ids.shape} do not fit hidden {hidden.shape}")
     if mark and metadata.get(MARK) != mark:
         raise BadFile(f"{path} is another file than was written there")

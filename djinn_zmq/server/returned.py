@@ -77,7 +77,7 @@ class Returned:
             _log.warning("%s in the state directory is left alone: %s", path.name, exc)
             return
         reason = ""
-        if needs := saved.metadata.get("needs"):
+        if needs := saved.metadata.get(files.NEEDS):
             reason = f"what it needs beside its file ({needs}) ended with its engine"
         elif owner.startswith(STRANGER):
             reason = "it was of a connection without a key, which is over"

@@ -104,6 +104,24 @@ def test_a_checkpoint_resumes_with_the_same_bits_from_every_tier(server, tiny):
     assert done.spans["prefetch"] > 0
 
 
+@pytest.mark.parametrize(
+    "place", ["layers.1.self_attn.heads", "layers.1.mlp", "layers.1.mlp.input", "embedding", "norm"]
+)
+def test_a_checkpoint_at_a_module_comes_back_from_the_disk_and_is_no_file_to_load(
+    tiny, state, place
+):
+    point = tiny.run(FRANCE, stop_at=place).checkpoint
+    shape, bits = point.shape, np.asarray(point.hidden).tobytes()
+    whole = point.resume().logits.tobytes()
+    assert point.evict("disk") == "disk"
+    assert point.hidden[...].shape == shape and np.asarray(point.hidden).tobytes() == bits
+    assert point.resume().logits.tobytes() == whole
+    point.evict("disk")
+    with pytest.raises(BadFile, match=f"takes more than a file to go on from: {place}$"):
+        tiny.load_checkpoint(state / f"{point.id:016x}.safetensors")
+    assert point.resume().logits.tobytes() == whole
+
+
 def test_edits_patches_and_looks_reach_a_checkpoint_in_a_file(tiny):
     mine = tiny.run(FRANCE, stop_at=2).checkpoint
     other = tiny.run("the capital of germany is", stop_at=2).checkpoint

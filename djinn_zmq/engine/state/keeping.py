@@ -34,7 +34,7 @@ from djinn_zmq.errors import (
     StaleSlot,
     UnknownCheckpoint,
 )
-from djinn_zmq.memory.files import FORMAT, MARK
+from djinn_zmq.memory.files import FORMAT, MARK, NEEDS
 from djinn_zmq.settings import Settings
 from djinn_zmq.wire.messages import Kept
 from djinn_zmq.wire.tensors import DTYPES, File, Slot, Tensor, Where, view
@@ -222,7 +222,7 @@ class Keeping:
         if entry.midway is not None:
             entry.past = entry.midway.branch.ids.shape[1]
         if entry.past or entry.place:  # a file of it alone is not enough to go on from
-            entry.body.facts["needs"] = entry.place or f"{entry.past} tokens' keys and values"
+            entry.body.facts[NEEDS] = entry.place or f"{entry.past} tokens' keys and values"
         self.entries[entry.id] = entry
         self.room.share(entry.body, entry.id)
         return entry.kept
