@@ -146,10 +146,13 @@ def selection(index: Index, shape: tuple[int, ...], what: str = "hidden") -> tup
             raise SelectionError(f"an empty list on axis {axis} selects nothing of {what}")
     if lists > 1:
         raise SelectionError(f"an index of {what} may hold one list or reversed slice, got {lists}")
-    if lists and _parted(chosen):
+    parts = list(chosen)
+    if len(index) > len(shape):  # `...` for no axis: to numpy it is a slice all the same
+        parts.insert(next(p for p, part in enumerate(index) if isinstance(part, Rest)), slice(None))
+    if lists and _parted(parts):
         raise SelectionError(
-            f"an int and a list with a slice between them in an index of {what}: numpy and torch "
-            "order the result differently; write the int i as i:i+1"
+            f"an int and a list with a slice or '...' between them in an index of {what}: numpy and "
+            "torch order the result differently; write the int i as i:i+1"
         )
     return tuple(chosen)
 

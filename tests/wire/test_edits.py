@@ -1,5 +1,6 @@
 """`selection` against numpy itself, and against torch where it is installed."""
 
+import itertools
 import re
 from typing import Any
 
@@ -60,9 +61,8 @@ def numpys(index: Index) -> tuple[Any, ...]:
     return tuple(written)
 
 
-@settings(deadline=None, max_examples=200)
-@given(INDICES, SHAPES)
-def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[int, ...]) -> None:
+def agrees(index: Index, shape: tuple[int, ...]) -> None:
+    """Where *index* is accepted, it selects what numpy selects."""
     array = np.arange(int(np.prod(shape))).reshape(shape)
     try:
         chosen = selection(index, shape)
@@ -76,6 +76,21 @@ def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[
         tensor = torch.arange(array.size).reshape(shape)
         assert tuple(tensor[chosen].shape) == np.shape(expected)
         assert np.array_equal(tensor[chosen].numpy(), expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(INDICES, SHAPES)
+def test_what_is_accepted_selects_what_numpy_selects(index: Index, shape: tuple[int, ...]) -> None:
+    agrees(index, shape)
+
+
+def test_dots_anywhere_select_what_numpy_selects_with_them() -> None:
+    """Also where they stand for no axis."""
+    kinds = (Pick(1), Stretch(None, None, None), Stretch(None, None, -1), Take((1, 0)))
+    for count in range(4):
+        for parts in itertools.product(kinds, repeat=count):
+            for place in range(count + 1):
+                agrees((*parts[:place], Rest(), *parts[place:]), (2, 3, 4))
 
 
 @settings(deadline=None, max_examples=200)
@@ -108,6 +123,7 @@ def test_ints_are_accepted_exactly_where_numpy_accepts_them(at: tuple[int, int, 
         ((Take((0,)), Stretch(None, None, -1)), "one list or reversed slice, got 2"),
         ((Pick(0), Rest(), Take((0,))), "write the int i as i:i+1"),
         ((Take((0,)), Stretch(None, None, None), Pick(0)), "write the int i as i:i+1"),
+        ((Stretch(None, None, None), Take((0,)), Rest(), Pick(0)), "write the int i as i:i+1"),
         ((Take((0, 0, 0)),), "a list of 3 positions on axis 0 of hidden with shape (2, 3, 4): at most 2"),
     ],
 )  # fmt: skip
