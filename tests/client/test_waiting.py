@@ -90,11 +90,15 @@ def test_who_stops_waiting_cancels_and_takes_back_what_travelled_with_it_at_once
 
 
 class Dropping(Script):
-    """Says to whoever asks for a status that it has dropped him; answers all else."""
+    """Says to who has asked for *left* statuses, once, that it has dropped him; answers all else."""
+
+    left = 1
 
     def _take(self, route: bytes, header: codec.Header, meta: msgspec.Struct) -> None:
         if header.op == Op.STATUS:
-            self._router.send(route, codec.failure(codec.NOBODYS, Lost("dropped")))
+            self.left -= 1
+            if not self.left:
+                self._router.send(route, codec.failure(codec.NOBODYS, Lost("dropped")))
         super()._take(route, header, meta)
 
 
@@ -106,6 +110,7 @@ def test_who_is_told_that_all_he_asked_for_is_lost_waits_for_none_of_it(script: 
         assert not server.connection._calls and server.ping() == "scripted"
 
     async def main() -> None:
+        script.left = 3  # type: ignore[attr-defined]
         async with aio.connect(script.endpoint) as server:
             asked = await asyncio.gather(
                 *(server.status() for _ in range(3)), return_exceptions=True
