@@ -62,7 +62,7 @@ class Wish:
 class Said:
     """How far a generation has come, apart from the iterator, which may be gone: where it began
     (session, standing), its request, the tokens before its own, and those taken. passed: the session has gone
-    on from elsewhere since the last of these was taken."""
+    on from elsewhere since the last of these was taken. saved: the last checkpoint that came with these."""
 
     session: Any
     begin: Any
@@ -70,6 +70,7 @@ class Said:
     before: np.ndarray | None
     ids: list[int]
     passed: bool = False
+    saved: Checkpoint | None = None
 
     def leave(self) -> None:
         """It is not over, and is to end here: the session stands behind what was taken, if that came last."""
@@ -78,7 +79,8 @@ class Said:
         if self.before is not None and not self.passed:
             said = np.concatenate([self.before, np.array(self.ids, np.int64)])
             pending = said[len(self.begin.ids) - len(self.begin.pending) :]
-            self.session.standing = replace(self.begin, pending=pending)
+            saved = self.begin.saved if self.saved is None else self.saved
+            self.session.standing = replace(self.begin, pending=pending, saved=saved)
 
 
 class Generation(Parts[GeneratedToken, talks.Generated]):
@@ -218,6 +220,8 @@ class Generation(Parts[GeneratedToken, talks.Generated]):
             self.session.connection.give_back(message)
             raise
         self._said.ids.append(token.id)
+        if token.checkpoints:
+            self._said.saved = self._previous
         self._said.passed = False
         self.tokens.append(token)
         self.step = token.step + 1

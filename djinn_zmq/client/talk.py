@@ -43,7 +43,7 @@ class Standing:
     """Where a session stands: at a mark, at a checkpoint, or (neither) at its beginning.
 
     edits, hidden: with which the checkpoint is to be gone on from. pending: tokens said behind it
-    that have not been run.
+    that have not been run; saved: the last checkpoint that was kept while they were.
     """
 
     mark: Mark | None = None
@@ -51,6 +51,7 @@ class Standing:
     edits: Sequence[Edit] = ()
     hidden: Any = None
     pending: np.ndarray = field(default_factory=lambda: NO_IDS)
+    saved: Checkpoint | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -70,6 +71,8 @@ class Standing:
 
     @property
     def previous(self) -> Checkpoint | None:
+        if self.saved is not None:
+            return self.saved
         if self.checkpoint is not None:
             return self.checkpoint
         return None if self.mark is None else self.mark.checkpoint
@@ -157,8 +160,8 @@ class Session(Block, AsyncBlock, Channel):
         `generate` draws. Without one a session goes on drawing where it was.
         stop_at, save_at: as in `run`, in each step or only in *steps* (the first is 0: the forward
         that gives the first token). A generation that stopped has a `checkpoint`; `resume` goes on.
-        Where the session stands inside a forward, the rest of that comes first: as step 0, or, with a
-        prompt behind it, without a stop.
+        Where the session stands inside a forward, the rest of that comes first: in the step that it
+        stopped in, or, with a prompt behind it, without a stop.
         logits: "last" gives each token its logits (vocab,), a number its likeliest rivals.
         Left early, by `break` say, the session stands behind the last token taken; where it was
         drawing is lost then: give the next a seed.
@@ -293,7 +296,7 @@ class Session(Block, AsyncBlock, Channel):
         here = self.standing
         if here.checkpoint is not None:
             yield from here.checkpoint._resume(here.edits, here.hidden, NOTHING, None)
-            self.standing = Standing(self.standing.mark, pending=here.pending)
+            self.standing = Standing(self.standing.mark, pending=here.pending, saved=here.saved)
 
     def leave(self) -> None:
         """A generation that is not over is left where its last token was taken."""

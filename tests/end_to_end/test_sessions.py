@@ -102,6 +102,59 @@ def test_a_prompt_behind_a_stop_has_its_own_forward_as_step_0(session, how, deep
         list(session.generate(behind, 4, stop_at=second, steps=4))
 
 
+def test_a_resume_from_a_generations_checkpoint_gives_the_logits_of_all_its_positions(
+    session, tiny
+):
+    stopped = session.generate(FRANCE, 4, ends=(), stop_at=2, steps=0).finish()
+    whole = stopped.checkpoint.resume(logits="all").logits
+    assert whole.shape == (1, 5, 208)
+    with tiny.session() as other:
+        assert bits(whole) == bits(other.run(FRANCE, logits="all").logits)
+
+
+def test_from_the_embedding_all_layers_are_ahead(session):
+    point = session.run([5, 6, 7], stop_at="embedding").checkpoint
+    stopped = point.generate(2, ends=(), stop_at=0).finish()
+    assert (stopped.step, stopped.layer, len(stopped.tokens)) == (0, 0, 0)
+    saving = point.generate(1, ends=(), save_at=[0, 1]).finish()
+    assert list(saving.tokens[0].checkpoints) == [0, 1]
+    behind = stopped.checkpoint.generate(1, ends=(), save_at=[0, 1]).finish()
+    assert list(behind.tokens[0].checkpoints) == [1]
+
+
+def test_what_a_generation_saved_before_it_was_left_is_what_one_steps_back_to(session):
+    session.run([5, 6, 7], save_at=1)
+    generation = session.generate([9], 8, save_at=2, ends=())
+    for token in generation:
+        if token.step == 3:
+            break
+    last = token.checkpoints[2]
+    assert session.checkpoint is last and last.position == 7
+    assert session.run([3]).mark.checkpoint is last
+    session.back(last)
+    assert session.back().position == 6
+    taken = [one.id for one in generation.tokens]
+    assert session.ids.tolist() == [5, 6, 7, 9, *taken[:2]]
+
+
+def test_steps_that_never_come_are_refused(session):
+    point = session.run([5, 6, 7], stop_at=1).checkpoint
+    with pytest.raises(StopError, match="steps 99: this generation has steps 0 to 1"):
+        list(point.generate(2, stop_at=2, steps=99))
+    with pytest.raises(StopError, match="there is no step 99"):
+        list(point.generate(2, stop_at=djinn.Break(2, when=djinn.Step(99))))
+    stopped = session.generate(None, 5, stop_at=3, steps=2, ends=()).finish()
+    assert (stopped.step, len(stopped.tokens)) == (2, 2)
+    with pytest.raises(StopError, match="steps 0: this generation has steps 2 to 3"):
+        list(stopped.checkpoint.generate(2, stop_at=3, steps=0))
+    assert len(list(stopped.resume())) == 3
+    session.run([8])
+    with pytest.raises(StopError, match="steps 0: this generation has steps 1 to 2"):
+        list(session.generate(None, 3, stop_at=2, steps=0))  # its forward was the run's
+    with pytest.raises(StopError, match="steps 0: this generation has no forward to run"):
+        list(session.generate(None, 1, save_at=2, steps=[0]))
+
+
 def test_what_is_sent_and_said_later_cannot_be_written_into(session):
     run = session.run(FRANCE, save_at=[2])
     before = run.top(1)

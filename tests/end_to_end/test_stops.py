@@ -58,6 +58,26 @@ def test_a_head_is_zeroed_by_its_number(model, positions):
     assert edited.checkpoint.resume().logits.tobytes() == by_columns  # which rests on the heads
 
 
+@pytest.mark.parametrize("place", ["layers.1.mlp", "embedding", "norm"])
+def test_a_place_that_is_asked_for_twice_is_kept_once(model, place):
+    before = [] if place == "embedding" else [1]
+    run = model.run(FRANCE, stop_at=place, save_at=[place, f"{place}.output", *before])
+    assert [one.place or one.layer for one in run.checkpoint.history] == [*before, place]
+
+
+def test_heads_and_what_they_are_told_apart_of_are_two_places(model):
+    heads, flat = "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.input"
+    run = model.run(FRANCE, stop_at=heads, save_at=[flat, heads])
+    assert sorted(one.place for one in run.checkpoint.history) == [heads, flat]
+
+
+def test_edits_of_a_run_that_stops_before_what_they_are_of_are_refused(model):
+    for edit in (djinn.Scale(0.0), Zero(at=(9, 9, 9))):
+        with pytest.raises(EditError, match="this run stops before; edit when it is resumed"):
+            model.run(FRANCE, stop_at="embedding", edits=edit)
+    assert model.run(FRANCE, stop_at=0, edits=djinn.Scale(0.0)).checkpoint.norms().max() == 0
+
+
 def test_an_mlp_is_patched_from_another_prompt(model):
     here = model.run(FRANCE, save_at=".mlp").checkpoints
     there = model.run(GERMANY, save_at=".mlp").checkpoints

@@ -328,7 +328,10 @@ class _Zone:
             seen = apart(value, place)
             if watch.test is not None and not watch.test(seen, self._plan.moment):
                 return
-            self._taken.append(_Taken(place, seen.clone()))  # it may be written into from here on
+            if all(one.place.path != place.path for one in self._taken):  # asked for more than once
+                self._taken.append(
+                    _Taken(place, seen.clone())
+                )  # it may be written into from here on
             if watch.stops:
                 raise _Stopped
 

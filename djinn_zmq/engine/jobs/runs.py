@@ -14,7 +14,7 @@ from djinn_zmq.engine.jobs.loans import Loans
 from djinn_zmq.engine.jobs.plans import Planner, Start
 from djinn_zmq.engine.models import editing
 from djinn_zmq.engine.models.loading import ServedModel
-from djinn_zmq.engine.models.places import Place
+from djinn_zmq.engine.models.places import BEFORE, Place
 from djinn_zmq.engine.models.recordings import Recordings
 from djinn_zmq.engine.models.stepping import Recording
 from djinn_zmq.engine.state.keeping import Entry, Keeping
@@ -188,6 +188,11 @@ class Runner:
         assert isinstance(place, Place)
         return place
 
+    def first_ahead(self, job: Job) -> int:
+        """The first number of layers that a run in the midst of a forward has still to come to."""
+        before = bool(job.place) and self.named(job.place, job.model).zone == BEFORE
+        return job.layer if before else job.layer + 1
+
     def _edit(
         self,
         session: EngineSession,
@@ -262,7 +267,11 @@ class Runner:
             recording = yield from inside.recorded(job, recording, self.loans.keep_in_room)
         if hidden is None:
             hidden = recording.embedded  # which is kept: no layer may change it
-            if job.edit is not None and not job.stopped:
+            if job.edit is not None and job.stopped:
+                raise EditError(
+                    "edits are of what flows into the first layer: this run stops before; edit when it is resumed"
+                )
+            if job.edit is not None:
                 for source in tuple(job.loans):
                     yield from self.loans.lend(job, source)
                 with watch.span("edit"):

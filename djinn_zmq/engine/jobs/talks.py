@@ -118,16 +118,15 @@ class Talker:
             check_room(tokens.shape[1], start.static, model, asked.max_new_tokens or 1)
             _check_answer_fits(tokens.shape[1], asked.max_new_tokens or 1)
             _check_logits_fit(asked.wanted, model)
-            last, own = None, start.past.length
-            if entry is not None and tokens.shape[1] > start.ids.shape[1]:
-                own = start.ids.shape[
-                    1
-                ]  # a prompt: its forward is the first, behind the rest of that
-            if entry is None or own > start.past.length:
-                most = asked.max_new_tokens or _room(tokens.shape[1], start.static, model)
-                last = most - 1
-                _check_steps(asked.steps, last)
-            # Else its steps are those of the generation that stopped.
+            step, own = 0, start.past.length
+            if midway is not None and tokens.shape[1] > start.ids.shape[1]:
+                own = start.ids.shape[1]  # a prompt's forward is the first, behind the rest of that
+            elif midway is not None:  # its steps are those of the generation that stopped
+                step = midway.step or 0
+            most = asked.max_new_tokens or _room(tokens.shape[1], start.static, model)
+            last = step + most - 1
+            # Where nothing is to be run, the first token's forward has been.
+            _check_steps(asked.steps, step if tokens.shape[1] > own else step + 1, last)
             at = Start(0, fresh=True, step=0, last_step=last)
             self._check(asked.wanted, at, model, tokens[:, own:])
             _check_skips_nothing(asked.edits)
@@ -254,12 +253,12 @@ class Talker:
         job.advance("start")
         yield from self.begin(job)
         # As the model's own forward, unless it is a generation's: see `Stepper.tail`.
-        whole = job.step is None and job.wanted.logits != "none"
+        whole = job.wanted.logits == "all" or job.step is None and job.wanted.logits != "none"
         logits = yield from self._forward(job, opening, last=not whole)
         if logits is not None:
             job.working.finish()
             if job.wanted.logits != "none":
-                job.logits = logits if job.wanted.logits == "all" and whole else logits[:, -1]
+                job.logits = logits if job.wanted.logits == "all" else logits[:, -1]
                 yield from self._loans.keep_large_logits(job)
             self._end(job, logits[:, -1].clone())
         yield from self._loans.until_done(job)
@@ -328,7 +327,9 @@ class Talker:
 
         wanted: in place of what is asked for in its step.
         """
-        job.wanted = _wanted_in(job, opening is not None) if wanted is None else wanted
+        if wanted is None:
+            wanted = _wanted_in(job, self._runner.first_ahead(job) if opening is not None else 0)
+        job.wanted = wanted
         logits = yield from self._forward(job, opening, last=True)
         if logits is None:
             job.reason = "stop"
@@ -446,26 +447,25 @@ def _room(count: int, static: int, model: ServedModel) -> int:
     return min([*limits, IDS_LIMIT]) - count
 
 
-def _check_steps(steps: tuple[int, ...], last: int) -> None:
+def _check_steps(steps: tuple[int, ...], first: int, last: int) -> None:
     """Raises StopError where none of them can come."""
-    if steps and min(steps) > last:
-        raise StopError(
-            f"steps {', '.join(map(str, sorted(steps)))}: this generation has steps 0 to {last}"
-        )
+    if steps and not any(first <= step <= last for step in steps):
+        has = f"steps {first} to {last}" if first <= last else "no forward to run"
+        raise StopError(f"steps {', '.join(map(str, sorted(steps)))}: this generation has {has}")
 
 
-def _wanted_in(job: TalkJob, midway: bool) -> Wanted:
-    """What is wanted in the step at hand. midway: its first layers have been executed before."""
+def _wanted_in(job: TalkJob, first: int) -> Wanted:
+    """What is wanted in the step at hand. first: the first number of layers that is ahead in it."""
     assert job.asked is not None
     wanted, steps = job.asked.wanted, job.asked.steps
     if steps and job.step not in steps:
         return msgspec.structs.replace(wanted, stop_at=None, save_at=())
-    if not midway or isinstance(wanted.stop_at, Stops):
+    if not first or isinstance(wanted.stop_at, Stops):
         return wanted
     stop = wanted.stop_at
     assert not isinstance(stop, Stops)
     return msgspec.structs.replace(
         wanted,
-        stop_at=stop if stop is not None and stop > job.layer else None,
-        save_at=tuple(layer for layer in wanted.save_at if layer > job.layer),
+        stop_at=stop if stop is not None and stop >= first else None,
+        save_at=tuple(layer for layer in wanted.save_at if layer >= first),
     )
