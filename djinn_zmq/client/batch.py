@@ -78,7 +78,7 @@ class Batch(Sequence[Run]):
                     point._resume(
                         own,
                         None,
-                        wanted_of(stop_at, save_at, logits, point.layer, depth),
+                        wanted_of(stop_at, save_at, logits, point.layer, depth, point.place),
                         timeout_s,
                     )
                     for point, own in zip(self.checkpoints, each, strict=True)

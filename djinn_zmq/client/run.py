@@ -136,11 +136,8 @@ class Checkpoint(Looks, Tiered):
         meanwhile (a checkpoint with a host copy outlives that: resume again).
         """
         depth = self._session.model.num_layers
-        return self._session.drive(
-            self._resume(
-                edits, hidden, wanted_of(stop_at, save_at, logits, self.layer, depth), timeout_s
-            )
-        )
+        wanted = wanted_of(stop_at, save_at, logits, self.layer, depth, self.place)
+        return self._session.drive(self._resume(edits, hidden, wanted, timeout_s))
 
     def _resume(
         self,

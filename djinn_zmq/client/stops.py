@@ -134,8 +134,10 @@ class Break:
         return f"Break({', '.join(parts)})"
 
 
-def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int) -> Wanted:
-    """The caller's words as data; layer, depth: where the run starts, how far the model goes.
+def wanted_of(
+    stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int, place: str = ""
+) -> Wanted:
+    """The caller's words as data; layer, place, depth: where the run starts, how far the model goes.
 
     Raises RequestError for what is none.
     """
@@ -144,7 +146,10 @@ def wanted_of(stop_at: Any, save_at: Any, logits: Logits, layer: int, depth: int
     paths: tuple[str, ...] = ()
     if not isinstance(save_at, tuple) or save_at:
         last = depth if number is None else min(number, depth)  # one behind it is refused by name
-        numbers, paths = _saves_of(save_at, layer, last)
+        if (breaks or place) and isinstance(save_at, str) and save_at == wire.ALL:
+            paths = (wire.ALL,)  # which these are is for the engine to say
+        else:
+            numbers, paths = _saves_of(save_at, layer, last)
     stop: int | wire.Stops | None = number
     if paths or breaks:
         if number is not None:
@@ -167,7 +172,7 @@ def breaks_of(stop_at: Any) -> tuple[wire.Break, ...]:
 
 def _saves_of(save_at: Any, first: int, last: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Numbers and paths, each once."""
-    if isinstance(save_at, str) and save_at == "all":
+    if isinstance(save_at, str) and save_at == wire.ALL:
         save_at = range(first, last + 1)
     if save_at is None:
         return (), ()

@@ -34,6 +34,7 @@ Test = HasNaN | Norm | Token | Step
 Condition = tuple[tuple[Test, ...], ...]  # all tests of any one of these hold; (): in any case
 
 TESTS_LIMIT = 64  # of one condition
+ALL = "all"  # of `Stops.saves`: after every layer that the run comes to
 
 
 class Break(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -45,7 +46,7 @@ class Stops(msgspec.Struct, frozen=True, array_like=True, tag=0, forbid_unknown_
     """What `Wanted.stop_at` holds where it is more than one number."""
 
     breaks: tuple[Break, ...]
-    saves: tuple[str, ...]  # paths; numbers are in `Wanted.save_at`
+    saves: tuple[str, ...]  # paths, and ALL; numbers are in `Wanted.save_at`
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

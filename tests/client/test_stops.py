@@ -52,7 +52,11 @@ def test_what_is_saved_is_named_once_and_all_is_from_where_a_run_begins_to_where
         == ()
     )
     assert wanted_of(3, "all", "last", 1, 4).save_at == (1, 2, 3)
-    assert wanted_of(["norm", 3], "all", "last", 1, 4).save_at == (1, 2, 3, 4)
+    for one in (
+        wanted_of(["norm", 3], "all", "last", 1, 4),
+        wanted_of(3, "all", "last", 1, 4, "a"),
+    ):
+        assert (one.save_at, one.stop_at.saves) == ((), ("all",))  # the engine knows which
     stop = wanted_of(3, "a", "last", 0, 4).stop_at
     assert stop == wire.Stops((wire.Break(3, ()),), ("a",))
 

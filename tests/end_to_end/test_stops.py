@@ -102,6 +102,41 @@ def test_the_same_breakpoints_walk_through_a_run(model, plain):
     assert seen == [1, "layers.1.mlp", 3] and run.logits.tobytes() == plain
 
 
+def test_all_is_every_layer_that_the_run_comes_to(model):
+    kept = lambda run: [one.place or one.layer for one in run.checkpoints.values()]
+    for stop, there in (
+        ("layers.1.mlp", [0, 1, "layers.1.mlp"]),
+        (["layers.1.mlp", 3], [0, 1, "layers.1.mlp"]),
+        (Break(2), [0, 1, 2]),
+        (Break(2, when=HasNaN()), [0, 1, 2, 3, 4]),
+        ("embedding", ["embedding"]),
+        ("norm", [0, 1, 2, 3, 4, "norm"]),
+        (2, [0, 1, 2]),
+        (None, [0, 1, 2, 3, 4]),
+    ):
+        assert kept(model.run(FRANCE, stop_at=stop, save_at="all")) == there
+    inside = model.run(FRANCE, stop_at="layers.1.mlp").checkpoint
+    assert kept(inside.resume(save_at="all")) == [2, 3, 4]
+    assert kept(inside.resume(save_at="all", stop_at=3)) == [2, 3]
+    assert kept(model.run(FRANCE, stop_at="embedding").checkpoint.resume(save_at="all")) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert kept(model.run(FRANCE, stop_at="norm").checkpoint.resume(save_at="all")) == []
+    assert kept(model.run(FRANCE, stop_at=2).checkpoint.resume(save_at="all", stop_at=".mlp")) == [
+        2,
+        "layers.2.mlp",
+    ]
+    with model.session() as session:
+        generation = session.generate(
+            FRANCE, 2, ends=(), save_at="all", stop_at="layers.3.mlp", steps=1
+        ).finish()
+        assert list(generation.checkpoints) == [0, 1, 2, 3, "layers.3.mlp"] and generation.step == 1
+
+
 def test_conditions_are_evaluated_on_the_engine(model):
     whole = model.run(FRANCE, save_at="all")
     norms = {layer: float(point.norms().max()) for layer, point in whole.checkpoints.items()}

@@ -18,7 +18,7 @@ from djinn_zmq.engine.models.places import BEFORE, Atlas, Place
 from djinn_zmq.errors import LayerError, StopError
 from djinn_zmq.wire.edits import Edit, Skip
 from djinn_zmq.wire.messages import Wanted
-from djinn_zmq.wire.stops import Break, Stops
+from djinn_zmq.wire.stops import ALL, Break, Stops
 
 WATCHED_POSITIONS = 7  # of the prompt that shows which modules a model calls
 
@@ -202,6 +202,9 @@ class _Planning:
         return found
 
     def _saved(self, path: int | str, limit: Key) -> Iterable[Place | int]:
+        if path == ALL:
+            every = [layer for layer in range(self._depth + 1) if _key(layer) <= limit]
+            return [layer for layer in every if self._ahead(layer, self._again)]
         places = self._find(path)
         ahead = [place for place in places if self._ahead(place, _relative(path) or self._again)]
         reached = [place for place in ahead if _key(place) <= limit]
