@@ -56,8 +56,10 @@ class RemoteCache(DynamicCache):
             )
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             raise NotServed("a cache that records what leaves its window")
-        parts = (cache, *cache.layers)
-        if any(callable(getattr(type(part), name, None)) for part in parts for name in vars(part)):
+        own_values = [one for part in (cache, *cache.layers) for one in vars(part).items()]
+        # Of a cache made without a config, what its layers will be.
+        plain = ("layer_class_to_replicate", DynamicLayer)
+        if any(callable(value) and (name, value) != plain for name, value in own_values):
             raise NotServed(
                 "a DynamicCache with methods of the program's own (its update replaced?): give a new one"
             )

@@ -39,6 +39,11 @@ def test_what_needs_the_weights_here_is_refused_by_name(remote) -> None:
     def first_of(cache):
         return cache.layers[0]
 
+    def cache_of_other_layers():
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = transformers.cache_utils.StaticLayer
+        return cache
+
     def cache_of_its_own(where):
         cache = DynamicCache(config=remote.config)
         where(cache).update = print
@@ -62,6 +67,7 @@ def test_what_needs_the_weights_here_is_refused_by_name(remote) -> None:
         (lambda: remote(ids, output_hidden_states=1), "output_hidden_states=1: True or False"),
         (lambda: remote(ids, past_key_values=cache_of_its_own(lambda c: c)), "methods of the pro"),
         (lambda: remote(ids, past_key_values=cache_of_its_own(first_of)), "methods of the program"),
+        (lambda: remote(ids, past_key_values=cache_of_other_layers()), "methods of the program"),
         (lambda: setattr(remote(ids).past_key_values, "update", print), "assigning cache.update"),
         (remote.train, "train"),
         (remote.requires_grad_, "requires_grad_"),
