@@ -33,9 +33,8 @@ from djinn_zmq.errors import Closed, PromptError, RequestError
 from djinn_zmq.settings import counted
 from djinn_zmq.wire import messages, talks
 from djinn_zmq.wire.ops import Op
+from djinn_zmq.wire.stops import NOTHING
 from djinn_zmq.wire.tensors import Tensor
-
-NOTHING = messages.Wanted(None, (), "none", 0)
 
 
 @dataclass(frozen=True, slots=True)

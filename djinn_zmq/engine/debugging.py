@@ -48,14 +48,13 @@ from djinn_zmq.wire.attach import (
 )
 from djinn_zmq.wire.codec import Message
 from djinn_zmq.wire.edits import Skip
-from djinn_zmq.wire.messages import Flag, Wanted
+from djinn_zmq.wire.messages import Flag
 from djinn_zmq.wire.ops import Op
-from djinn_zmq.wire.stops import Break
+from djinn_zmq.wire.stops import NOTHING, Break
 from djinn_zmq.wire.tensors import inline
 
 _log = logging.getLogger(__name__)
 
-NO_RUN = Wanted(None, (), "none", 0)
 NO_IDS = np.zeros((1, 0), np.int64)
 BREAKS_LIMIT = 256
 # What stops at breakpoints, and what passes them: rows of a batch.
@@ -166,7 +165,7 @@ class Debugging:
             if asked.hidden is not None:
                 check_hidden(asked.hidden, halt.kept[-1].tensor)
             sources = self._runner.sources(session, asked.edits)
-        job = DoneJob(session, model, halt.job.ids, halt.job.layer, NO_RUN, shared, watch)
+        job = DoneJob(session, model, halt.job.ids, halt.job.layer, NOTHING, shared, watch)
         self._loans.read(job, asked.hidden, asked.edits)
         self._loans.hold(job, sources.values())
 

@@ -56,3 +56,6 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     save_at: tuple[int, ...]
     logits: str  # "last", "all", "none", or "top"
     top: int  # how many, for "top"
+
+
+NOTHING = Wanted(None, (), "none", 0)  # of a run, or of a job that is none

@@ -15,10 +15,8 @@ from djinn_zmq.engine.models.loading import ServedModel
 from djinn_zmq.engine.state.keeping import Keeping
 from djinn_zmq.errors import RequestError
 from djinn_zmq.settings import counted, format_bytes
-from djinn_zmq.wire.messages import Wanted
 from djinn_zmq.wire.sweeps import Results, Swept, Traced
 
-NO_RUN = Wanted(None, (), "none", 0)
 OUTCOMES_NBYTES = FRAME_LIMIT  # of one part: what it holds travels in frames
 
 

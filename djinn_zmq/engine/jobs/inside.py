@@ -329,9 +329,8 @@ class _Zone:
             if watch.test is not None and not watch.test(seen, self._plan.moment):
                 return
             if all(one.place.path != place.path for one in self._taken):  # asked for more than once
-                self._taken.append(
-                    _Taken(place, seen.clone())
-                )  # it may be written into from here on
+                # A copy: it may be written into from here on.
+                self._taken.append(_Taken(place, seen.clone()))
             if watch.stops:
                 raise _Stopped
 

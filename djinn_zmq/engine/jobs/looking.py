@@ -24,9 +24,9 @@ from djinn_zmq.errors import LayerError, RequestError, SelectionError
 from djinn_zmq.settings import MIB
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.looks import Attention, Diff, Lens, Look, Norms, Top
-from djinn_zmq.wire.messages import Kept, Wanted
+from djinn_zmq.wire.messages import Kept
+from djinn_zmq.wire.stops import NOTHING
 
-NO_RUN = Wanted(None, (), "none", 0)
 TOP_LIMIT = MIB // 8  # ids of one answer: 8 bytes each
 
 
@@ -68,7 +68,7 @@ class Looker:
             if entry.session != session.id:
                 raise RequestError("only a checkpoint of this session's own model can be looked at")
             layer = entry.layer
-            job = LookJob(session, model, entry.ids, layer, NO_RUN, shared, watch)
+            job = LookJob(session, model, entry.ids, layer, NOTHING, shared, watch)
             work = self._views[type(asked.view)](job, entry, asked.view)
         return job, self._loans.settling(job, self._work(job, work))
 

@@ -17,7 +17,7 @@ from djinn_zmq.engine.state.keeping import NAMES, Entry, Keeping, new_id
 from djinn_zmq.errors import BadFile, RequestError, UnknownCheckpoint
 from djinn_zmq.memory.arena import GRANULE
 from djinn_zmq.spans import Stopwatch
-from djinn_zmq.wire.messages import Wanted
+from djinn_zmq.wire.stops import NOTHING
 from djinn_zmq.wire.tensors import Device, Tensor
 from djinn_zmq.wire.tiers import (
     TIERS,
@@ -30,7 +30,6 @@ from djinn_zmq.wire.tiers import (
     RestoreReply,
 )
 
-NO_RUN = Wanted(None, (), "none", 0)
 Buffers = Sequence[bytes | memoryview]
 
 
@@ -89,7 +88,7 @@ class Mover:
         entries = [self._find(number, session) for number in dict.fromkeys(asked.ids)]
         if not entries:
             raise RequestError("no checkpoint to move is named")
-        job = MoveJob(session, model, entries[0].ids, 0, NO_RUN, shared, watch, entries=entries)
+        job = MoveJob(session, model, entries[0].ids, 0, NOTHING, shared, watch, entries=entries)
         return job, self._move(job, asked)
 
     def _move(self, job: MoveJob, asked: Move) -> Iterator[None]:
@@ -140,7 +139,7 @@ class Mover:
                 "device memory is lent only to a client on this machine that shares memory with the "
                 "server"
             )
-        job = HoldJob(session, model, entry.ids, entry.layer, NO_RUN, shared, watch)
+        job = HoldJob(session, model, entry.ids, entry.layer, NOTHING, shared, watch)
         job.pid = session.asker
         self._loans.hold(job, [entry])  # now: it may be released before its turn comes
         return job, self._loans.settling(job, self._hold(job, entry, asked))
@@ -201,7 +200,7 @@ class Mover:
             raise BadFile(
                 f'layer {asked.layer}: "{model.info.name}" has layers 0 to {model.info.num_layers}'
             )
-        job = RestoreJob(session, model, ids, asked.layer, NO_RUN, shared, watch)
+        job = RestoreJob(session, model, ids, asked.layer, NOTHING, shared, watch)
         self._loans.read(job, asked.hidden, ())
         return job, self._loans.settling(job, self._restore(job, asked, buffers))
 

@@ -10,7 +10,7 @@ import torch
 
 from djinn_zmq.engine.jobs import inside
 from djinn_zmq.engine.jobs.batches import PastRows, Rows, Step, through
-from djinn_zmq.engine.jobs.batching import NO_RUN, Batching, check_results, timed
+from djinn_zmq.engine.jobs.batching import Batching, check_results, timed
 from djinn_zmq.engine.jobs.branches import Midway, midway_of
 from djinn_zmq.engine.jobs.grids import SweepJob
 from djinn_zmq.engine.jobs.job import EngineSession, Given, Turns
@@ -22,6 +22,7 @@ from djinn_zmq.engine.state.keeping import Entry
 from djinn_zmq.errors import EditError, RequestError
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
+from djinn_zmq.wire.stops import NOTHING
 from djinn_zmq.wire.sweeps import Sweep, Swept
 
 
@@ -55,7 +56,7 @@ class Sweeper(Batching):
                 model,
                 entry.ids,
                 entry.layer,
-                NO_RUN,
+                NOTHING,
                 shared,
                 watch,
                 results=asked.results,

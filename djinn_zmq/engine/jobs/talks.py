@@ -29,10 +29,8 @@ from djinn_zmq.settings import format_bytes
 from djinn_zmq.spans import Stopwatch
 from djinn_zmq.wire.edits import Edit, Skip
 from djinn_zmq.wire.messages import BRANCH, IDS_LIMIT, Kept, Resume, Wanted
-from djinn_zmq.wire.stops import Stops
+from djinn_zmq.wire.stops import NOTHING, Stops
 from djinn_zmq.wire.talks import Continue, Generate
-
-NOTHING = Wanted(None, (), "none", 0)
 
 
 class Talker:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from djinn_zmq.engine.jobs.batches import hidden_nbytes, through
-from djinn_zmq.engine.jobs.batching import NO_RUN, Batching, check_results, timed
+from djinn_zmq.engine.jobs.batching import Batching, check_results, timed
 from djinn_zmq.engine.jobs.grids import TraceJob
 from djinn_zmq.engine.jobs.job import EngineSession, Turns
 from djinn_zmq.engine.models.loading import ServedModel
 from djinn_zmq.engine.models.stepping import same_rows
 from djinn_zmq.errors import LayerError, PromptError, RequestError
 from djinn_zmq.spans import Stopwatch
+from djinn_zmq.wire.stops import NOTHING
 from djinn_zmq.wire.sweeps import Results, Trace, Traced
 from djinn_zmq.wire.tensors import Tensor
 
@@ -55,7 +56,7 @@ class Tracer(Batching):
             model,
             np.concatenate(both),
             0,
-            NO_RUN,
+            NOTHING,
             shared,
             watch,
             results=asked.results,
